@@ -1,0 +1,84 @@
+"""Carries `latentflow.errors` over gRPC: an error to a status with `google.rpc` details, and back.
+
+Servers hand `abort_with` what they caught; callers hand `error_from` the `grpc.RpcError` they got.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, Protocol, cast
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from latentflow.errors import InternalError, LatentflowError, error_for
+
+DOMAIN = "latentflow.io"
+# A message travels in a header; gRPC's default limit for all headers is 8 KiB.
+_MAX_MESSAGE = 2000
+
+
+class _Context(Protocol):
+    async def abort(self, code: Any, details: str = ..., trailing_metadata: Any = ...) -> NoReturn: ...
+
+
+def to_status(error: LatentflowError) -> status_pb2.Status:
+    """The `google.rpc.Status` of an error: ErrorInfo always, RetryInfo where it knows when to come back."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details)
+    status = status_pb2.Status(code=error.code.value[0], message=error.message[:_MAX_MESSAGE])
+    status.details.append(_pack(info))
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        status.details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status
+
+
+async def abort_with(context: _Context, error: LatentflowError) -> NoReturn:
+    """Ends an asyncio servicer's call with an error."""
+    status = rpc_status.to_status(to_status(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def error_from(rpc_error: grpc.RpcError) -> LatentflowError:
+    """The error that a failed call means; where the server gave no details, as much as the status tells."""
+    call = cast("grpc.Call", rpc_error)
+    code = call.code()
+    message = call.details() or code.name
+    error = error_for(code)(message)
+    for detail in _details(rpc_error):
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            detail.Unpack(info)
+            error.reason, error.details = info.reason, dict(info.metadata)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+            error.retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    return error
+
+
+def as_error(exception: BaseException, *, where: str) -> LatentflowError:
+    """Any exception as one of ours; what is not ours is a defect and says where it happened."""
+    if isinstance(exception, LatentflowError):
+        return exception
+    if isinstance(exception, grpc.RpcError):
+        return error_from(exception)
+    return InternalError(f"{where} failed unexpectedly: {type(exception).__name__}: {exception}. See the server's log.")
+
+
+def _pack(message: Any) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+def _details(rpc_error: grpc.RpcError) -> list[any_pb2.Any]:
+    metadata = cast("grpc.Call", rpc_error).trailing_metadata() or ()
+    for key, value in metadata:
+        if key == "grpc-status-details-bin":
+            status = status_pb2.Status()
+            status.ParseFromString(value if isinstance(value, bytes) else value.encode())
+            return list(status.details)
+    return []
