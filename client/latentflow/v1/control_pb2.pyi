@@ -68,16 +68,18 @@ class ControlNetDescription(_message.Message):
     def __init__(self, cross_attention_dim: _Optional[int] = ..., latent_channels: _Optional[int] = ..., residual_channels: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AdapterDescription(_message.Message):
-    __slots__ = ("name", "components", "digest", "rank")
+    __slots__ = ("name", "components", "digest", "rank", "problem")
     NAME_FIELD_NUMBER: _ClassVar[int]
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     name: str
     components: _containers.RepeatedScalarFieldContainer[str]
     digest: str
     rank: int
-    def __init__(self, name: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., digest: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., digest: _Optional[str] = ..., rank: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class LoRAStoreDescription(_message.Message):
     __slots__ = ("adapters",)

@@ -16,14 +16,16 @@ class Peer(_message.Message):
     def __init__(self, address: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
 
 class AdapterRef(_message.Message):
-    __slots__ = ("name", "weight", "store")
+    __slots__ = ("name", "weight", "store", "digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     weight: float
     store: Peer
-    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., store: _Optional[_Union[Peer, _Mapping]] = ...) -> None: ...
+    digest: str
+    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., store: _Optional[_Union[Peer, _Mapping]] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class ControlNetRef(_message.Message):
     __slots__ = ("peer", "image", "scale", "start", "end")
@@ -190,7 +192,7 @@ class AdapterResponse(_message.Message):
     def __init__(self, chunk: _Optional[_Union[_tensors_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
 
 class ResidualsOpen(_message.Message):
-    __slots__ = ("request_id", "conditioning", "image", "width", "height")
+    __slots__ = ("request_id", "conditioning", "guidance", "image", "width", "height")
     class ConditioningEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -200,15 +202,17 @@ class ResidualsOpen(_message.Message):
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[_tensors_pb2.Tensor, _Mapping]] = ...) -> None: ...
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CONDITIONING_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     conditioning: _containers.MessageMap[str, _tensors_pb2.Tensor]
+    guidance: bool
     image: bytes
     width: int
     height: int
-    def __init__(self, request_id: _Optional[str] = ..., conditioning: _Optional[_Mapping[str, _tensors_pb2.Tensor]] = ..., image: _Optional[bytes] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., conditioning: _Optional[_Mapping[str, _tensors_pb2.Tensor]] = ..., guidance: _Optional[bool] = ..., image: _Optional[bytes] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class ResidualsStep(_message.Message):
     __slots__ = ("step", "timestep", "sample", "scale")

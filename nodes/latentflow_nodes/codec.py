@@ -1,0 +1,209 @@
+"""Tensors to bytes and back: wire messages, chunk streams, and checkpoints without pickle.
+
+Pure functions over torch tensors; the tensor store, the peers and the roles send and receive with them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from latentflow.errors import DataLossError, InvalidRequestError
+from latentflow.rpc import CHUNK_BYTES
+from latentflow.v1 import tensors_pb2
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+_DTYPES: dict[int, torch.dtype] = {
+    tensors_pb2.DTYPE_FLOAT32: torch.float32,
+    tensors_pb2.DTYPE_FLOAT16: torch.float16,
+    tensors_pb2.DTYPE_BFLOAT16: torch.bfloat16,
+    tensors_pb2.DTYPE_INT64: torch.int64,
+    tensors_pb2.DTYPE_UINT8: torch.uint8,
+    tensors_pb2.DTYPE_BOOL: torch.bool,
+}
+_WIRE = {dtype: wire for wire, dtype in _DTYPES.items()}
+_MAX_DIMENSIONS = 8
+# No tensor of an image workflow comes near it; a header that promises more is nonsense.
+_MAX_BYTES = 8 << 30
+
+
+def inline(tensor: torch.Tensor) -> tensors_pb2.Tensor:
+    """A tensor with its values in the message."""
+    return tensors_pb2.Tensor(dtype=_wire(tensor.dtype), shape=list(tensor.shape), inline=_bytes(tensor))
+
+
+def described(tensor: torch.Tensor, handle: tensors_pb2.Handle) -> tensors_pb2.Tensor:
+    """A tensor that its owner holds."""
+    return tensors_pb2.Tensor(dtype=_wire(tensor.dtype), shape=list(tensor.shape), handle=handle)
+
+
+def from_inline(message: tensors_pb2.Tensor) -> torch.Tensor:
+    """The tensor of a message with inline values. InvalidRequestError where bytes and shape disagree."""
+    dtype, shape = _checked(message.dtype, message.shape)
+    expected = math.prod(shape) * dtype.itemsize
+    if len(message.inline) != expected:
+        raise InvalidRequestError(
+            f"A tensor of shape {shape} and {dtype} takes {expected} bytes; the message holds {len(message.inline)}."
+        )
+    return _tensor(bytearray(message.inline), dtype, shape)
+
+
+def chunks(tensors: Mapping[str, torch.Tensor], *, size: int = CHUNK_BYTES) -> Iterator[tensors_pb2.TensorChunk]:
+    """A bundle of tensors as pieces of at most `size` bytes; at least one piece."""
+    headers = [tensors_pb2.TensorHeader(name=n, dtype=_wire(t.dtype), shape=list(t.shape)) for n, t in tensors.items()]
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    piece, start, offset = bytearray(), 0, 0
+    first = True
+    for tensor in tensors.values():
+        view = memoryview(_bytes(tensor))
+        while view:
+            take = min(len(view), size - len(piece))
+            piece += view[:take]
+            view, offset = view[take:], offset + take
+            if len(piece) == size and offset < total:
+                yield tensors_pb2.TensorChunk(headers=headers if first else (), offset=start, data=bytes(piece))
+                piece, start, first = bytearray(), offset, False
+    yield tensors_pb2.TensorChunk(headers=headers if first else (), offset=start, data=bytes(piece), last=True)
+
+
+class Assembler:
+    """Puts a bundle together again from its pieces.
+
+    `add` each piece; it returns True with the last one, and `tensors` then holds the bundle by name.
+    """
+
+    def __init__(self) -> None:
+        self._headers: list[tuple[str, torch.dtype, tuple[int, ...]]] | None = None
+        self._buffer = bytearray()
+        self._filled = 0
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, chunk: tensors_pb2.TensorChunk) -> bool:
+        """Takes one piece. DataLossError where pieces are missing, doubled or do not fit the headers."""
+        if self._headers is None:
+            self._headers = [(h.name, *_checked(h.dtype, h.shape)) for h in chunk.headers]
+            names = [name for name, _, _ in self._headers]
+            if len(set(names)) != len(names):
+                raise DataLossError("A tensor bundle names a tensor twice; the sender is broken.")
+            total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self._headers)
+            if total > _MAX_BYTES:
+                raise InvalidRequestError(f"A tensor bundle of {total} bytes is over the limit of {_MAX_BYTES}.")
+            self._buffer = bytearray(total)
+        elif chunk.headers:
+            raise DataLossError("A tensor bundle carries its headers twice; pieces were mixed up.")
+        end = chunk.offset + len(chunk.data)
+        if chunk.offset != self._filled or end > len(self._buffer):
+            raise DataLossError(
+                f"A piece for bytes {chunk.offset}-{end} arrived where {self._filled} of {len(self._buffer)} were there."
+            )
+        self._buffer[chunk.offset : end] = chunk.data
+        self._filled = end
+        if not chunk.last:
+            return False
+        if self._filled != len(self._buffer):
+            raise DataLossError(f"A tensor bundle ended after {self._filled} of {len(self._buffer)} bytes.")
+        view, at = memoryview(self._buffer), 0
+        for name, dtype, shape in self._headers:
+            size = math.prod(shape) * dtype.itemsize
+            self.tensors[name] = _tensor(view[at : at + size], dtype, shape)
+            at += size
+        return True
+
+    @property
+    def size(self) -> int:
+        """Bytes of the bundle so far."""
+        return self._filled
+
+
+def freeze(tree: Any) -> bytes:
+    """Any tree of dicts, lists, tensors, arrays and plain values as bytes; `thaw` gives an equal tree.
+
+    Tensors go through safetensors, the rest through JSON, which keeps Python floats exactly. TypeError for what is
+    neither, so that nothing is lost in silence.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            name = f"t{len(tensors)}"
+            tensors[name] = value.detach().to("cpu").contiguous().clone()
+            return {"tensor": name}
+        if isinstance(value, np.ndarray):
+            return {"array": plain(torch.from_numpy(value.copy()))}
+        if isinstance(value, np.generic):
+            return plain(value.item())
+        if isinstance(value, dict):
+            return {"dict": [[str(key), plain(item)] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            return {"tuple" if isinstance(value, tuple) else "list": [plain(item) for item in value]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return {"value": value}
+        raise TypeError(f"A checkpoint cannot hold a {type(value).__name__}.")
+
+    tree_text = json.dumps(plain(tree))
+    return save_safetensors(tensors, metadata={"tree": tree_text})
+
+
+def thaw(blob: bytes) -> Any:
+    """The tree of a `freeze`. DataLossError where the bytes are damaged."""
+    try:
+        length = int.from_bytes(blob[:8], "little")
+        tree = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["tree"])
+        tensors = load_safetensors(blob)
+
+        def full(node: Any) -> Any:
+            ((kind, value),) = node.items()
+            if kind == "tensor":
+                return tensors[value]
+            if kind == "array":
+                return full(value).numpy()
+            if kind == "dict":
+                return {key: full(item) for key, item in value}
+            if kind in ("list", "tuple"):
+                return (list if kind == "list" else tuple)(full(item) for item in value)
+            if kind == "value":
+                return value
+            raise KeyError(kind)
+
+        return full(tree)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        raise DataLossError(
+            f"A checkpoint of {len(blob)} bytes cannot be read ({error}); start the request anew."
+        ) from None
+
+
+def total_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _wire(dtype: torch.dtype) -> tensors_pb2.Dtype:
+    try:
+        return tensors_pb2.Dtype.ValueType(_WIRE[dtype])
+    except KeyError:
+        raise TypeError(f"{dtype} does not travel between servers.") from None
+
+
+def _checked(dtype: int, shape: Iterable[int]) -> tuple[torch.dtype, tuple[int, ...]]:
+    sizes = tuple(shape)
+    if dtype not in _DTYPES:
+        raise InvalidRequestError(f"Element type {dtype} is not known to this server.")
+    if len(sizes) > _MAX_DIMENSIONS or any(size < 0 for size in sizes):
+        raise InvalidRequestError(f"Shape {sizes} is none: at most {_MAX_DIMENSIONS} dimensions, each at least 0.")
+    return _DTYPES[dtype], sizes
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _tensor(buffer: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    if len(buffer) == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=torch.uint8).clone().view(dtype).reshape(shape)

@@ -1,0 +1,40 @@
+"""What a role is given to work with: settings, metrics, held tensors, peers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from latentflow.metrics import Instruments
+
+from latentflow_nodes import weights
+from latentflow_nodes.peers import Peers
+from latentflow_nodes.settings import NodeSettings
+from latentflow_nodes.store import TensorStore
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    settings: NodeSettings
+    metrics: Instruments
+    store: TensorStore
+    peers: Peers
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.settings.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.settings.dtype]
+
+    def source(self) -> weights.Source:
+        """The model's folder; downloads it where it is remote."""
+        return weights.locate(
+            uri=self.settings.uri,
+            subfolder=self.settings.subfolder,
+            revision=self.settings.revision,
+            model_root=self.settings.model_root,
+        )

@@ -1,0 +1,191 @@
+"""This server's connections to its peers: tensors it pulls, adapters it pulls, streams it opens.
+
+Peers are dialled by the addresses that a request names, never others. Channels are kept and reused. Whatever goes wrong
+on the way becomes an error that tells the gateway what to do: OWNER_LOST to make a tensor again, PEER_UNAVAILABLE to
+try again with another peer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+import torch
+from cachetools import LRUCache
+from latentflow import rpc, status
+from latentflow.errors import LatentflowError, OwnerLostError, UnavailableError
+from latentflow.metrics import Instruments
+from latentflow.v1 import stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
+
+from latentflow_nodes import codec
+from latentflow_nodes.adapters import Layer
+
+_log = structlog.get_logger()
+# Adapters kept after a request, so that the next one with the same need not pull them.
+_ADAPTER_CACHE_BYTES = 1 << 30
+_FETCH_SECONDS = 60.0
+_ADAPTER_SECONDS = 300.0
+
+Layers = Mapping[str, Layer]
+
+
+class Peers:
+    """Channels to other servers.
+
+    Args:
+        token: Sent as bearer token.
+        tls: Credentials of this side; None for plain connections.
+    """
+
+    def __init__(self, *, token: str | None, tls: rpc.Tls | None, metrics: Instruments) -> None:
+        self._token = token
+        self._credentials = tls.channel_credentials() if tls else None
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._metrics = metrics
+        self._adapters: LRUCache[tuple[str, str], Layers] = LRUCache(_ADAPTER_CACHE_BYTES, getsizeof=_layers_bytes)
+
+    async def __aenter__(self) -> Peers:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for channel in self._channels.values():
+            await channel.close(grace=None)
+
+    def channel(self, address: str) -> grpc.aio.Channel:
+        """The channel to an address, made when first asked for."""
+        if address not in self._channels:
+            options = list(rpc.CHANNEL_OPTIONS)
+            self._channels[address] = (
+                grpc.aio.secure_channel(address, self._credentials, options)
+                if self._credentials
+                else grpc.aio.insecure_channel(address, options)
+            )
+        return self._channels[address]
+
+    def metadata(self) -> list[tuple[str, str]]:
+        """Metadata of a call to a peer: the token, and the trace and request that this task works for."""
+        bound = structlog.contextvars.get_contextvars()
+        trace = rpc.Trace.parse(bound.get("traceparent"))
+        return rpc.metadata(
+            token=self._token, trace=trace.child() if trace else None, request_id=bound.get("request_id")
+        )
+
+    async def conditioning(
+        self, tensors: Mapping[str, tensors_pb2.Tensor], device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """Pulls named tensors, all at a time."""
+        pulled = await asyncio.gather(*(self.fetch(tensor, name=name) for name, tensor in tensors.items()))
+        return {name: tensor.to(device) for name, tensor in zip(tensors, pulled, strict=True)}
+
+    async def fetch(self, tensor: tensors_pb2.Tensor, *, name: str) -> torch.Tensor:
+        """The values of a tensor message. OwnerLostError where its owner is gone or no longer has it."""
+        if tensor.WhichOneof("content") == "inline":
+            return codec.from_inline(tensor)
+        handle = tensor.handle
+        stub = tensors_pb2_grpc.TensorsStub(self.channel(handle.owner))
+        request = tensors_pb2.FetchRequest(id=handle.id, boot_id=handle.boot_id)
+        started = time.perf_counter()
+        assembler = codec.Assembler()
+        try:
+            async for response in stub.Fetch(request, timeout=_FETCH_SECONDS, metadata=self.metadata()):
+                assembler.add(response.chunk)
+        except grpc.aio.AioRpcError as error:
+            known = status.error_from(error)
+            if isinstance(known, OwnerLostError | UnavailableError):
+                raise OwnerLostError(
+                    f"The tensor {name!r} is lost with its owner {handle.owner}: {known.message}",
+                    details={"owner": handle.owner, "tensor": name},
+                ) from None
+            raise known from None
+        if not assembler.tensors:
+            raise OwnerLostError(
+                f"{handle.owner} sent no whole tensor {name!r}.", details={"owner": handle.owner, "tensor": name}
+            )
+        self.count("receive", assembler.size, time.perf_counter() - started)
+        return next(iter(assembler.tensors.values()))
+
+    async def adapters(self, refs: Sequence[stage_pb2.AdapterRef], component: str) -> list[tuple[Layers, float]]:
+        """One component's part of every adapter, with its weight, in the request's order."""
+        return list(
+            zip(
+                await asyncio.gather(*(self._adapter(ref, component) for ref in refs)),
+                [ref.weight for ref in refs],
+                strict=True,
+            )
+        )
+
+    async def _adapter(self, ref: stage_pb2.AdapterRef, component: str) -> Layers:
+        cached = self._adapters.get((ref.digest, component)) if ref.digest else None
+        if cached is not None:
+            return cached
+        stub = stage_pb2_grpc.StageStub(self.channel(ref.store.address))
+        bound = structlog.contextvars.get_contextvars()
+        request = stage_pb2.AdapterRequest(request_id=bound.get("request_id", ""), name=ref.name, component=component)
+        started = time.perf_counter()
+        assembler = codec.Assembler()
+        try:
+            async for response in stub.Adapter(request, timeout=_ADAPTER_SECONDS, metadata=self.metadata()):
+                assembler.add(response.chunk)
+        except grpc.aio.AioRpcError as error:
+            raise self.peer_error(error, peer=ref.store, what="LoRA store") from None
+        seconds = time.perf_counter() - started
+        self.count("receive", assembler.size, seconds)
+        self._metrics.of("latentflow_loads_total", kind="adapter").inc()
+        self._metrics.of("latentflow_load_seconds_total", kind="adapter").inc(seconds)
+        layers = unpack_layers(assembler.tensors)
+        if ref.digest and _layers_bytes(layers) < _ADAPTER_CACHE_BYTES:
+            self._adapters[(ref.digest, component)] = layers
+        return layers
+
+    def count(self, direction: str, size: int, seconds: float) -> None:
+        """Adds a transfer to the metrics."""
+        self._metrics.of("latentflow_tensor_bytes_total", transport="grpc", direction=direction).inc(size)
+        self._metrics.of("latentflow_tensor_seconds_total", transport="grpc", direction=direction).inc(seconds)
+
+    @staticmethod
+    def peer_error(error: grpc.RpcError, *, peer: stage_pb2.Peer, what: str) -> LatentflowError:
+        """A failed call to a peer as the error that the gateway acts on."""
+        known = status.error_from(error)
+        if isinstance(known, UnavailableError):
+            return UnavailableError(
+                f"The {what} {peer.model or '?'} at {peer.address} is not to be reached: {known.message}",
+                reason="PEER_UNAVAILABLE",
+                details={"peer": peer.address, "model": peer.model},
+            )
+        return known
+
+
+def pack_layers(layers: Layers) -> dict[str, torch.Tensor]:
+    """Layers as the named tensors of an Adapter bundle."""
+    return {
+        f"{name}.{key}": value
+        for name, layer in layers.items()
+        for key, value in (
+            ("lora_A", layer.a),
+            ("lora_B", layer.b),
+            ("alpha", torch.tensor(layer.alpha, dtype=torch.float32)),
+        )
+    }
+
+
+def unpack_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
+    """The layers of an Adapter bundle."""
+    names = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
+    return {
+        name: Layer(
+            a=tensors[f"{name}.lora_A"], b=tensors[f"{name}.lora_B"], alpha=float(tensors[f"{name}.alpha"].item())
+        )
+        for name in names
+    }
+
+
+def _layers_bytes(layers: Any) -> int:
+    return codec.total_bytes(t for layer in layers.values() for t in (layer.a, layer.b)) + 1

@@ -1,0 +1,96 @@
+"""A denoiser's conversation with one ControlNet, on one gRPC stream for the whole request.
+
+The engine's thread asks for a step's residuals and gets a future; the event loop sends, receives and resolves. Answers
+come in the order of the questions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from types import TracebackType
+
+import grpc
+import torch
+from latentflow.errors import LatentflowError, UnavailableError
+from latentflow.v1 import stage_pb2, stage_pb2_grpc
+
+from latentflow_nodes import codec
+from latentflow_nodes.peers import Peers
+from latentflow_nodes.sample import Residuals
+
+
+class ResidualStream:
+    """One request's stream to one ControlNet; a `ResidualSource` for the engine.
+
+    Use as an async context manager in the event loop; leaving it ends the stream and fails what is still asked for.
+    """
+
+    def __init__(self, peers: Peers, ref: stage_pb2.ControlNetRef, opening: stage_pb2.ResidualsOpen) -> None:
+        self._peers = peers
+        self._ref = ref
+        self._opening = opening
+        self._loop = asyncio.get_running_loop()
+        self._outgoing: asyncio.Queue[stage_pb2.ResidualsRequest | None] = asyncio.Queue()
+        self._asked: deque[Future[Residuals]] = deque()
+        self._ended: LatentflowError | None = None
+        self._reader: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> ResidualStream:
+        self._outgoing.put_nowait(stage_pb2.ResidualsRequest(open=self._opening))
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        self._end(UnavailableError("The request has ended.", reason="PEER_UNAVAILABLE"))
+
+    def request(self, *, step: int, timestep: float, sample: torch.Tensor, scale: float) -> Future[Residuals]:
+        """Asks for a step's residuals. From any thread."""
+        future: Future[Residuals] = Future()
+        message = stage_pb2.ResidualsRequest(
+            step=stage_pb2.ResidualsStep(step=step, timestep=timestep, sample=codec.inline(sample), scale=scale)
+        )
+        self._loop.call_soon_threadsafe(self._send, message, future)
+        return future
+
+    def _send(self, message: stage_pb2.ResidualsRequest, future: Future[Residuals]) -> None:
+        if self._ended is not None:
+            future.set_exception(self._ended)
+            return
+        self._asked.append(future)
+        self._outgoing.put_nowait(message)
+
+    async def _requests(self) -> AsyncIterator[stage_pb2.ResidualsRequest]:
+        while (message := await self._outgoing.get()) is not None:
+            yield message
+
+    async def _read(self) -> None:
+        stub = stage_pb2_grpc.StageStub(self._peers.channel(self._ref.peer.address))
+        assembler, started = codec.Assembler(), 0.0
+        try:
+            async for response in stub.Residuals(self._requests(), metadata=self._peers.metadata()):
+                started = started or time.perf_counter()
+                if not assembler.add(response.chunk):
+                    continue
+                self._peers.count("receive", assembler.size, time.perf_counter() - started)
+                bundle, assembler, started = assembler.tensors, codec.Assembler(), 0.0
+                down = tuple(bundle[f"down.{i}"] for i in range(len(bundle) - 1))
+                self._asked.popleft().set_result(Residuals(down=down, mid=bundle["mid"]))
+            self._end(UnavailableError("The ControlNet ended the stream.", reason="PEER_UNAVAILABLE"))
+        except grpc.RpcError as error:
+            self._end(self._peers.peer_error(error, peer=self._ref.peer, what="ControlNet"))
+        except (LatentflowError, KeyError, IndexError) as error:
+            self._end(UnavailableError(f"The ControlNet sent nonsense: {error}", reason="PEER_UNAVAILABLE"))
+
+    def _end(self, error: LatentflowError) -> None:
+        self._ended = self._ended or error
+        while self._asked:
+            self._asked.popleft().set_exception(self._ended)

@@ -1,0 +1,83 @@
+"""The LoRA store: adapters in host memory, read from their files when first asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import structlog
+from cachetools import LRUCache
+from latentflow.errors import FailedPreconditionError, LatentflowError, NotFoundError
+from latentflow.v1 import control_pb2, stage_pb2, tensors_pb2
+
+from latentflow_nodes import adapters, codec, weights
+from latentflow_nodes.adapters import Adapter
+from latentflow_nodes.context import Context
+from latentflow_nodes.peers import pack_layers
+
+_log = structlog.get_logger()
+_CACHE_BYTES = 8 << 30
+
+
+class LoRAStore:
+    """The adapters of a folder."""
+
+    def __init__(self, context: Context) -> None:
+        source = context.source()
+        folder = source.component or source.pipeline
+        self.family = weights.family(source.pipeline) if (source.pipeline / "model_index.json").is_file() else ""
+        self._files = adapters.find(folder)
+        if not self._files:
+            raise FailedPreconditionError(
+                f"{folder} holds no adapter: no *.safetensors, and no folder with {' or '.join(adapters.FILE_NAMES)}.",
+                reason="WEIGHTS_UNAVAILABLE",
+            )
+        self._cache: LRUCache[str, Adapter] = LRUCache(_CACHE_BYTES, getsizeof=_size)
+        self._descriptions = [self._description(name, path) for name, path in self._files.items()]
+        self.content_digest = weights.digest(list(self._files.values()))
+
+    def describe(self, response: control_pb2.DescribeResponse) -> None:
+        response.lora_store.adapters.extend(self._descriptions)
+
+    async def warm_up(self) -> None:
+        """Nothing to run: reading the adapters at the start was it."""
+
+    def close(self) -> None:
+        """No thread of its own."""
+
+    async def adapter(self, request: stage_pb2.AdapterRequest) -> Iterator[tensors_pb2.TensorChunk]:
+        """The pieces of one component's part; a bundle of no tensor where the adapter has none."""
+        if request.name not in self._files:
+            raise NotFoundError(
+                f"There is no adapter {request.name!r} in this store; it has {', '.join(self._files)}.",
+                reason="UNKNOWN_ADAPTER",
+            )
+        adapter = self._cache.get(request.name)
+        if adapter is None:
+            adapter = await asyncio.to_thread(adapters.load, request.name, self._files[request.name])
+            self._keep(adapter)
+        return codec.chunks(pack_layers(adapter.components.get(request.component, {})))
+
+    def _keep(self, adapter: Adapter) -> None:
+        if _size(adapter) <= _CACHE_BYTES:
+            self._cache[adapter.name] = adapter
+
+    def _description(self, name: str, path: Path) -> control_pb2.AdapterDescription:
+        try:
+            adapter = adapters.load(name, path)
+        except LatentflowError as error:
+            # One damaged file does not keep the others from being served.
+            _log.warning("adapter cannot be served", adapter=name, problem=error.message)
+            return control_pb2.AdapterDescription(name=name, problem=error.message)
+        self._keep(adapter)
+        return control_pb2.AdapterDescription(
+            name=name, components=list(adapter.components), digest=adapter.digest, rank=adapter.rank
+        )
+
+
+def _size(adapter: Adapter) -> int:
+    def layers_size(layers: Mapping[str, adapters.Layer]) -> int:
+        return codec.total_bytes(t for layer in layers.values() for t in (layer.a, layer.b))
+
+    return 1 + sum(layers_size(layers) for layers in adapter.components.values())

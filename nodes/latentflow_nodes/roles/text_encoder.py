@@ -1,0 +1,140 @@
+"""The text encoder: prompts to conditioning, with the text parts of LoRAs merged before encoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from latentflow.errors import FailedPreconditionError, InvalidRequestError
+from latentflow.v1 import control_pb2, stage_pb2
+
+from latentflow_nodes import weights
+from latentflow_nodes.adapters import Merger
+from latentflow_nodes.context import Context
+from latentflow_nodes.families import FAMILIES, TextParts
+from latentflow_nodes.forward import ForwardTimer
+from latentflow_nodes.peers import Layers
+from latentflow_nodes.worker import Worker
+
+_ENCODERS = ("text_encoder", "text_encoder_2")
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_CLASSES = {"CLIPTextModel", "CLIPTextModelWithProjection"}
+
+
+class TextEncoder:
+    """Every text encoder of a pipeline with its tokenizer."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        root = context.source().pipeline
+        self.family = weights.family(root)
+        self._family = FAMILIES[self.family]
+        index = weights.config(root, "model_index.json")
+        files = [path for name in _ENCODERS if name in index for path in weights.check(root / name)]
+        self.content_digest = weights.digest(files)
+        encoders = {name: self._encoder(root, name, index) for name in _ENCODERS if _present(index, name)}
+        tokenizers = {
+            name: transformers.CLIPTokenizer.from_pretrained(root / name, local_files_only=True)
+            for name in _TOKENIZERS
+            if _present(index, name)
+        }
+        if len(encoders) != len(tokenizers) or not encoders:
+            raise FailedPreconditionError(
+                f"{root} has the text encoders {sorted(encoders)} and the tokenizers {sorted(tokenizers)}; "
+                "each encoder needs its own tokenizer.",
+                reason="WEIGHTS_UNAVAILABLE",
+            )
+        self._tokenizers = tokenizers
+        self._pipeline = self._family.text_pipeline(TextParts(encoders=encoders, tokenizers=tokenizers), config=index)
+        self._mergers = {name: Merger(encoder, what="text encoder") for name, encoder in encoders.items()}
+        self._merged: tuple[Any, ...] = ()
+        self._timer = ForwardTimer(*encoders.values())
+        settings = context.settings
+        self._worker = Worker(threads=settings.threads, max_waiting=settings.max_waiting, metrics=context.metrics)
+
+    def describe(self, response: control_pb2.DescribeResponse) -> None:
+        for tokenizer in self._tokenizers.values():
+            response.text_encoder.tokenizers.add(max_tokens=tokenizer.model_max_length)
+
+    async def warm_up(self) -> None:
+        await self._worker.run(lambda: self._run("", None, guidance=True, adapters={}, key=()))
+
+    def close(self) -> None:
+        self._worker.close()
+
+    async def encode(self, request: stage_pb2.EncodeRequest) -> stage_pb2.EncodeResponse:
+        negative = request.negative_prompt if request.HasField("negative_prompt") else None
+        cut, negative_cut = self._cut(request.prompt), self._cut(negative or "")
+        if request.strict_prompt and (cut or negative_cut):
+            longest = min(tokenizer.model_max_length for tokenizer in self._tokenizers.values())
+            raise InvalidRequestError(
+                f"The prompt is longer than the {longest} tokens this model reads; {cut or negative_cut!r} would be cut "
+                "off. Shorten it, or allow the cut (strict_prompt off).",
+                reason="PROMPT_TOO_LONG",
+            )
+        adapters: dict[str, list[tuple[Layers, float]]] = {}
+        if request.adapters:
+            for name in self._mergers:
+                adapters[name] = await self._context.peers.adapters(request.adapters, name)
+        key = tuple((ref.name, ref.digest, ref.weight) for ref in request.adapters)
+        encoded, forward_ns = await self._worker.run(
+            lambda: self._run(request.prompt, negative, guidance=request.guidance, adapters=adapters, key=key)
+        )
+        return stage_pb2.EncodeResponse(
+            conditioning={name: self._context.store.put(tensor) for name, tensor in encoded.items()},
+            truncated=cut,
+            negative_truncated=negative_cut,
+            forward_ns=forward_ns,
+        )
+
+    def _run(
+        self,
+        prompt: str,
+        negative: str | None,
+        *,
+        guidance: bool,
+        adapters: dict[str, list[tuple[Layers, float]]],
+        key: tuple[Any, ...],
+    ) -> tuple[dict[str, Any], int]:
+        if key != self._merged:
+            self._merged = (None,)
+            for name, merger in self._mergers.items():
+                parts = adapters.get(name, [])
+                for (layers, _), ref_key in zip(parts, key, strict=True):
+                    merger.check(str(ref_key[0]), layers)
+                merger.apply(parts)
+            self._merged = key
+        self._timer.take()
+        encoded = self._family.encode(
+            self._pipeline, prompt=prompt, negative_prompt=negative, guidance=guidance, device=self._context.device
+        )
+        return encoded, self._timer.take()
+
+    def _encoder(self, root: Any, name: str, index: dict[str, Any]) -> Any:
+        cls = str(index[name][1])
+        if cls not in _CLASSES:
+            raise FailedPreconditionError(
+                f"{root / name} is a {cls}; this server runs {' and '.join(sorted(_CLASSES))}.",
+                reason="UNSUPPORTED_FAMILY",
+            )
+        encoder = getattr(transformers, cls).from_pretrained(
+            root / name, dtype=self._context.dtype, use_safetensors=True, local_files_only=True
+        )
+        return encoder.to(self._context.device).eval()
+
+    def _cut(self, text: str) -> str:
+        """What the tightest tokenizer does not take of a text."""
+        cut = ""
+        for tokenizer in self._tokenizers.values():
+            ids = tokenizer(text, truncation=False, padding=False).input_ids
+            room = tokenizer.model_max_length
+            if len(ids) > room:
+                # The end marker keeps its place, so one token less of the text fits.
+                lost = tokenizer.decode(ids[room - 1 : -1])
+                cut = max(cut, str(lost), key=len)
+        return cut
+
+
+def _present(index: dict[str, Any], name: str) -> bool:
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None

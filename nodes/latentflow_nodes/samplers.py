@@ -1,0 +1,141 @@
+"""Samplers by name, each request's its own object, and their state as plain data.
+
+A sampler is a diffusers scheduler made from the model's scheduler config. `snapshot` and `restore` carry one over to
+another process generically: whatever attributes a scheduler changes while it steps are part of its state, so that no
+sampler needs code of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import diffusers
+import torch
+from latentflow.errors import DataLossError, InvalidRequestError
+
+# Names as ComfyUI has them; the settings are those under which diffusers documents each.
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "uni_pc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+# What diffusers keeps about the configuration, not about the run.
+_NOT_STATE = {"_internal_dict", "config"}
+
+
+def available(config: dict[str, Any]) -> list[str]:
+    """Names that a request may use, the model's own first."""
+    own = str(config.get("_class_name", ""))
+    names = [name for name, (cls, _) in SAMPLERS.items() if cls == own] or [own]
+    return names + [name for name in SAMPLERS if name not in names]
+
+
+def build(name: str, config: dict[str, Any]) -> Any:
+    """A fresh scheduler. InvalidRequestError for a name that `available` does not list."""
+    own = available(config)[0]
+    name = name or own
+    if name == own:
+        return getattr(diffusers, str(config["_class_name"])).from_config(config)
+    if name not in SAMPLERS:
+        raise InvalidRequestError(
+            f"Sampler {name!r} is not known; use one of {', '.join(available(config))}.", reason="UNKNOWN_SAMPLER"
+        )
+    cls, settings = SAMPLERS[name]
+    return getattr(diffusers, cls).from_config(config, **settings)
+
+
+class Sampler:
+    """One request's sampler.
+
+    Args:
+        name: As in `available`; empty for the model's own.
+        config: The model's scheduler config, with `_class_name`.
+        steps: Denoising steps, at least 1.
+        device: Where the timesteps live.
+    """
+
+    def __init__(self, *, name: str, config: dict[str, Any], steps: int, device: torch.device) -> None:
+        self._scheduler = build(name, config)
+        try:
+            self._scheduler.set_timesteps(steps, device=device)
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise InvalidRequestError(f"This sampler cannot run {steps} steps: {error}") from None
+        accepted = inspect.signature(self._scheduler.step).parameters
+        self._accepts_generator = "generator" in accepted
+        self._accepts_eta = "eta" in accepted
+        self._fresh = copy.deepcopy(_state(self._scheduler))
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        """One for each model evaluation, in order; solvers of second order have more of them than steps."""
+        timesteps: torch.Tensor = self._scheduler.timesteps
+        return timesteps
+
+    @property
+    def initial_sigma(self) -> float | torch.Tensor:
+        sigma: float | torch.Tensor = self._scheduler.init_noise_sigma
+        return sigma
+
+    def scale(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The model's input for latents of any batch size."""
+        scaled: torch.Tensor = self._scheduler.scale_model_input(latents, timestep)
+        return scaled
+
+    def step(
+        self,
+        noise: torch.Tensor,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+        *,
+        generator: torch.Generator,
+        eta: float,
+    ) -> torch.Tensor:
+        """The next latents, [1, channels, height, width] as the others."""
+        extra: dict[str, Any] = {}
+        if self._accepts_generator:
+            extra["generator"] = generator
+        if self._accepts_eta:
+            extra["eta"] = eta
+        stepped: torch.Tensor = self._scheduler.step(noise, timestep, latents, **extra, return_dict=False)[0]
+        return stepped
+
+    def snapshot(self) -> dict[str, Any]:
+        """What stepping has changed since the timesteps were set; for `restore` on an equal sampler."""
+        return {key: value for key, value in _state(self._scheduler).items() if not _equal(value, self._fresh.get(key))}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over a snapshot. DataLossError for attributes that this sampler does not have."""
+        unknown = state.keys() - self._fresh.keys()
+        if unknown:
+            raise DataLossError(f"A checkpoint of another sampler: it has {sorted(unknown)}, which this one has not.")
+        for key, value in state.items():
+            setattr(self._scheduler, key, _like(value, self._fresh[key]))
+
+
+def _state(scheduler: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(scheduler).items() if key not in _NOT_STATE}
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return (
+            isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and bool((a == b).all())
+        )
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    try:
+        return bool(a == b)
+    except ValueError:
+        return bool((a == b).all())
+
+
+def _like(value: Any, fresh: Any) -> Any:
+    # Timesteps stay on the device that set_timesteps put them on.
+    if isinstance(value, torch.Tensor) and isinstance(fresh, torch.Tensor):
+        return value.to(fresh.device)
+    return value

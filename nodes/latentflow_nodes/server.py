@@ -1,0 +1,174 @@
+"""The model server's process: loads the role, serves it, drains at SIGTERM.
+
+`main` is the command `latentflow-node`; `serve` runs one server inside an event loop, for tests and embedding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc.aio
+import structlog
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from latentflow import logs, rpc
+from latentflow.errors import FailedPreconditionError, LatentflowError
+from latentflow.metrics import NODE, Instruments
+from latentflow.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    stage_pb2,
+    stage_pb2_grpc,
+    tensors_pb2,
+    tensors_pb2_grpc,
+)
+
+from latentflow_nodes import roles, settings
+from latentflow_nodes.calls import Calls, TokenInterceptor
+from latentflow_nodes.context import Context
+from latentflow_nodes.peers import Peers
+from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
+from latentflow_nodes.settings import NodeSettings
+from latentflow_nodes.store import TensorStore
+
+_log = structlog.get_logger()
+_SWEEP_SECONDS = 1.0
+_SERVICES = (
+    stage_pb2.DESCRIPTOR.services_by_name["Stage"].full_name,
+    tensors_pb2.DESCRIPTOR.services_by_name["Tensors"].full_name,
+    control_pb2.DESCRIPTOR.services_by_name["Control"].full_name,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A running server."""
+
+    address: str
+    metrics_port: int
+    context: Context
+    health: health.aio.HealthServicer
+    calls: Calls
+
+    async def drain(self, grace: float) -> None:
+        """Takes no new request, waits at most `grace` seconds for the running ones and for what others still hold."""
+        await _set_health(self.health, health_pb2.HealthCheckResponse.NOT_SERVING)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self.calls.drained()
+
+
+@contextlib.asynccontextmanager
+async def serve(node: NodeSettings) -> AsyncIterator[Node]:
+    """Loads and serves; ready, warmed up, when entered. LatentflowError where that cannot be."""
+    host = node.listen.rpartition(":")[0]
+    metrics = Instruments(NODE, model=node.identity or node.uri, role=node.role)
+    server = grpc.aio.server(
+        options=list(rpc.SERVER_OPTIONS), interceptors=[TokenInterceptor(node.token)] if node.token else []
+    )
+    bound = _bind(server, node)
+    address = node.advertise or f"{host}:{bound}"
+    started = time.perf_counter()
+    try:
+        metrics_host, _, metrics_port = node.metrics.rpartition(":")
+        metrics_port_bound = metrics.serve(host=metrics_host, port=int(metrics_port))
+    except OSError as error:
+        raise _port_taken(node.metrics, "metrics", error) from None
+    async with contextlib.AsyncExitStack() as stack:
+        peers = await stack.enter_async_context(Peers(token=node.token, tls=node.tls, metrics=metrics))
+        store = TensorStore(address=address, lease=node.lease, clock=time.monotonic, metrics=metrics)
+        context = Context(settings=node, metrics=metrics, store=store, peers=peers)
+        role = roles.load(context)
+        stack.callback(role.close)
+        await role.warm_up()
+        metrics.of("latentflow_loads_total", kind="model").inc()
+        metrics.of("latentflow_load_seconds_total", kind="model").inc(time.perf_counter() - started)
+        calls = Calls(metrics)
+        serving = Node(
+            address=address,
+            metrics_port=metrics_port_bound,
+            context=context,
+            health=health.aio.HealthServicer(),
+            calls=calls,
+        )
+        stage_pb2_grpc.add_StageServicer_to_server(StageServicer(context, role, calls), server)
+        tensors_pb2_grpc.add_TensorsServicer_to_server(TensorsServicer(context), server)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(context, role, serving.drain), server)
+        health_pb2_grpc.add_HealthServicer_to_server(serving.health, server)
+        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        await _set_health(serving.health, health_pb2.HealthCheckResponse.SERVING)
+        await server.start()
+        stack.push_async_callback(server.stop, 1.0)
+        sweeper = asyncio.create_task(_sweep(store))
+        stack.callback(sweeper.cancel)
+        metrics.of("latentflow_ready").set(1)
+        _log.info("ready", address=address, metrics_port=serving.metrics_port, seconds=time.perf_counter() - started)
+        yield serving
+
+
+async def run(node: NodeSettings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    async with serve(node) as serving:
+        await stop.wait()
+        _log.info("draining")
+        await serving.drain(node.drain)
+    _log.info("stopped")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command `latentflow-node`. Exits 2 with one line where the model cannot be served as asked."""
+    node = settings.parse(argv)
+    logs.configure(process=node.identity or node.role, form=node.log_format)
+    torch.set_num_threads(node.threads)
+    try:
+        asyncio.run(run(node))
+    except LatentflowError as error:
+        print(f"latentflow-node: {error.message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _bind(server: grpc.aio.Server, node: NodeSettings) -> int:
+    try:
+        if node.tls is None:
+            bound = server.add_insecure_port(node.listen)
+        else:
+            bound = server.add_secure_port(node.listen, node.tls.server_credentials())
+    except RuntimeError as error:
+        raise _port_taken(node.listen, "gRPC", error) from None
+    if not bound:
+        raise _port_taken(node.listen, "gRPC", "bind failed")
+    return bound
+
+
+def _port_taken(listen: str, what: str, error: object) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"{listen} cannot be listened on for {what} ({error}); is another process using the port? Choose another.",
+        reason="PORT_TAKEN",
+    )
+
+
+async def _set_health(servicer: health.aio.HealthServicer, state: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    for service in ("", *_SERVICES):
+        await servicer.set(service, state)
+
+
+async def _sweep(store: TensorStore) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_SECONDS)
+        if freed := store.sweep():
+            _log.warning("leases ended without a release", tensors=freed)
+
+
+if __name__ == "__main__":
+    main()

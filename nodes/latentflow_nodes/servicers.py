@@ -1,0 +1,158 @@
+"""The server's side of the wire: decode, call the role or the store, encode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
+from typing import Any
+
+from latentflow import rpc
+from latentflow.errors import FailedPreconditionError, UnimplementedError
+from latentflow.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    stage_pb2,
+    stage_pb2_grpc,
+    tensors_pb2,
+    tensors_pb2_grpc,
+)
+
+from latentflow_nodes import codec
+from latentflow_nodes.calls import Calls, streaming, unary
+from latentflow_nodes.context import Context
+
+_ROLES = {
+    "TextEncoder": control_pb2.ROLE_TEXT_ENCODER,
+    "Denoiser": control_pb2.ROLE_DENOISER,
+    "ControlNet": control_pb2.ROLE_CONTROL_NET,
+    "LoRAStore": control_pb2.ROLE_LORA_STORE,
+    "VAE": control_pb2.ROLE_VAE,
+}
+
+
+class StageServicer(stage_pb2_grpc.StageServicer):
+    """The work of the server's role; other roles' calls are UNIMPLEMENTED."""
+
+    def __init__(self, context: Context, role: Any, calls: Calls) -> None:
+        self._context = context
+        self._role = role
+        self.calls = calls
+
+    @unary
+    async def Encode(self, request: stage_pb2.EncodeRequest) -> Any:
+        return await self._of("encode")(request)
+
+    @streaming
+    async def Denoise(self, request: stage_pb2.DenoiseRequest) -> AsyncIterator[Any]:
+        async for event in self._of("denoise")(request):
+            yield event
+
+    @unary
+    async def Decode(self, request: stage_pb2.DecodeRequest) -> Any:
+        return await self._of("decode")(request)
+
+    @streaming
+    async def Adapter(self, request: stage_pb2.AdapterRequest) -> AsyncIterator[Any]:
+        for chunk in await self._of("adapter")(request):
+            self._context.peers.count("send", len(chunk.data), 0)
+            yield stage_pb2.AdapterResponse(chunk=chunk)
+
+    @streaming
+    async def Residuals(self, requests: AsyncIterator[stage_pb2.ResidualsRequest]) -> AsyncIterator[Any]:
+        async for response in self._of("residuals")(requests):
+            self._context.peers.count("send", len(response.chunk.data), 0)
+            yield response
+
+    @streaming
+    async def PredictNoise(self, requests: AsyncIterator[stage_pb2.PredictNoiseRequest]) -> AsyncIterator[Any]:
+        raise UnimplementedError("This version computes both guidance halves in one replica; name no guidance peer.")
+        yield
+
+    def _of(self, name: str) -> Callable[[Any], Any]:
+        method: Callable[[Any], Any] | None = getattr(self._role, name, None)
+        if method is None:
+            raise UnimplementedError(
+                f"This server is a {self._context.settings.role}; it does not {name}. The caller's directory is wrong."
+            )
+        return method
+
+
+class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
+    """Held tensors. Open while the server drains: others may still need what it made."""
+
+    calls = None
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    @streaming
+    async def Fetch(self, request: tensors_pb2.FetchRequest) -> AsyncIterator[Any]:
+        tensor = self._context.store.get(boot_id=request.boot_id, key=request.id)
+        started, sent = time.perf_counter(), 0
+        for chunk in codec.chunks({"tensor": tensor}):
+            yield tensors_pb2.FetchResponse(chunk=chunk)
+            sent += len(chunk.data)
+        self._context.peers.count("send", sent, time.perf_counter() - started)
+
+    @unary
+    async def Renew(self, request: tensors_pb2.RenewRequest) -> Any:
+        store = self._context.store
+        lost = store.renew(boot_id=request.boot_id, keys=request.ids)
+        return tensors_pb2.RenewResponse(lease=store.lease(), lost=lost)
+
+    @unary
+    async def Release(self, request: tensors_pb2.ReleaseRequest) -> Any:
+        released = self._context.store.release(boot_id=request.boot_id, keys=request.ids)
+        return tensors_pb2.ReleaseResponse(released=released)
+
+
+class ControlServicer(control_pb2_grpc.ControlServicer):
+    """What the server is, and drain."""
+
+    calls = None
+
+    def __init__(self, context: Context, role: Any, drain: Callable[[float], Any]) -> None:
+        self._context = context
+        self._role = role
+        self._drain = drain
+
+    @unary
+    async def Describe(self, request: control_pb2.DescribeRequest) -> Any:
+        asked = request.protocol_version
+        if abs(asked - rpc.PROTOCOL_VERSION) > 1:
+            raise FailedPreconditionError(
+                f"The caller speaks protocol {asked}, this server {rpc.PROTOCOL_VERSION}; only neighbours understand "
+                "each other. Bring both to one version.",
+                reason="PROTOCOL_MISMATCH",
+            )
+        settings = self._context.settings
+        response = control_pb2.DescribeResponse(
+            protocol_version=rpc.PROTOCOL_VERSION,
+            role=_ROLES[settings.role],
+            family=self._role.family,
+            content_digest=self._role.content_digest,
+            boot_id=self._context.store.boot_id,
+            model=settings.identity,
+            version=version("latentflow"),
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            dtype=settings.dtype,
+            device=settings.device,
+        )
+        self._role.describe(response)
+        return response
+
+    @unary
+    async def Sleep(self, request: control_pb2.SleepRequest) -> Any:
+        raise UnimplementedError("This version keeps its weights on their device.")
+
+    @unary
+    async def Wake(self, request: control_pb2.WakeRequest) -> Any:
+        raise UnimplementedError("This version keeps its weights on their device.")
+
+    @unary
+    async def Drain(self, request: control_pb2.DrainRequest) -> Any:
+        given = request.grace.ToTimedelta().total_seconds() if request.HasField("grace") else None
+        await self._drain(self._context.settings.drain if given is None else given)
+        return control_pb2.DrainResponse()

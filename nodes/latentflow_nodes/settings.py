@@ -1,0 +1,122 @@
+"""What a model server is told at its start; read from the command line, handed to everything else frozen."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from latentflow import rpc
+
+ROLES = ("TextEncoder", "Denoiser", "ControlNet", "LoRAStore", "VAE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """Settings of one server.
+
+    Attributes:
+        role: What to load and serve.
+        uri, subfolder, revision: The model's source.
+        model_root: What relative URIs resolve against.
+        identity: The model's identity, for logs and `Describe`.
+        listen: host:port to serve gRPC on; port 0 lets the system choose.
+        advertise: host:port that peers reach this server by; None: `listen`.
+        metrics: host:port for /metrics.
+        threads: Threads of one forward pass.
+        device: "cpu" or "cuda".
+        dtype: "float32", "float16" or "bfloat16".
+        max_running: Requests that may share a forward pass.
+        max_waiting: Requests that may wait; one more is refused.
+        lease: Seconds a handle lives without being renewed.
+        drain: Seconds that running requests get when the server is told to stop.
+        token: Shared secret of the servers; None: none asked for.
+    """
+
+    role: Literal["TextEncoder", "Denoiser", "ControlNet", "LoRAStore", "VAE"]
+    uri: str
+    subfolder: str | None = None
+    revision: str | None = None
+    model_root: Path = Path("models")
+    identity: str = ""
+    listen: str = "127.0.0.1:0"
+    advertise: str | None = None
+    metrics: str = "127.0.0.1:0"
+    threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    max_running: int = 4
+    max_waiting: int = 64
+    lease: float = 60.0
+    drain: float = 30.0
+    token: str | None = None
+    tls: rpc.Tls | None = None
+    log_format: Literal["console", "json"] = "console"
+
+
+def usable_cores() -> int:
+    """Cores this process may use: the cgroup's CPU limit, rounded up, or the affinity mask, whichever is less."""
+    cores = len(os.sched_getaffinity(0))
+    limit = _cgroup_limit()
+    return cores if limit is None else max(1, min(cores, math.ceil(limit)))
+
+
+def parse(argv: list[str] | None = None) -> NodeSettings:
+    """Settings from a command line and the environment; exits with a usage message on nonsense."""
+    parser = argparse.ArgumentParser(
+        prog="latentflow-node",
+        description="Serves one model of a workflow over gRPC.",
+        epilog="The servers' shared secret is read from the environment variable LATENTFLOW_TOKEN.",
+    )
+    add = parser.add_argument
+    add("--role", required=True, choices=ROLES, help="what the model is for")
+    add("--uri", required=True, help="the source: a folder under the model root, file:///abs or hf://org/repo")
+    add("--subfolder", help="one component of the source")
+    add("--revision", help="revision of an hf:// source")
+    add("--model-root", type=Path, default=Path("models"), help="what relative URIs resolve against (default: models)")
+    add("--identity", default="", help="the model's identity, for logs and Describe")
+    add("--listen", default="127.0.0.1:0", help="host:port for gRPC (default: a free port of this host)")
+    add("--advertise", help="host:port by which peers reach this server (default: as --listen)")
+    add("--metrics", default="127.0.0.1:0", help="host:port for /metrics (default: a free port)")
+    add("--threads", type=int, default=0, help="threads of a forward pass (default: the cores of the cgroup)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    add(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="element type (default: float32)"
+    )
+    add("--max-running", type=int, default=4, help="requests that may share a forward pass (default: 4)")
+    add("--max-waiting", type=int, default=64, help="requests that may wait (default: 64)")
+    add("--lease", type=float, default=60.0, help="seconds a handle lives unless renewed (default: 60)")
+    add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
+    add("--tls-cert", type=Path, help="certificate, PEM")
+    add("--tls-key", type=Path, help="its key, PEM")
+    add("--tls-ca", type=Path, help="CA of peers' certificates, PEM; makes TLS mutual")
+    add("--log-format", choices=("console", "json"), default="console")
+    args = parser.parse_args(argv)
+    for name, least in (("max_running", 1), ("max_waiting", 0), ("threads", 0), ("lease", 1.0), ("drain", 0.0)):
+        if not getattr(args, name) >= least:
+            parser.error(f"--{name.replace('_', '-')} has to be at least {least}, not {getattr(args, name)}")
+    tls = None
+    if args.tls_cert or args.tls_key or args.tls_ca:
+        if not (args.tls_cert and args.tls_key):
+            parser.error("TLS needs both --tls-cert and --tls-key")
+        tls = rpc.Tls(ca=args.tls_ca, certificate=args.tls_cert, key=args.tls_key)
+    plain = {k: v for k, v in vars(args).items() if not k.startswith("tls_")}
+    plain["threads"] = args.threads or usable_cores()
+    return NodeSettings(**plain, tls=tls, token=os.environ.get("LATENTFLOW_TOKEN") or None)
+
+
+def _cgroup_limit() -> float | None:
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text())
+        period_us = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text())
+        return None if quota_us <= 0 else quota_us / period_us
+    except (OSError, ValueError):
+        return None

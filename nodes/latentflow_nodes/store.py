@@ -1,0 +1,108 @@
+"""Tensors that this server holds for others, each under a lease.
+
+Roles `put` what they made and send the handle; the Tensors servicer reads, renews and releases; `sweep` frees what
+nobody renewed, so that a consumer that died leaks nothing. Used from the event loop's thread only.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from google.protobuf import duration_pb2
+from latentflow.errors import OwnerLostError
+from latentflow.metrics import Instruments
+from latentflow.v1 import tensors_pb2
+
+from latentflow_nodes import codec
+
+
+@dataclass(slots=True)
+class _Held:
+    tensor: torch.Tensor
+    expires: float
+
+
+class TensorStore:
+    """The tensors of one server.
+
+    Args:
+        address: host:port that peers fetch from.
+        lease: Seconds a handle lives unless renewed.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, *, address: str, lease: float, clock: Callable[[], float], metrics: Instruments) -> None:
+        self.boot_id = secrets.token_hex(8)
+        self._address = address
+        self._lease = lease
+        self._clock = clock
+        self._held: dict[bytes, _Held] = {}
+        self._bytes = 0
+        self._count_gauge = metrics.of("latentflow_tensors_held")
+        self._bytes_gauge = metrics.of("latentflow_tensor_held_bytes")
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def put(self, tensor: torch.Tensor) -> tensors_pb2.Tensor:
+        """Holds a tensor; the message has its handle."""
+        tensor = tensor.detach()
+        key = secrets.token_bytes(16)
+        self._held[key] = _Held(tensor, self._clock() + self._lease)
+        self._bytes += codec.total_bytes([tensor])
+        self._report()
+        return codec.described(
+            tensor,
+            tensors_pb2.Handle(owner=self._address, boot_id=self.boot_id, id=key, lease=self.lease()),
+        )
+
+    def get(self, *, boot_id: str, key: bytes) -> torch.Tensor:
+        """The tensor of a handle. OwnerLostError where it is not held, whatever the reason."""
+        held = self._held.get(key) if boot_id == self.boot_id else None
+        if held is None:
+            raise OwnerLostError(
+                f"{self._address} does not hold this tensor (any more): it restarted, or the lease ended. "
+                "Run the stage that made it again.",
+                details={"owner": self._address},
+            )
+        return held.tensor
+
+    def renew(self, *, boot_id: str, keys: Iterable[bytes]) -> list[bytes]:
+        """Extends leases; returns the keys that are not held here."""
+        lost = []
+        for key in keys:
+            held = self._held.get(key) if boot_id == self.boot_id else None
+            if held is None:
+                lost.append(key)
+            else:
+                held.expires = self._clock() + self._lease
+        return lost
+
+    def release(self, *, boot_id: str, keys: Iterable[bytes]) -> int:
+        """Frees tensors; returns how many of them were held."""
+        return sum(self._drop(key) for key in keys) if boot_id == self.boot_id else 0
+
+    def sweep(self) -> int:
+        """Frees what expired; returns how many."""
+        now = self._clock()
+        return sum(self._drop(key) for key in [k for k, held in self._held.items() if held.expires <= now])
+
+    def lease(self) -> duration_pb2.Duration:
+        duration = duration_pb2.Duration()
+        duration.FromNanoseconds(int(self._lease * 1e9))
+        return duration
+
+    def _drop(self, key: bytes) -> bool:
+        held = self._held.pop(key, None)
+        if held is None:
+            return False
+        self._bytes -= codec.total_bytes([held.tensor])
+        self._report()
+        return True
+
+    def _report(self) -> None:
+        self._count_gauge.set(len(self._held))
+        self._bytes_gauge.set(self._bytes)

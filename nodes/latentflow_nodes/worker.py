@@ -1,0 +1,74 @@
+"""The one thread in which a server's model runs, behind a bounded queue.
+
+Torch's thread pools belong to the calling thread, and two forward passes at a time would only slow each other down;
+so every role but the denoiser, whose engine is its own, hands its forward passes to a `Worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from latentflow.errors import OverloadedError
+from latentflow.metrics import Instruments
+
+T = TypeVar("T")
+
+
+def queue_full(*, waiting: int, limit: int, seconds_each: float) -> OverloadedError:
+    """The refusal of a full queue, with the time after which there should be room."""
+    return OverloadedError(
+        f"This server's queue is full ({waiting} of {limit} waiting); try again, or let the model have more replicas.",
+        retry_after=max(0.05, waiting * seconds_each / 2),
+    )
+
+
+class Worker:
+    """Runs callables one at a time in its thread.
+
+    Args:
+        threads: Torch's threads in that thread.
+        max_waiting: Calls that may wait for the one that runs.
+    """
+
+    def __init__(self, *, threads: int, max_waiting: int, metrics: Instruments) -> None:
+        self._executor = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
+        self._max_waiting = max_waiting
+        # Calls that are here: the one that runs and those that wait for it.
+        self._present = 0
+        self._mean = 0.0
+        self._metrics = metrics
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The callable's result. OverloadedError when too many wait; a cancelled caller's work is not begun."""
+        if self._present > self._max_waiting:
+            raise queue_full(waiting=self._present - 1, limit=self._max_waiting, seconds_each=self._mean)
+        self._count(1)
+        future = self._executor.submit(self._timed, work)
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            self._count(-1)
+
+    @torch.inference_mode()
+    def _timed(self, work: Callable[[], T]) -> T:
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            seconds = time.perf_counter() - start
+            self._mean = seconds if self._mean == 0 else 0.9 * self._mean + 0.1 * seconds
+            self._metrics.of("latentflow_step_seconds").observe(seconds)
+            self._metrics.of("latentflow_batch_size").observe(1)
+
+    def _count(self, change: int) -> None:
+        self._present += change
+        self._metrics.of("latentflow_queue_depth").set(max(0, self._present - 1))
+        self._metrics.of("latentflow_in_flight").set(min(1, self._present))
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
