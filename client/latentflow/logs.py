@@ -41,4 +41,6 @@ def configure(*, process: str, form: Literal["console", "json"] = "console", lev
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=f"{process}: %(name)s: %(message)s", force=True)
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format=f"{process}: %(name)s: %(message)s", force=True
+    )

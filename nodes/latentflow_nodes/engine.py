@@ -163,7 +163,10 @@ class Engine:
         extra: dict[str, Any] = stack([sample.inputs for sample in batch])
         residuals = _LazyResiduals(batch, inputs)
         if residuals.wanted:
-            extra |= {"down_block_additional_residuals": residuals, "mid_block_additional_residual": _Middle(residuals)}
+            extra = extra | {
+                "down_block_additional_residuals": residuals,
+                "mid_block_additional_residual": _Middle(residuals),
+            }
         if len(batch) == 1:
             model_input, timestep = inputs[0], batch[0].timestep
         else:
@@ -208,6 +211,13 @@ class Engine:
             self._report()
         sample.listener.failed(sample, error)
 
+    def _fail_all(self, error: LatentflowError) -> None:
+        with self._changed:
+            left = [*self._running.values(), *self._waiting.values()]
+            self._waiting.clear()
+        for sample in left:
+            self._fail(sample, error)
+
     def _report(self) -> None:
         self._metrics.of("latentflow_queue_depth").set(len(self._waiting))
         self._metrics.of("latentflow_in_flight").set(len(self._running))
@@ -219,11 +229,14 @@ class Engine:
                 while not (self._stopping or self._waiting or self._running):
                     self._changed.wait()
                 if self._stopping:
-                    left = [*self._running.values(), *self._waiting.values()]
                     break
-            self.step()
-        for sample in left:
-            self._fail(sample, UnavailableError("This server stops; try another replica.", reason="DRAINING"))
+            try:
+                self.step()
+            except Exception as error:
+                # A defect of ours: no request waits for ever, and the next ones are served.
+                _log.exception("the step loop failed")
+                self._fail_all(_as_error(error))
+        self._fail_all(UnavailableError("This server stops; try another replica.", reason="DRAINING"))
 
 
 class _LazyResiduals:

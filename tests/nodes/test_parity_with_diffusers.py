@@ -1,0 +1,153 @@
+"""Exact modes equal the plain diffusers pipeline: latents within 1e-4, images within 1/255."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+)
+from PIL import Image
+from support.packs import SHAPES, tiny_sdxl, tiny_v_prediction
+from support.stack import Request, Stack, started
+
+from latentflow_nodes.samplers import SAMPLERS
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+LATENTS = 1e-4
+PIXELS = 1
+
+
+def reference(root: Path, request: Request, *, xl: bool = False) -> tuple[torch.Tensor, Image.Image]:
+    """What diffusers makes of a request: final latents and the image."""
+    names = [name for name, _, _ in request.controls]
+    folders = {"edges": "controlnet-edges", "layout": "controlnet-layout", "control": "controlnet"}
+    nets = [ControlNetModel.from_pretrained(root / folders[name]) for name in names]
+    plain: Any = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
+    with_nets: Any = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
+    extra: dict[str, Any] = {}
+    if nets:
+        pipe = with_nets.from_pretrained(root, controlnet=nets if len(nets) > 1 else nets[0])
+        images = [image for _, image, _ in request.controls]
+        scales = [scale for _, _, scale in request.controls]
+        extra = {
+            "image": images if len(nets) > 1 else images[0],
+            "controlnet_conditioning_scale": scales if len(nets) > 1 else scales[0],
+        }
+    else:
+        pipe = plain.from_pretrained(root)
+    pipe.set_progress_bar_config(disable=True)
+    if request.sampler:
+        cls, settings = SAMPLERS[request.sampler]
+        pipe.scheduler = getattr(diffusers, cls).from_config(pipe.scheduler.config, **settings)
+    for name, _ in request.loras:
+        pipe.load_lora_weights(root / "loras" / name, adapter_name=name)
+    if request.loras:
+        pipe.set_adapters([name for name, _ in request.loras], [weight for _, weight in request.loras])
+    arguments = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "width": request.side,
+        "height": request.side,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+    }
+    latents = pipe(**arguments, **extra, generator=torch.Generator().manual_seed(request.seed), output_type="latent")
+    image = pipe(**arguments, **extra, generator=torch.Generator().manual_seed(request.seed), output_type="pil")
+    return latents.images, image.images[0]
+
+
+async def assert_equal(stack: Stack, root: Path, request: Request, *, xl: bool = False) -> None:
+    expected_latents, expected_image = reference(root, request, xl=xl)
+    latents, image = await stack.generate(request)
+    assert (latents - expected_latents).abs().max().item() <= LATENTS
+    difference = np.abs(np.asarray(image, dtype=int) - np.asarray(expected_image, dtype=int))
+    assert difference.max() <= PIXELS
+
+
+async def test_a_prompt_alone_makes_the_image_that_diffusers_makes(shapes: Stack) -> None:
+    await assert_equal(shapes, SHAPES, Request(steps=20))
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 1.5, 7.5])
+async def test_any_guidance_scale_is_diffusers_own(shapes: Stack, guidance_scale: float) -> None:
+    await assert_equal(shapes, SHAPES, Request(guidance_scale=guidance_scale))
+
+
+async def test_a_negative_prompt_is_diffusers_own(shapes: Stack) -> None:
+    await assert_equal(shapes, SHAPES, Request(negative_prompt="a small blue star, black background"))
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+async def test_every_sampler_is_diffusers_own(shapes: Stack, sampler: str) -> None:
+    await assert_equal(shapes, SHAPES, Request(sampler=sampler, steps=8))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+async def test_the_edges_controlnet_is_diffusers_own(
+    shapes: Stack, edge_image: Image.Image, guidance_scale: float
+) -> None:
+    await assert_equal(shapes, SHAPES, Request(controls=[("edges", edge_image, 0.8)], guidance_scale=guidance_scale))
+
+
+async def test_the_layout_controlnet_is_diffusers_own(shapes: Stack, layout_image: Image.Image) -> None:
+    await assert_equal(shapes, SHAPES, Request(controls=[("layout", layout_image, 1.0)]))
+
+
+async def test_two_controlnets_are_summed_as_diffusers_sums_them(
+    shapes: Stack, edge_image: Image.Image, layout_image: Image.Image
+) -> None:
+    await assert_equal(shapes, SHAPES, Request(controls=[("edges", edge_image, 0.7), ("layout", layout_image, 0.9)]))
+
+
+@pytest.mark.parametrize("lora", ["outline", "pastel", "neon"])
+async def test_each_lora_is_diffusers_own(shapes: Stack, lora: str) -> None:
+    await assert_equal(shapes, SHAPES, Request(loras=[(lora, 0.8)]))
+
+
+async def test_two_loras_are_added_as_diffusers_adds_them(shapes: Stack) -> None:
+    await assert_equal(shapes, SHAPES, Request(loras=[("outline", 0.6), ("neon", 0.5)]))
+
+
+async def test_controlnets_and_loras_together_are_diffusers_own(
+    shapes: Stack, edge_image: Image.Image, layout_image: Image.Image
+) -> None:
+    controls = [("edges", edge_image, 0.7), ("layout", layout_image, 0.9)]
+    await assert_equal(shapes, SHAPES, Request(controls=controls, loras=[("pastel", 0.9), ("neon", 0.4)]))
+
+
+async def test_after_a_lora_the_plain_model_is_back_bit_for_bit(shapes: Stack) -> None:
+    before, _ = await shapes.generate(Request())
+    await shapes.generate(Request(loras=[("outline", 1.0), ("pastel", 0.3), ("neon", -0.5)]))
+    after, _ = await shapes.generate(Request())
+    assert torch.equal(before, after)
+
+
+async def test_a_v_prediction_model_is_diffusers_own(tmp_path: Path) -> None:
+    tiny_v_prediction(tmp_path / "tiny")
+    async with started(tmp_path, "tiny") as stack:
+        await assert_equal(stack, tmp_path / "tiny", Request(side=32))
+
+
+@pytest.mark.parametrize(("guidance_scale", "negative_prompt"), [(1.0, None), (5.0, None), (5.0, "a blue star")])
+async def test_sdxl_is_diffusers_own(tmp_path: Path, guidance_scale: float, negative_prompt: str | None) -> None:
+    tiny_sdxl(tmp_path / "tiny")
+    async with started(tmp_path, "tiny") as stack:
+        request = Request(side=32, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+        await assert_equal(stack, tmp_path / "tiny", request, xl=True)
+
+
+async def test_an_sdxl_controlnet_is_diffusers_own(tmp_path: Path, edge_image: Image.Image) -> None:
+    tiny_sdxl(tmp_path / "tiny")
+    async with started(tmp_path, "tiny", controls={"control": "controlnet"}) as stack:
+        request = Request(side=32, controls=[("control", edge_image.resize((32, 32)), 0.8)])
+        await assert_equal(stack, tmp_path / "tiny", request, xl=True)

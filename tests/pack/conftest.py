@@ -1,0 +1,43 @@
+"""Scenes, pictures and a training small enough for a test."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from latentflow_pack.grammar import HeldOut, Scene, sample
+from latentflow_pack.settings import Adapter, Settings, Stage
+
+NOTHING = HeldOut(pairs=frozenset(), couples=frozenset())
+
+
+@pytest.fixture(scope="session")
+def scenes() -> list[Scene]:
+    """Scenes of every kind, the held-out pairs among them, with every word said."""
+    rng = random.Random(11)
+    return [sample(rng, NOTHING, full=1.0) for _ in range(600)]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Settings:
+    """All stages at sizes that take seconds."""
+    stage = Stage(steps=4, batch=2, rate=1e-3, warmup=1, save_every=2, report_every=100)
+    return Settings(
+        out=tmp_path / "pack",
+        work=tmp_path / "work",
+        threads=1,
+        vae_channels=(8, 8, 8, 8),
+        unet_channels=(16, 16),
+        text_width=16,
+        text_layers=1,
+        hint_channels=(8, 8, 8, 8),
+        pictures=8,
+        hinted=8,
+        styled=8,
+        vae=stage,
+        denoiser=stage,
+        controlnet=stage,
+        lora=stage,
+        adapters=(Adapter(style="neon", rank=2, alpha=4, text=True),),
+    )

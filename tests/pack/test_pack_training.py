@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from latentflow_pack import controlnet, denoiser, evaluation, export, lora, stages, tokens, vae
+from latentflow_pack.settings import Settings
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def _elsewhere(settings: Settings) -> Settings:
+    return replace(settings, work=settings.work.with_name("other"))
+
+
+def _no_look(_model: object) -> str:
+    return ""
+
+
+def test_a_codec_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
+    whole = vae.train(tiny)
+    other = _elsewhere(tiny)
+    vae.train(other, until=3)
+    assert not _same(vae.train(other, until=2), whole)
+    resumed = vae.train(other)
+    assert _same(resumed, whole)
+    assert resumed.config.scaling_factor == whole.config.scaling_factor
+
+
+def test_a_denoiser_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
+    codec = vae.build(tiny)
+    whole = denoiser.train(tiny, codec, look=_no_look)
+    other = _elsewhere(tiny)
+    denoiser.train(other, codec, look=_no_look, until=3)
+    assert _same(denoiser.train(other, codec, look=_no_look), whole)
+
+
+def test_a_controlnet_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
+    codec, base = vae.build(tiny), denoiser.build(tiny, tokens.build())
+    whole = controlnet.train(tiny, codec, base, kind="edges", look=_no_look)
+    other = _elsewhere(tiny)
+    controlnet.train(other, codec, base, kind="edges", look=_no_look, until=2)
+    assert _same(controlnet.train(other, codec, base, kind="edges", look=_no_look), whole)
+
+
+def test_an_untrained_controlnet_changes_nothing(tiny: Settings) -> None:
+    base = denoiser.build(tiny, tokens.build())
+    control = controlnet.build(tiny, base)
+    down, middle = control(
+        torch.randn(1, 4, 8, 8),
+        torch.tensor([10]),
+        torch.randn(1, 32, tiny.text_width),
+        controlnet_cond=torch.rand(1, 3, 64, 64),
+        return_dict=False,
+    )
+    assert not any(bool(part.any()) for part in [*down, middle])
+
+
+def test_a_lora_touches_only_its_own_weights(tiny: Settings) -> None:
+    codec, base = vae.build(tiny), denoiser.build(tiny, tokens.build())
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    trained = lora.train(tiny, codec, base, adapter=tiny.adapters[0])
+    after = {name.replace(".base_layer", ""): value for name, value in trained.state_dict().items()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert any(bool(value.any()) for name, value in after.items() if "lora_B" in name)
+
+
+def test_a_whole_training_leaves_a_folder_that_diffusers_loads(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "text_only", lambda *_a, **_k: evaluation.Result(figures={}))
+    monkeypatch.setattr(evaluation, "control", lambda *_a, **_k: evaluation.Result(figures={}))
+    stages.Training(tiny).run(stages.names(tiny))
+    pipe = StableDiffusionPipeline.from_pretrained(tiny.out, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(["a red circle"], num_inference_steps=2).images[0].size == (64, 64)
+    ControlNetModel.from_pretrained(tiny.out / "controlnet-layout", local_files_only=True)
+    pipe.load_lora_weights(tiny.out / "loras" / "neon", adapter_name="neon")
+    scales = {m.scaling["neon"] for m in pipe.unet.modules() if hasattr(m, "scaling")}
+    assert scales == {2.0}
+    assert set(export.stages_of(tiny)) == set(stages.names(tiny))
+
+
+def test_a_finished_training_is_not_done_again(tiny: Settings, tmp_path: Path) -> None:
+    vae.train(tiny)
+    checkpoint = tiny.work / "vae.pt"
+    written = checkpoint.stat().st_mtime_ns
+    vae.train(tiny)
+    assert checkpoint.stat().st_mtime_ns == written
+    assert not list(tmp_path.rglob("*.tmp"))

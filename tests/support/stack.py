@@ -1,0 +1,144 @@
+"""A workflow's model servers in this process, on real gRPC, and a request made against them by hand.
+
+Tests of the servers use it where the gateway would only stand between the claim and what it is about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+import torch
+from PIL import Image
+
+from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, stage_pb2_grpc, tensors_pb2_grpc
+from latentflow_nodes.peers import Peers
+from latentflow_nodes.server import Node, serve
+from latentflow_nodes.settings import NodeSettings
+
+SECONDS = 120.0
+
+
+@dataclass(kw_only=True)
+class Request:
+    """What a test asks for."""
+
+    prompt: str = "a large red circle on the left, white background"
+    negative_prompt: str | None = None
+    seed: int = 7
+    steps: int = 4
+    guidance_scale: float = 5.0
+    sampler: str = ""
+    side: int = 64
+    controls: list[tuple[str, Image.Image, float]] = field(default_factory=list)
+    loras: list[tuple[str, float]] = field(default_factory=list)
+
+
+class Stack:
+    """Model servers by name: text, base, pixels, and whatever ControlNets and stores were started beside them."""
+
+    def __init__(self, nodes: dict[str, Node], peers: Peers) -> None:
+        self.nodes = nodes
+        self.peers = peers
+
+    def channel(self, name: str) -> grpc.aio.Channel:
+        return self.peers.channel(self.nodes[name].address)
+
+    def stage(self, name: str) -> stage_pb2_grpc.StageStub:
+        return stage_pb2_grpc.StageStub(self.channel(name))
+
+    def tensors(self, name: str) -> tensors_pb2_grpc.TensorsStub:
+        return tensors_pb2_grpc.TensorsStub(self.channel(name))
+
+    async def describe(self, name: str) -> control_pb2.DescribeResponse:
+        stub = control_pb2_grpc.ControlStub(self.channel(name))
+        return await stub.Describe(control_pb2.DescribeRequest(protocol_version=1), timeout=SECONDS)
+
+    def peer(self, name: str) -> stage_pb2.Peer:
+        return stage_pb2.Peer(address=self.nodes[name].address, model=name)
+
+    async def adapters(self, loras: Sequence[tuple[str, float]], component: str) -> list[stage_pb2.AdapterRef]:
+        if not loras:
+            return []
+        known = {a.name: a for a in (await self.describe("styles")).lora_store.adapters}
+        return [
+            stage_pb2.AdapterRef(name=name, weight=weight, store=self.peer("styles"), digest=known[name].digest)
+            for name, weight in loras
+            if component in known[name].components
+        ]
+
+    async def encode(self, request: Request) -> stage_pb2.EncodeResponse:
+        message = stage_pb2.EncodeRequest(
+            prompt=request.prompt,
+            guidance=request.guidance_scale > 1,
+            adapters=await self.adapters(request.loras, "text_encoder"),
+        )
+        if request.negative_prompt is not None:
+            message.negative_prompt = request.negative_prompt
+        return await self.stage("text").Encode(message, timeout=SECONDS)
+
+    async def denoise_request(self, request: Request) -> stage_pb2.DenoiseRequest:
+        vae = (await self.describe("pixels")).vae
+        return stage_pb2.DenoiseRequest(
+            conditioning=(await self.encode(request)).conditioning,
+            width=request.side,
+            height=request.side,
+            scale_factor=vae.scale_factor,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            sampler=request.sampler,
+            seed=request.seed,
+            control_nets=[
+                stage_pb2.ControlNetRef(peer=self.peer(name), image=png(image), scale=scale, start=0, end=1)
+                for name, image, scale in request.controls
+            ],
+            adapters=await self.adapters(request.loras, "unet"),
+        )
+
+    async def denoise(self, request: Request) -> stage_pb2.DenoiseResult:
+        message = await self.denoise_request(request)
+        async for event in self.stage("base").Denoise(message, timeout=SECONDS):
+            if event.WhichOneof("event") == "result":
+                return event.result
+        raise AssertionError("Denoise ended without a result")
+
+    async def generate(self, request: Request) -> tuple[torch.Tensor, Image.Image]:
+        """Final latents and the image."""
+        result = await self.denoise(request)
+        latents = await self.peers.fetch(result.latents, name="latents")
+        decoded = await self.stage("pixels").Decode(stage_pb2.DecodeRequest(latents=result.latents), timeout=SECONDS)
+        return latents, Image.open(io.BytesIO(decoded.png))
+
+
+@contextlib.asynccontextmanager
+async def started(
+    root: Path, uri: str, *, controls: dict[str, str] | None = None, loras: str | None = None, **settings: object
+) -> AsyncIterator[Stack]:
+    """The servers of a workflow over one pack."""
+    parts: dict[str, tuple[str, str | None]] = {
+        "text": ("TextEncoder", None),
+        "base": ("Denoiser", None),
+        "pixels": ("VAE", None),
+    }
+    parts |= {name: ("ControlNet", subfolder) for name, subfolder in (controls or {}).items()}
+    if loras:
+        parts["styles"] = ("LoRAStore", loras)
+    async with contextlib.AsyncExitStack() as stack:
+        nodes = {}
+        for name, (role, subfolder) in parts.items():
+            node = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, **settings)  # type: ignore[arg-type]
+            nodes[name] = await stack.enter_async_context(serve(node))
+        peers = await stack.enter_async_context(
+            Peers(token=None, tls=None, metrics=next(iter(nodes.values())).context.metrics)
+        )
+        yield Stack(nodes, peers)
+
+
+def png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
