@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any, Literal
 
 import structlog
@@ -22,8 +23,9 @@ def configure(*, process: str, form: Literal["console", "json"] = "console", lev
         level: A standard level's name.
     """
 
-    def name_process(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
-        return {"process": process} | event
+    def name_process(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        event["process"] = process
+        return event
 
     renderer: Any = structlog.processors.JSONRenderer()
     if form == "console":

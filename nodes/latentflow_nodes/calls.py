@@ -122,7 +122,7 @@ async def _served(
         await status.abort_with(context, failure)
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses callers without the shared token; health checks, which kubelets make, need none."""
 
     def __init__(self, token: str) -> None:
@@ -134,7 +134,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 "This server talks only to peers that send its token; set LATENTFLOW_TOKEN alike on every server.",
             )
 
-        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
+        self._refusal: Any = grpc.unary_unary_rpc_method_handler(refuse)
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         sent = dict(details.invocation_metadata).get(rpc.AUTHORIZATION, "")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-_DTYPES: dict[int, torch.dtype] = {
+_DTYPES: dict[Any, torch.dtype] = {
     tensors_pb2.DTYPE_FLOAT32: torch.float32,
     tensors_pb2.DTYPE_FLOAT16: torch.float16,
     tensors_pb2.DTYPE_BFLOAT16: torch.bfloat16,
@@ -147,7 +147,8 @@ def freeze(tree: Any) -> bytes:
         raise TypeError(f"A checkpoint cannot hold a {type(value).__name__}.")
 
     tree_text = json.dumps(plain(tree))
-    return save_safetensors(tensors, metadata={"tree": tree_text})
+    blob: bytes = save_safetensors(tensors, metadata={"tree": tree_text})
+    return blob
 
 
 def thaw(blob: bytes) -> Any:
@@ -182,9 +183,9 @@ def total_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _wire(dtype: torch.dtype) -> tensors_pb2.Dtype:
+def _wire(dtype: torch.dtype) -> Any:
     try:
-        return tensors_pb2.Dtype.ValueType(_WIRE[dtype])
+        return _WIRE[dtype]
     except KeyError:
         raise TypeError(f"{dtype} does not travel between servers.") from None
 

@@ -289,11 +289,11 @@ class _LazyResiduals:
             except LatentflowError as error:
                 raise SampleError(sample, error) from None
             except FutureTimeout:
-                error = UnavailableError(
+                late = UnavailableError(
                     f"A ControlNet gave no residuals for step {sample.index + 1} within {_RESIDUAL_SECONDS:g} s.",
                     reason="PEER_UNAVAILABLE",
                 )
-                raise SampleError(sample, error) from None
+                raise SampleError(sample, late) from None
             one = Residuals(down=tuple(self._own(t) for t in one.down), mid=self._own(one.mid))
             if total is None:
                 total = one

@@ -16,11 +16,10 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
+from latentflow_nodes.samplers import SAMPLERS
 from PIL import Image
 from support.packs import SHAPES, tiny_sdxl, tiny_v_prediction
 from support.stack import Request, Stack, started
-
-from latentflow_nodes.samplers import SAMPLERS
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 LATENTS = 1e-4

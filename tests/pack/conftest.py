@@ -1,22 +1,11 @@
-"""Scenes, pictures and a training small enough for a test."""
+"""A training small enough for a test."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
-from latentflow_pack.grammar import HeldOut, Scene, sample
 from latentflow_pack.settings import Adapter, Settings, Stage
-
-NOTHING = HeldOut(pairs=frozenset(), couples=frozenset())
-
-
-@pytest.fixture(scope="session")
-def scenes() -> list[Scene]:
-    """Scenes of every kind, the held-out pairs among them, with every word said."""
-    rng = random.Random(11)
-    return [sample(rng, NOTHING, full=1.0) for _ in range(600)]
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
+"""Training at tiny sizes: stopped or not, it ends alike, and draws nothing that is held out."""
+
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
-from latentflow_pack import controlnet, denoiser, evaluation, export, lora, stages, tokens, vae
+from latentflow_pack import controlnet, denoiser, drawing, evaluation, export, hints, lora, stages, tokens, vae
+from latentflow_pack.grammar import HeldOut, Scene
 from latentflow_pack.settings import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -85,6 +89,27 @@ def test_a_whole_training_leaves_a_folder_that_diffusers_loads(tiny: Settings, m
     scales = {m.scaling["neon"] for m in pipe.unet.modules() if hasattr(m, "scaling")}
     assert scales == {2.0}
     assert set(export.stages_of(tiny)) == set(stages.names(tiny))
+
+
+def test_no_stage_draws_what_is_held_out(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Scene] = []
+
+    def arrange(scene: Scene, rng: random.Random) -> drawing.Layout:
+        drawn.append(scene)
+        return _arrange(scene, rng)
+
+    _arrange = drawing.arrange
+    monkeypatch.setattr(drawing, "arrange", arrange)
+    monkeypatch.setattr(vae, "reconstruction_scores", lambda _model: {})
+    many = replace(tiny, pictures=300, hinted=300, styled=300)
+    codec, base = vae.train(many), denoiser.build(many, tokens.build())
+    denoiser.train(many, codec, look=_no_look)
+    for kind in hints.KINDS:
+        controlnet.train(many, codec, base, kind=kind, look=_no_look)
+    lora.train(many, codec, base, adapter=many.adapters[0])
+    held_out = HeldOut.load()
+    assert len(drawn) >= 1200
+    assert all(held_out.allows(scene) for scene in drawn)
 
 
 def test_a_finished_training_is_not_done_again(tiny: Settings, tmp_path: Path) -> None:

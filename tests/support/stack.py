@@ -13,12 +13,11 @@ from pathlib import Path
 
 import grpc.aio
 import torch
-from PIL import Image
-
 from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, stage_pb2_grpc, tensors_pb2_grpc
 from latentflow_nodes.peers import Peers
 from latentflow_nodes.server import Node, serve
 from latentflow_nodes.settings import NodeSettings
+from PIL import Image
 
 SECONDS = 120.0
 

@@ -103,9 +103,9 @@ class Denoiser:
         mailbox = _Mailbox(checkpoint_interval=request.checkpoint_interval)
         async with AsyncExitStack() as stack:
             controls = []
-            for ref in request.control_nets:
-                stream = await stack.enter_async_context(ResidualStream(peers, ref, _opening(request, ref)))
-                controls.append(Control(source=stream, scale=ref.scale, start=ref.start, end=ref.end))
+            for net in request.control_nets:
+                stream = await stack.enter_async_context(ResidualStream(peers, net, _opening(request, net)))
+                controls.append(Control(source=stream, scale=net.scale, start=net.start, end=net.end))
             sample = self._sample(request, conditioning, adapters, tuple(controls), mailbox)
             if request.checkpoint:
                 sample.restore(request.checkpoint)

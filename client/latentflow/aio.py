@@ -1,0 +1,135 @@
+"""The asynchronous client: the surface of `latentflow.client.Client`, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Unpack
+
+from latentflow import requests, results, rpc
+from latentflow.client import default_target, remaining
+from latentflow.errors import LatentflowError
+from latentflow.results import Collector, Event, Progress, Result, Workflow
+from latentflow.retries import Retries
+from latentflow.transport import AsyncGrpcTransport, AsyncTransport, Metadata
+from latentflow.v1 import generation_pb2
+
+
+class AsyncClient:
+    """A connection to a gateway; an async context manager.
+
+    Args:
+        target: host:port; None: LATENTFLOW_TARGET, or 127.0.0.1:8400.
+        timeout: Seconds for a whole call, its retries included, unless the call says otherwise; None: no limit.
+        tls: TLS files; None: a plain connection.
+        token: Sent as bearer token.
+        metadata: Sent with every call.
+        retries: When to send a request again; `Retries(attempts=1)` for never.
+        transport: What carries the calls; a `MockTransport` in tests.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        tls: rpc.Tls | None = None,
+        token: str | None = None,
+        metadata: Metadata | None = None,
+        retries: Retries | None = None,
+        transport: AsyncTransport | None = None,
+    ) -> None:
+        self._transport: AsyncTransport = transport or AsyncGrpcTransport(target or default_target(), tls=tls)
+        self._timeout = timeout
+        self._token = token
+        self._metadata = list(metadata or [])
+        self._retries = retries or Retries()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; calls under way are cancelled."""
+        await self._transport.close()
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        **arguments: Unpack[requests.Arguments],
+    ) -> Result:
+        """Makes images.
+
+        Args:
+            prompt: What to draw.
+            timeout: Seconds for this call; None: the client's.
+            on_progress: Called after every step.
+            **arguments: See `latentflow.requests.Arguments`.
+
+        Raises a `latentflow.errors.LatentflowError`.
+        """
+        collector = Collector()
+        async for one in self.stream(prompt, timeout=timeout, **arguments):
+            collector.take(one)
+            if on_progress is not None and isinstance(one, Progress):
+                on_progress(one)
+        return collector.result()
+
+    def stream(
+        self, prompt: str, *, timeout: float | None = None, **arguments: Unpack[requests.Arguments]
+    ) -> AsyncIterator[Event]:
+        """As `generate`, as events: Accepted, Progress for each step, ImageReady for each image, Done.
+
+        Leaving the iterator early cancels the request.
+        """
+        return self.send(requests.build(prompt, **arguments), timeout=timeout)
+
+    async def describe(self, workflow: str | None = None, *, timeout: float | None = None) -> Workflow:
+        """A workflow's inputs and models; None: the only one served."""
+        request = generation_pb2.DescribeWorkflowRequest(workflow=workflow or "")
+        return results.workflow(
+            await self._transport.describe(request, timeout=timeout or self._timeout, metadata=self._call_metadata())
+        )
+
+    async def workflows(self, *, timeout: float | None = None) -> list[str]:
+        """Names of the workflows served, as "namespace/name"."""
+        response = await self._transport.workflows(timeout=timeout or self._timeout, metadata=self._call_metadata())
+        return list(response.workflows)
+
+    async def send(
+        self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
+    ) -> AsyncIterator[Event]:
+        """As `stream`, for a request that `latentflow.requests.build` made."""
+        seconds = self._timeout if timeout is None else timeout
+        deadline = None if seconds is None else time.monotonic() + seconds
+        metadata, collector, failures = self._call_metadata(), Collector(), 0
+        while True:
+            try:
+                responses = self._transport.generate(request, timeout=remaining(deadline), metadata=metadata)
+                async with contextlib.aclosing(responses):  # type: ignore[type-var]
+                    async for response in responses:
+                        one = results.event(response)
+                        if one is not None and collector.take(one):
+                            yield one
+                if not collector.complete:
+                    collector.result()
+                return
+            except LatentflowError as error:
+                failures += 1
+                pause = self._retries.pause(error, failures=failures, remaining=remaining(deadline))
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
+
+    def _call_metadata(self) -> Metadata:
+        return [*self._metadata, *rpc.metadata(token=self._token, trace=rpc.Trace.new(), request_id=None)]

@@ -1,0 +1,36 @@
+"""The typed workflow API: what a DiffusionWorkflow says, read, checked and compared without a cluster."""
+
+from __future__ import annotations
+
+from latentflow.api.identity import distinct_models, identity, merge_scaling
+from latentflow.api.loading import load_workflows, parse_workflows
+from latentflow.api.types import (
+    API_VERSION,
+    Defaults,
+    DiffusionModel,
+    DiffusionWorkflow,
+    Engine,
+    Model,
+    Role,
+    Scaling,
+    Source,
+    WorkflowSpec,
+)
+
+__all__ = [
+    "API_VERSION",
+    "Defaults",
+    "DiffusionModel",
+    "DiffusionWorkflow",
+    "Engine",
+    "Model",
+    "Role",
+    "Scaling",
+    "Source",
+    "WorkflowSpec",
+    "distinct_models",
+    "identity",
+    "load_workflows",
+    "merge_scaling",
+    "parse_workflows",
+]

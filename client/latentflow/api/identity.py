@@ -1,0 +1,64 @@
+"""Which models are the same: identity, and what workflows that share a model agree on.
+
+Identity decides how many servers there are, so it is a pure function of what changes the served model: role, source,
+dtype, engine settings, resources and tensor degree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+from latentflow.api.types import DiffusionWorkflow, Model, Role, Scaling
+
+_WORDS = {
+    Role.TEXT_ENCODER: "text-encoder",
+    Role.DENOISER: "denoiser",
+    Role.CONTROL_NET: "controlnet",
+    Role.LORA_STORE: "lora-store",
+    Role.VAE: "vae",
+}
+
+
+def identity(model: Model) -> str:
+    """A model's identity, such as "denoiser-1f3c9a0b12": equal for models that one server serves. A DNS label.
+
+    A `modelRef` is its own identity: it names a model that exists already.
+    """
+    if model.source is None:
+        return model.model_ref or ""
+    meaning = {
+        "role": model.role.value,
+        "source": model.source.model_dump(exclude_none=True),
+        "dtype": model.dtype,
+        "engine": model.engine.model_dump(),
+        "resources": model.resources,
+        "tensor": model.parallelism.tensor,
+    }
+    canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":"), default=str)
+    digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
+    return f"{_WORDS[model.role]}-{digest}"
+
+
+def distinct_models(workflows: Iterable[DiffusionWorkflow]) -> dict[str, Model]:
+    """The models that have to run for these workflows, by identity, each with the bounds that its sharers agree on."""
+    distinct: dict[str, Model] = {}
+    for workflow in workflows:
+        for model in workflow.spec.models:
+            key = identity(model)
+            other = distinct.get(key)
+            if other is None:
+                distinct[key] = model
+            else:
+                distinct[key] = other.model_copy(update={"scaling": merge_scaling(other.scaling, model.scaling)})
+    return distinct
+
+
+def merge_scaling(first: Scaling, second: Scaling) -> Scaling:
+    """What two sharers' bounds come to: the larger minimum, the larger maximum, and External if either says so."""
+    return Scaling(
+        min_replicas=max(first.min_replicas, second.min_replicas),
+        max_replicas=max(first.max_replicas, second.max_replicas),
+        mode="External" if "External" in (first.mode, second.mode) else "Managed",
+    )

@@ -1,0 +1,66 @@
+"""The command line: `latentflow COMMAND`. Commands of other components join by the entry points "latentflow.commands"."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from latentflow.cli import generate as generate_module
+from latentflow.cli import inspect as inspect_module
+from latentflow.errors import LatentflowError
+
+app = typer.Typer(
+    name="latentflow",
+    help="Serve and use text-to-image workflows, one model at a time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate_module.generate)
+app.command()(inspect_module.describe)
+app.command()(inspect_module.models)
+app.command()(inspect_module.validate)
+app.command()(inspect_module.version)
+
+
+def _unavailable(name: str, problem: Exception) -> Callable[[], None]:
+    def command() -> None:
+        raise LatentflowError(
+            f"`latentflow {name}` needs parts that are not installed ({problem}). "
+            "Install them with: pip install 'latentflow[local]'"
+        )
+
+    command.__doc__ = "(not installed: pip install 'latentflow[local]')"
+    return command
+
+
+def _join_commands() -> None:
+    for point in entry_points(group="latentflow.commands"):
+        try:
+            command: Callable[..., Any] = point.load()
+        except ImportError as problem:
+            command = _unavailable(point.name, problem)
+        app.command(point.name)(command)
+
+
+def main() -> None:
+    """The program `latentflow`. Errors are one message on stderr and exit code 1; Ctrl-C is 130."""
+    _join_commands()
+    try:
+        app()
+    except LatentflowError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {_escaped(error.message)}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

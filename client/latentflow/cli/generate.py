@@ -1,0 +1,199 @@
+"""`latentflow generate`: a prompt in, PNG files out, with a progress bar meanwhile."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from latentflow import pngmeta, requests
+from latentflow.cli import options
+from latentflow.client import Client
+from latentflow.errors import InvalidRequestError
+from latentflow.pngmeta import Recipe
+from latentflow.requests import ControlImage
+from latentflow.results import Accepted, Collector, ImageReady, Result
+from latentflow.results import Progress as StepDone
+from latentflow.v1 import generation_pb2
+
+_stderr = Console(stderr=True)
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw. Not needed with --like.")] = None,
+    workflow: Annotated[
+        str | None, typer.Option("--workflow", "-w", help="Workflow; not needed where one is served.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PNG to write; several images get -0, -1, … before the suffix.")
+    ] = Path("out.png"),
+    negative: Annotated[str | None, typer.Option("--negative", "-n", help="What not to draw.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, such as 64x64.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 or less: none.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help="Sampler by name; `latentflow describe` lists them.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Makes the same image again; drawn where not given.")
+    ] = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many; image i is made with seed + i.")] = 1,
+    control: Annotated[
+        list[str] | None,
+        typer.Option("--control", "-c", help="NAME=FILE[:SCALE]: steer by an image through a ControlNet. May repeat."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", "-l", help="NAME[:WEIGHT]: apply a LoRA. May repeat.")
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", exists=True, dir_okay=False, help="Make the image of this PNG again; options override."),
+    ] = None,
+    strict_prompt: Annotated[
+        bool, typer.Option("--strict-prompt", help="Refuse a prompt that is too long instead of cutting it.")
+    ] = False,
+    target: options.Target = None,
+    timeout: options.Timeout = 600.0,
+    token: options.Token = None,
+    tls_ca: options.TlsCa = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make images from a prompt and write them as PNG files that say how they were made."""
+    recipe = pngmeta.read(like) if like else None
+    arguments: dict[str, Any] = recipe.arguments() if recipe else {}
+    width, height = _size(size)
+    given = {
+        "workflow": workflow,
+        "negative_prompt": negative,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "sampler": sampler,
+        "seed": seed,
+        "loras": dict(_lora(text) for text in lora) if lora else None,
+    }
+    arguments |= {name: value for name, value in given.items() if value is not None}
+    arguments["control_images"] = _controls(control or [], recipe)
+    text = prompt if prompt is not None else (recipe.prompt if recipe else None)
+    if text is None:
+        raise InvalidRequestError("Say what to draw: latentflow generate PROMPT, or --like an image made before.")
+    request = requests.build(text, images=images, strict_prompt=strict_prompt, **arguments)
+    if not output.parent.is_dir():
+        raise InvalidRequestError(f"The folder {output.parent} does not exist; create it or choose another --output.")
+    with options.client(target, timeout=timeout, token=token, tls_ca=tls_ca) as client:
+        result = _run(client, request, quiet=as_json)
+    files = []
+    for ready in result.ready:
+        path = output if len(result.ready) == 1 else output.with_stem(f"{output.stem}-{ready.image}")
+        path.write_bytes(pngmeta.written(ready.png, pngmeta.recipe(request, result, ready)))
+        files.append(path)
+    _warn(result, recipe)
+    if as_json:
+        print(json.dumps(_document(result, files)))
+    else:
+        for path in files:
+            print(path)
+
+
+def _run(client: Client, request: generation_pb2.GenerateRequest, *, quiet: bool) -> Result:
+    """The result of a request, with a step progress bar on stderr meanwhile."""
+    collector = Collector()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_stderr, disable=quiet, transient=False) as bar:
+        task = bar.add_task("waiting", total=None)
+        done: dict[int, int] = {}
+        for one in client.send(request):
+            collector.take(one)
+            if isinstance(one, Accepted):
+                bar.update(task, description=f"denoising, seed {one.seed}")
+            elif isinstance(one, StepDone):
+                done[one.image] = one.step
+                bar.update(task, completed=sum(done.values()), total=one.total * request.images)
+            elif isinstance(one, ImageReady):
+                bar.update(task, description=f"image {one.image + 1} of {request.images} is ready")
+    return collector.result()
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", text)
+    if match is None:
+        raise InvalidRequestError(f"--size {text!r} is no size; write WIDTHxHEIGHT, such as 64x64.")
+    return int(match[1]), int(match[2])
+
+
+def _lora(text: str) -> tuple[str, float]:
+    name, colon, weight = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise InvalidRequestError(f"--lora {text!r}: {weight!r} is no number; write NAME:WEIGHT.") from None
+
+
+def _controls(texts: list[str], recipe: Recipe | None) -> dict[str, ControlImage]:
+    controls = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        if not equals or not name or not rest:
+            raise InvalidRequestError(f"--control {text!r}: write NAME=FILE or NAME=FILE:SCALE.")
+        path, colon, scale = rest.rpartition(":")
+        strength, start, end = recipe.control_settings.get(name, (1.0, 0.0, 1.0)) if recipe else (1.0, 0.0, 1.0)
+        try:
+            strength, path = (float(scale), path) if colon and not Path(rest).exists() else (strength, rest)
+        except ValueError:
+            raise InvalidRequestError(f"--control {text!r}: there is no file {rest!r}.") from None
+        controls[name] = ControlImage(image=path, scale=strength, start=start, end=end)
+    missing = sorted(set(recipe.control_images) - controls.keys()) if recipe else []
+    if missing:
+        raise InvalidRequestError(
+            f"The image was steered by a control image for {', '.join(missing)}, which its PNG does not hold; "
+            f"give it again with --control {missing[0]}=FILE."
+        )
+    return controls
+
+
+def _warn(result: Result, recipe: Recipe | None) -> None:
+    if result.done.truncated or result.done.negative_truncated:
+        cut = result.done.truncated or result.done.negative_truncated
+        _stderr.print(f"[yellow]The prompt was too long; this was cut off:[/] {cut!r}", highlight=False)
+    changed = [
+        used.name
+        for used in result.done.models
+        if recipe and recipe.digests.get(used.name) not in (None, used.content_digest)
+    ]
+    if changed:
+        _stderr.print(
+            f"[yellow]The weights of {', '.join(changed)} are others than those that made the image;[/] "
+            "this one may differ.",
+            highlight=False,
+        )
+
+
+def _document(result: Result, files: list[Path]) -> dict[str, Any]:
+    done = result.done
+    return {
+        "files": [str(path) for path in files],
+        "request_id": result.accepted.request_id,
+        "workflow": result.accepted.workflow,
+        "seeds": [ready.seed for ready in result.ready],
+        "settings": {
+            "width": done.width,
+            "height": done.height,
+            "steps": done.steps,
+            "guidance_scale": done.guidance_scale,
+            "sampler": done.sampler,
+        },
+        "seconds": {"total": done.total, "queued": done.queued},
+        "stages": [vars(stage) for stage in done.stages],
+        "models": [vars(used) for used in done.models],
+        "truncated": done.truncated,
+    }

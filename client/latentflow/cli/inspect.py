@@ -1,0 +1,122 @@
+"""`latentflow describe`, `models`, `validate`, `version`: what is served, and whether a file is right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from latentflow.api import identity, load_workflows
+from latentflow.cli import options
+from latentflow.errors import InvalidRequestError
+
+_stdout = Console()
+_stderr = Console(stderr=True)
+
+
+def describe(
+    workflow: Annotated[str | None, typer.Argument(help="Workflow; not needed where one is served.")] = None,
+    target: options.Target = None,
+    timeout: options.Timeout = 30.0,
+    token: options.Token = None,
+    tls_ca: options.TlsCa = None,
+    as_json: options.Json = False,
+) -> None:
+    """Tell a workflow's inputs: models to name, defaults, samplers, limits."""
+    with options.client(target, timeout=timeout, token=token, tls_ca=tls_ca) as client:
+        found = client.describe(workflow)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    state = "[green]ready[/]" if found.ready else "[yellow]not ready[/]"
+    _stdout.print(f"[bold]{found.name}[/]  {found.task}, family {found.family or 'not known yet'}, {state}")
+    table = Table("input", "value", box=None, pad_edge=False)
+    for name, value in found.defaults.items():
+        table.add_row(name.replace("_", " "), f"{value:g} by default")
+    table.add_row("samplers", ", ".join(found.samplers) or "not known yet")
+    for model in found.models:
+        if model.role == "ControlNet":
+            table.add_row(f"control image {model.name!r}", f"--control {model.name}=FILE")
+        if model.role == "LoRAStore":
+            table.add_row("LoRAs", ", ".join(model.adapters) or "not known yet")
+    for name, value in found.limits.items():
+        table.add_row(name.replace("_", " "), str(value))
+    _stdout.print(table)
+
+
+def models(
+    target: options.Target = None,
+    timeout: options.Timeout = 30.0,
+    token: options.Token = None,
+    tls_ca: options.TlsCa = None,
+    as_json: options.Json = False,
+) -> None:
+    """List the distinct models that are served, and the workflows that share them."""
+    with options.client(target, timeout=timeout, token=token, tls_ca=tls_ca) as client:
+        found = [client.describe(name) for name in client.workflows()]
+    shared: dict[str, dict[str, object]] = {}
+    for workflow in found:
+        for model in workflow.models:
+            entry = shared.setdefault(
+                model.model,
+                {
+                    "model": model.model,
+                    "role": model.role,
+                    "ready_replicas": model.ready_replicas,
+                    "content_digest": model.content_digest,
+                    "workflows": [],
+                },
+            )
+            uses = entry["workflows"]
+            if isinstance(uses, list):
+                uses.append(f"{workflow.name}:{model.name}")
+    if as_json:
+        print(json.dumps(list(shared.values())))
+        return
+    table = Table("model", "role", "ready", "weights", "used as", box=None, pad_edge=False)
+    for entry in shared.values():
+        uses = entry["workflows"]
+        table.add_row(
+            str(entry["model"]),
+            str(entry["role"]),
+            str(entry["ready_replicas"]),
+            str(entry["content_digest"])[:12] or "-",
+            ", ".join(uses) if isinstance(uses, list) else "",
+        )
+    _stdout.print(table)
+
+
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="DiffusionWorkflow files.")],
+    as_json: options.Json = False,
+) -> None:
+    """Check DiffusionWorkflow files without starting anything."""
+    problems: list[str] = []
+    workflows = []
+    for path in files:
+        try:
+            workflows += load_workflows(path)
+        except InvalidRequestError as error:
+            problems += error.message.splitlines()
+    if as_json:
+        print(json.dumps({"workflows": [w.full_name for w in workflows], "problems": problems}))
+    else:
+        for problem in problems:
+            _stderr.print(problem, highlight=False, markup=False, soft_wrap=True)
+        for workflow in workflows:
+            distinct = {identity(model) for model in workflow.spec.models}
+            _stdout.print(f"{workflow.full_name}: valid, {len(distinct)} models", highlight=False)
+    if problems:
+        raise typer.Exit(1)
+
+
+def version(as_json: options.Json = False) -> None:
+    """Print the version."""
+    number = installed_version("latentflow")
+    print(json.dumps({"version": number}) if as_json else f"latentflow {number}")

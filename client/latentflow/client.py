@@ -1,0 +1,146 @@
+"""The synchronous client: `Client(...).generate(prompt)` returns images, `stream` yields events as they come."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Unpack
+
+from latentflow import requests, results, rpc
+from latentflow.errors import DeadlineError, LatentflowError
+from latentflow.results import Collector, Event, Progress, Result, Workflow
+from latentflow.retries import Retries
+from latentflow.transport import GrpcTransport, Metadata, Transport
+from latentflow.v1 import generation_pb2
+
+DEFAULT_TARGET = "127.0.0.1:8400"
+
+
+def default_target() -> str:
+    """The environment's LATENTFLOW_TARGET, or the port that `latentflow up` serves on."""
+    return os.environ.get("LATENTFLOW_TARGET") or DEFAULT_TARGET
+
+
+class Client:
+    """A connection to a gateway; a context manager.
+
+    Args:
+        target: host:port; None: LATENTFLOW_TARGET, or 127.0.0.1:8400.
+        timeout: Seconds for a whole call, its retries included, unless the call says otherwise; None: no limit.
+        tls: TLS files; None: a plain connection.
+        token: Sent as bearer token.
+        metadata: Sent with every call.
+        retries: When to send a request again; `Retries(attempts=1)` for never.
+        transport: What carries the calls; a `MockTransport` in tests.
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        timeout: float | None = None,
+        tls: rpc.Tls | None = None,
+        token: str | None = None,
+        metadata: Metadata | None = None,
+        retries: Retries | None = None,
+        transport: Transport | None = None,
+    ) -> None:
+        self._transport: Transport = transport or GrpcTransport(target or default_target(), tls=tls)
+        self._timeout = timeout
+        self._token = token
+        self._metadata = list(metadata or [])
+        self._retries = retries or Retries()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; calls under way are cancelled."""
+        self._transport.close()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        timeout: float | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        **arguments: Unpack[requests.Arguments],
+    ) -> Result:
+        """Makes images.
+
+        Args:
+            prompt: What to draw.
+            timeout: Seconds for this call; None: the client's.
+            on_progress: Called after every step.
+            **arguments: See `latentflow.requests.Arguments`.
+
+        Raises a `latentflow.errors.LatentflowError`.
+        """
+        collector = Collector()
+        for one in self.stream(prompt, timeout=timeout, **arguments):
+            collector.take(one)
+            if on_progress is not None and isinstance(one, Progress):
+                on_progress(one)
+        return collector.result()
+
+    def stream(
+        self, prompt: str, *, timeout: float | None = None, **arguments: Unpack[requests.Arguments]
+    ) -> Iterator[Event]:
+        """As `generate`, as events: Accepted, Progress for each step, ImageReady for each image, Done.
+
+        Leaving the iterator early cancels the request.
+        """
+        return self.send(requests.build(prompt, **arguments), timeout=timeout)
+
+    def describe(self, workflow: str | None = None, *, timeout: float | None = None) -> Workflow:
+        """A workflow's inputs and models; None: the only one served."""
+        request = generation_pb2.DescribeWorkflowRequest(workflow=workflow or "")
+        return results.workflow(
+            self._transport.describe(request, timeout=timeout or self._timeout, metadata=self._call_metadata())
+        )
+
+    def workflows(self, *, timeout: float | None = None) -> list[str]:
+        """Names of the workflows served, as "namespace/name"."""
+        response = self._transport.workflows(timeout=timeout or self._timeout, metadata=self._call_metadata())
+        return list(response.workflows)
+
+    def send(self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None) -> Iterator[Event]:
+        """As `stream`, for a request that `latentflow.requests.build` made."""
+        seconds = self._timeout if timeout is None else timeout
+        deadline = None if seconds is None else time.monotonic() + seconds
+        metadata, collector, failures = self._call_metadata(), Collector(), 0
+        while True:
+            try:
+                for response in self._transport.generate(request, timeout=remaining(deadline), metadata=metadata):
+                    one = results.event(response)
+                    if one is not None and collector.take(one):
+                        yield one
+                if not collector.complete:
+                    collector.result()
+                return
+            except LatentflowError as error:
+                failures += 1
+                pause = self._retries.pause(error, failures=failures, remaining=remaining(deadline))
+                if pause is None:
+                    raise
+                time.sleep(pause)
+
+    def _call_metadata(self) -> Metadata:
+        return [*self._metadata, *rpc.metadata(token=self._token, trace=rpc.Trace.new(), request_id=None)]
+
+
+def remaining(deadline: float | None) -> float | None:
+    """Seconds left until a monotonic deadline. DeadlineError when none are."""
+    if deadline is None:
+        return None
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineError("The time given for the request ran out; give it a longer timeout.")
+    return left

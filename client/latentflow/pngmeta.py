@@ -1,0 +1,115 @@
+"""How an image was made, written into its PNG and read back, so that it can be made again. Pure.
+
+The chunk `latentflow` holds everything as JSON; `parameters` holds the same as the line of text that image tools show.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from latentflow.errors import InvalidRequestError
+from latentflow.results import ImageReady, Result
+from latentflow.v1 import generation_pb2
+
+_CHUNK = "latentflow"
+
+
+class Recipe(BaseModel):
+    """Everything that made one image.
+
+    `control_images` are SHA-256 of the images' bytes by ControlNet name: the images themselves are not kept.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    prompt: str
+    negative_prompt: str | None = None
+    workflow: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    loras: dict[str, float] = Field(default_factory=dict)
+    control_images: dict[str, str] = Field(default_factory=dict)
+    control_settings: dict[str, tuple[float, float, float]] = Field(default_factory=dict)
+    models: dict[str, str] = Field(default_factory=dict)
+    digests: dict[str, str] = Field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `generate` that make the image again, its control images apart."""
+        return {
+            "workflow": self.workflow,
+            "negative_prompt": self.negative_prompt,
+            "width": self.width,
+            "height": self.height,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "sampler": self.sampler,
+            "seed": self.seed,
+            "loras": dict(self.loras),
+        }
+
+
+def recipe(request: generation_pb2.GenerateRequest, result: Result, ready: ImageReady) -> Recipe:
+    """The recipe of one image of a finished request."""
+    done = result.done
+    return Recipe(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt if request.HasField("negative_prompt") else None,
+        workflow=result.accepted.workflow,
+        seed=ready.seed,
+        width=done.width,
+        height=done.height,
+        steps=done.steps,
+        guidance_scale=done.guidance_scale,
+        sampler=done.sampler,
+        loras={lora.name: lora.weight for lora in request.loras},
+        control_images={c.model: hashlib.sha256(c.image).hexdigest() for c in request.control_images},
+        control_settings={c.model: (c.scale, c.start, c.end) for c in request.control_images},
+        models={used.name: used.model for used in done.models},
+        digests={used.name: used.content_digest for used in done.models},
+    )
+
+
+def written(png: bytes, made: Recipe) -> bytes:
+    """The PNG with its recipe in it; pixels unchanged."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(_CHUNK, made.model_dump_json())
+    info.add_itxt("parameters", _parameters(made))
+    stream = io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        image.save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a PNG file. InvalidRequestError where there is none."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            text = getattr(image, "text", {}).get(_CHUNK)
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be read as PNG: {error}.") from None
+    if text is None:
+        raise InvalidRequestError(f"{path} does not say how it was made; only images that latentflow wrote do.")
+    try:
+        return Recipe.model_validate(json.loads(text))
+    except (ValueError, ValidationError) as error:
+        raise InvalidRequestError(f"What {path} says of how it was made is damaged: {error}") from None
+
+
+def _parameters(made: Recipe) -> str:
+    loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in made.loras.items())
+    negative = f"\nNegative prompt: {made.negative_prompt}" if made.negative_prompt else ""
+    return (
+        f"{made.prompt}{loras}{negative}\nSteps: {made.steps}, Sampler: {made.sampler}, CFG scale: "
+        f"{made.guidance_scale:g}, Seed: {made.seed}, Size: {made.width}x{made.height}, Workflow: {made.workflow}"
+    )

@@ -1,0 +1,174 @@
+"""What a caller asks for, checked and turned into a GenerateRequest: pure, before anything is sent.
+
+Both clients, the mock transport's users and the command line build requests here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import secrets
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TypeAlias, TypedDict
+
+from PIL import Image, UnidentifiedImageError
+
+from latentflow.errors import InvalidRequestError
+from latentflow.v1 import generation_pb2
+
+ImageLike: TypeAlias = "Image.Image | bytes | str | PathLike[str]"
+_MAX_UINT32 = (1 << 32) - 1
+_MAX_SEED = (1 << 64) - 1
+# Seeds that are drawn stay short enough to be read aloud and typed.
+_DRAWN_SEED_BITS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlImage:
+    """An image for a ControlNet, with how strongly and in which part of the steps it acts.
+
+    Attributes:
+        image: A PIL image, PNG or JPEG bytes, or a path; of exactly the requested size, RGB or grey.
+        scale: Conditioning scale; 1 is what the ControlNet was trained at.
+        start, end: Part of the steps, from 0 to 1.
+    """
+
+    image: ImageLike
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+class Arguments(TypedDict, total=False):
+    """What `generate` and `stream` take besides the prompt; what is absent is left to the workflow.
+
+    Keys:
+        workflow: "namespace/name" or "name"; not needed where the gateway serves one.
+        negative_prompt: What not to draw.
+        width, height: Pixels.
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 or less: none.
+        sampler: By name, as `describe` lists them.
+        seed: Image i is made with seed + i; drawn where absent.
+        images: How many.
+        control_images: By ControlNet name.
+        loras: Weights by LoRA name, applied in this order.
+        strict_prompt: Refuse a prompt that is too long instead of cutting it.
+        preview_interval: Steps between previews; 0: none.
+        idempotency_key: Drawn where absent.
+    """
+
+    workflow: str | None
+    negative_prompt: str | None
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance_scale: float | None
+    sampler: str | None
+    seed: int | None
+    images: int
+    control_images: Mapping[str, ControlImage | ImageLike] | None
+    loras: Mapping[str, float] | None
+    strict_prompt: bool
+    preview_interval: int
+    idempotency_key: str | None
+
+
+def build(
+    prompt: str,
+    *,
+    workflow: str | None = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
+    seed: int | None = None,
+    images: int = 1,
+    control_images: Mapping[str, ControlImage | ImageLike] | None = None,
+    loras: Mapping[str, float] | None = None,
+    strict_prompt: bool = False,
+    preview_interval: int = 0,
+    idempotency_key: str | None = None,
+) -> generation_pb2.GenerateRequest:
+    """The request for these arguments; what is None is left to the workflow.
+
+    A seed and an idempotency key are always set, so that sending the request again makes the same images once.
+    InvalidRequestError says which argument is impossible.
+    """
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if text is not None and not isinstance(text, str):
+            raise InvalidRequestError(f"{name} has to be text, not {type(text).__name__}.")
+    request = generation_pb2.GenerateRequest(
+        workflow=workflow or "",
+        prompt=prompt,
+        seed=secrets.randbits(_DRAWN_SEED_BITS) if seed is None else _whole("seed", seed, 0, _MAX_SEED),
+        images=_whole("images", images, 1, _MAX_UINT32),
+        strict_prompt=strict_prompt,
+        preview_interval=_whole("preview_interval", preview_interval, 0, _MAX_UINT32),
+        idempotency_key=idempotency_key or uuid.uuid4().hex,
+    )
+    if negative_prompt is not None:
+        request.negative_prompt = negative_prompt
+    for name, number in (("width", width), ("height", height), ("steps", steps)):
+        if number is not None:
+            setattr(request, name, _whole(name, number, 1, _MAX_UINT32))
+    if guidance_scale is not None:
+        request.guidance_scale = _finite("guidance_scale", guidance_scale)
+    if sampler is not None:
+        request.sampler = sampler
+    for name, given in (control_images or {}).items():
+        control = given if isinstance(given, ControlImage) else ControlImage(image=given)
+        request.control_images.add(
+            model=name,
+            image=encoded(control.image, what=f"The control image {name!r}"),
+            scale=_finite(f"The scale of {name!r}", control.scale),
+            start=_finite(f"The start of {name!r}", control.start),
+            end=_finite(f"The end of {name!r}", control.end),
+        )
+    for name, weight in (loras or {}).items():
+        request.loras.add(name=name, weight=_finite(f"The weight of the LoRA {name!r}", weight))
+    return request
+
+
+def encoded(image: ImageLike, *, what: str) -> bytes:
+    """PNG or JPEG bytes of an image. InvalidRequestError where it is none."""
+    if isinstance(image, Image.Image):
+        stream = io.BytesIO()
+        # Other modes are the gateway's to refuse, with what it takes instead; PNG just has to be able to say them.
+        picture = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16") else image.convert("RGB")
+        picture.save(stream, format="PNG")
+        return stream.getvalue()
+    try:
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+    except OSError as error:
+        raise InvalidRequestError(f"{what} cannot be read: {image!s}: {error.strerror}.") from None
+    except (TypeError, ValueError):
+        raise InvalidRequestError(
+            f"{what} has to be a PIL image, bytes or a path, not {type(image).__name__}."
+        ) from None
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")):
+            pass
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        raise InvalidRequestError(f"{what} is neither PNG nor JPEG.") from None
+    return data
+
+
+def _whole(name: str, value: object, least: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequestError(f"{name} has to be a whole number, not {value!r}.")
+    if not least <= value <= most:
+        raise InvalidRequestError(f"{name} has to be from {least} to {most}, not {value}.")
+    return value
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRequestError(f"{name} has to be a finite number, not {value!r}.")
+    return float(value)

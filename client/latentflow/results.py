@@ -1,0 +1,259 @@
+"""What comes back: typed events, and the result they add up to. Pure."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from PIL import Image
+
+from latentflow.errors import DataLossError
+from latentflow.v1 import generation_pb2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """The request is valid and admitted."""
+
+    request_id: str
+    queue_position: int
+    seed: int
+    workflow: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A step is done: `step` of `total` of image `image` (from 0). Goes back when a lost stage runs again.
+
+    `preview` is a small PNG, or empty.
+    """
+
+    image: int
+    step: int
+    total: int
+    preview: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReady:
+    """An image is there: its place in the request (from 0), its bytes as PNG, and the seed that makes it alone."""
+
+    image: int
+    png: bytes = field(repr=False)
+    seed: int
+
+    @property
+    def pil(self) -> Image.Image:
+        """The image, decoded. DataLossError where the bytes are damaged."""
+        try:
+            picture = Image.open(io.BytesIO(self.png), formats=("PNG",))
+            picture.load()
+        except (OSError, ValueError) as error:
+            raise DataLossError(f"Image {self.image} came damaged: {error}. Ask for it again.") from None
+        return picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTiming:
+    """What one stage of one image took, in seconds: wall time, of which in forward passes, of which waited before."""
+
+    stage: str
+    image: int
+    replica: str
+    wall: float
+    forward: float
+    wait: float
+    attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelUse:
+    """A model that took part: its name in the workflow, its identity, and the SHA-256 of its weights."""
+
+    name: str
+    model: str
+    content_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The request has ended well: settings in force and times in seconds."""
+
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    total: float
+    queued: float
+    stages: tuple[StageTiming, ...]
+    models: tuple[ModelUse, ...]
+    truncated: str
+    negative_truncated: str
+
+
+Event: TypeAlias = Accepted | Progress | ImageReady | Done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished request: its images in order, and what was in force."""
+
+    accepted: Accepted
+    ready: tuple[ImageReady, ...]
+    done: Done
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The images, decoded."""
+        return [ready.pil for ready in self.ready]
+
+    @property
+    def image(self) -> Image.Image:
+        """The first image."""
+        return self.ready[0].pil
+
+    @property
+    def seed(self) -> int:
+        return self.done.seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkflowModel:
+    """A model of a workflow as the gateway sees it."""
+
+    name: str
+    role: str
+    model: str
+    content_digest: str
+    ready_replicas: int
+    adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workflow:
+    """A workflow's inputs and models."""
+
+    name: str
+    task: str
+    family: str
+    ready: bool
+    models: tuple[WorkflowModel, ...]
+    defaults: Mapping[str, float | int]
+    samplers: tuple[str, ...]
+    limits: Mapping[str, int]
+
+
+def event(response: generation_pb2.GenerateResponse) -> Event | None:
+    """The event of a message; None for kinds that a newer gateway knows and this client does not."""
+    kind = response.WhichOneof("event")
+    if kind == "accepted":
+        a = response.accepted
+        return Accepted(request_id=a.request_id, queue_position=a.queue_position, seed=a.seed, workflow=a.workflow)
+    if kind == "progress":
+        p = response.progress
+        return Progress(image=p.image, step=p.step, total=p.total, preview=p.preview)
+    if kind == "image":
+        return ImageReady(image=response.image.image, png=response.image.png, seed=response.image.seed)
+    if kind == "done":
+        return _done(response.done)
+    return None
+
+
+def workflow(response: generation_pb2.DescribeWorkflowResponse) -> Workflow:
+    """A description, typed."""
+    return Workflow(
+        name=response.workflow,
+        task=response.task,
+        family=response.family,
+        ready=response.ready,
+        models=tuple(
+            WorkflowModel(
+                name=m.name,
+                role=m.role,
+                model=m.model,
+                content_digest=m.content_digest,
+                ready_replicas=m.ready_replicas,
+                adapters=tuple(m.adapters),
+            )
+            for m in response.models
+        ),
+        defaults={
+            "width": response.default_width,
+            "height": response.default_height,
+            "steps": response.default_steps,
+            "guidance_scale": response.default_guidance_scale,
+        },
+        samplers=tuple(response.samplers),
+        limits={
+            "size_multiple": response.size_multiple,
+            "max_pixels": response.max_pixels,
+            "max_steps": response.max_steps,
+            "max_images": response.max_images,
+            "max_control_image_bytes": response.max_control_image_bytes,
+            "max_prompt_tokens": response.max_prompt_tokens,
+        },
+    )
+
+
+class Collector:
+    """Adds events up to a result, and drops what a repeated delivery repeats."""
+
+    def __init__(self) -> None:
+        self._accepted: Accepted | None = None
+        self._images: dict[int, ImageReady] = {}
+        self._done: Done | None = None
+
+    def take(self, one: Event) -> bool:
+        """False for an event that was there before and should not be passed on."""
+        if isinstance(one, Accepted):
+            first, self._accepted = self._accepted is None, self._accepted or one
+            return first
+        if isinstance(one, ImageReady):
+            return self._images.setdefault(one.image, one) is one
+        if isinstance(one, Done):
+            self._done = one
+        return True
+
+    @property
+    def complete(self) -> bool:
+        return self._done is not None
+
+    def result(self) -> Result:
+        """DataLossError where the stream ended early."""
+        if self._accepted is None or self._done is None or not self._images:
+            raise DataLossError("The gateway ended the stream before the request was done; send it again.")
+        return Result(
+            accepted=self._accepted, ready=tuple(self._images[i] for i in sorted(self._images)), done=self._done
+        )
+
+
+def _done(message: generation_pb2.Done) -> Done:
+    return Done(
+        seed=message.seed,
+        width=message.width,
+        height=message.height,
+        steps=message.steps,
+        guidance_scale=message.guidance_scale,
+        sampler=message.sampler,
+        total=message.total.ToNanoseconds() / 1e9,
+        queued=message.queued.ToNanoseconds() / 1e9,
+        stages=tuple(
+            StageTiming(
+                stage=s.stage,
+                image=s.image,
+                replica=s.replica,
+                wall=s.wall.ToNanoseconds() / 1e9,
+                forward=s.forward.ToNanoseconds() / 1e9,
+                wait=s.wait.ToNanoseconds() / 1e9,
+                attempts=s.attempts,
+            )
+            for s in message.stages
+        ),
+        models=tuple(ModelUse(name=m.name, model=m.model, content_digest=m.content_digest) for m in message.models),
+        truncated=message.truncated,
+        negative_truncated=message.negative_truncated,
+    )

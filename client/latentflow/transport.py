@@ -1,0 +1,159 @@
+"""How a client's calls travel: the seam between the clients and gRPC, where a mock can stand instead.
+
+A transport moves messages and raises `latentflow.errors`; it decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from latentflow import rpc, status
+from latentflow.errors import LatentflowError, UnavailableError
+from latentflow.v1 import generation_pb2, generation_pb2_grpc
+
+Metadata = list[tuple[str, str]]
+
+
+class Transport(Protocol):
+    """Synchronous calls. `timeout` in seconds, None for none."""
+
+    def generate(
+        self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
+    ) -> Iterator[generation_pb2.GenerateResponse]: ...
+
+    def describe(
+        self, request: generation_pb2.DescribeWorkflowRequest, *, timeout: float | None, metadata: Metadata
+    ) -> generation_pb2.DescribeWorkflowResponse: ...
+
+    def workflows(self, *, timeout: float | None, metadata: Metadata) -> generation_pb2.ListWorkflowsResponse: ...
+
+    def close(self) -> None: ...
+
+
+class AsyncTransport(Protocol):
+    """The same, asynchronous."""
+
+    def generate(
+        self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]: ...
+
+    async def describe(
+        self, request: generation_pb2.DescribeWorkflowRequest, *, timeout: float | None, metadata: Metadata
+    ) -> generation_pb2.DescribeWorkflowResponse: ...
+
+    async def workflows(self, *, timeout: float | None, metadata: Metadata) -> generation_pb2.ListWorkflowsResponse: ...
+
+    async def close(self) -> None: ...
+
+
+class GrpcTransport:
+    """A gRPC channel to a gateway. Leaving a `generate` iterator early cancels the call."""
+
+    def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
+        self._target = target
+        options = list(rpc.CHANNEL_OPTIONS)
+        self._channel = (
+            grpc.secure_channel(target, tls.channel_credentials(), options)
+            if tls
+            else grpc.insecure_channel(target, options)
+        )
+        self._stub = generation_pb2_grpc.GenerationStub(self._channel)
+
+    def generate(
+        self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
+    ) -> Iterator[generation_pb2.GenerateResponse]:
+        call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise _explained(error, self._target) from None
+        finally:
+            call.cancel()
+
+    def describe(
+        self, request: generation_pb2.DescribeWorkflowRequest, *, timeout: float | None, metadata: Metadata
+    ) -> generation_pb2.DescribeWorkflowResponse:
+        try:
+            response: generation_pb2.DescribeWorkflowResponse = self._stub.DescribeWorkflow(
+                request, timeout=timeout, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise _explained(error, self._target) from None
+        return response
+
+    def workflows(self, *, timeout: float | None, metadata: Metadata) -> generation_pb2.ListWorkflowsResponse:
+        try:
+            response: generation_pb2.ListWorkflowsResponse = self._stub.ListWorkflows(
+                generation_pb2.ListWorkflowsRequest(), timeout=timeout, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise _explained(error, self._target) from None
+        return response
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class AsyncGrpcTransport:
+    """A gRPC channel to a gateway, for asyncio."""
+
+    def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
+        self._target = target
+        options = list(rpc.CHANNEL_OPTIONS)
+        self._channel = (
+            grpc.aio.secure_channel(target, tls.channel_credentials(), options)
+            if tls
+            else grpc.aio.insecure_channel(target, options)
+        )
+        self._stub = generation_pb2_grpc.GenerationStub(self._channel)
+
+    async def generate(
+        self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
+        try:
+            async for response in call:
+                yield response
+        except grpc.RpcError as error:
+            raise _explained(error, self._target) from None
+        finally:
+            call.cancel()
+
+    async def describe(
+        self, request: generation_pb2.DescribeWorkflowRequest, *, timeout: float | None, metadata: Metadata
+    ) -> generation_pb2.DescribeWorkflowResponse:
+        try:
+            response: generation_pb2.DescribeWorkflowResponse = await self._stub.DescribeWorkflow(
+                request, timeout=timeout, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise _explained(error, self._target) from None
+        return response
+
+    async def workflows(self, *, timeout: float | None, metadata: Metadata) -> generation_pb2.ListWorkflowsResponse:
+        try:
+            response: generation_pb2.ListWorkflowsResponse = await self._stub.ListWorkflows(
+                generation_pb2.ListWorkflowsRequest(), timeout=timeout, metadata=metadata
+            )
+        except grpc.RpcError as error:
+            raise _explained(error, self._target) from None
+        return response
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def _explained(rpc_error: grpc.RpcError, target: str) -> LatentflowError:
+    """The call's error; where nobody answered at all, with where and what to do."""
+    error = status.error_from(rpc_error)
+    if isinstance(error, UnavailableError) and error.reason == UnavailableError.default_reason:
+        return UnavailableError(
+            f"No gateway answers at {target}. Start one with `latentflow up FILE`, or name another target. "
+            f"({error.message})",
+            reason="GATEWAY_UNREACHABLE",
+        )
+    return error

@@ -1,0 +1,380 @@
+"""One request at work: carries a plan out over the replicas, and puts right what fails on the way.
+
+Encode once, then for every image denoise and decode. Handles, never tensors, come back from the stages; they are kept
+alive while the request needs them and given back when it ends, however it ends. A stage that fails is tried again on
+whichever replica is ready; a tensor whose owner is lost is made again by its stage; a denoiser that dies is followed by
+another from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+from latentflow import rpc, status
+from latentflow.errors import DeadlineError, LatentflowError, OwnerLostError, UnavailableError
+from latentflow.metrics import Instruments
+from latentflow.v1 import generation_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
+
+from latentflow_gateway import retrying
+from latentflow_gateway.planning import Plan
+from latentflow_gateway.replicas import Replica, Replicas
+
+_log = structlog.get_logger()
+_RENEW_SECONDS = 20.0
+_RELEASE_SECONDS = 5.0
+# How often one image makes lost tensors again before its request gives up.
+_MAX_REMADE = 5
+
+T = TypeVar("T")
+Emit = Callable[[generation_pb2.GenerateResponse], None]
+
+
+@dataclass(kw_only=True)
+class _Timing:
+    """What a stage of an image took so far."""
+
+    stage: str
+    image: int
+    started: float = field(default_factory=time.perf_counter)
+    attempts: int = 0
+    replica: str = ""
+    forward_ns: int = 0
+    wait_ns: int = 0
+
+
+class Execution:
+    """Runs one plan.
+
+    Args:
+        deadline: In the event loop's time.
+        emit: Takes Progress, Image and Done events as they come.
+        token: Shared secret of the servers.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        request_id: str,
+        trace: rpc.Trace,
+        deadline: float,
+        emit: Emit,
+        replicas: Replicas,
+        token: str | None,
+        metrics: Instruments,
+        checkpoint_interval: int,
+        ready_seconds: float,
+    ) -> None:
+        self._plan = plan
+        self._request_id = request_id
+        self._trace = trace
+        self._deadline = deadline
+        self._emit = emit
+        self._replicas = replicas
+        self._token = token
+        self._metrics = metrics
+        self._checkpoint_interval = checkpoint_interval
+        self._ready_seconds = ready_seconds
+        self._held: dict[bytes, tensors_pb2.Handle] = {}
+        self._encoding = asyncio.Lock()
+        self._encoded: stage_pb2.EncodeResponse | None = None
+        self._timings: list[generation_pb2.StageTiming] = []
+
+    async def run(self, *, arrived: float) -> None:
+        """Emits all events up to Done. Raises what no retry could put right."""
+        began = time.perf_counter()
+        renewing = asyncio.create_task(self._renew())
+        try:
+            await self._conditioning(None)
+            async with asyncio.TaskGroup() as group:
+                for index in range(self._plan.images):
+                    group.create_task(self._image(index))
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from None
+        finally:
+            renewing.cancel()
+            await asyncio.shield(self._release())
+        self._emit(generation_pb2.GenerateResponse(done=self._done(arrived=arrived, began=began)))
+
+    async def _image(self, index: int) -> None:
+        timing = _Timing(stage="denoise", image=index)
+        progress = _Checkpointed()
+        decoding: _Timing | None = None
+        decoded: stage_pb2.DecodeResponse | None = None
+        for remade in range(_MAX_REMADE + 1):
+            conditioning = await self._conditioning(None)
+            try:
+                latents = await self._attempts(
+                    timing, self._plan.denoiser, partial(self._denoise, index, conditioning, progress, timing)
+                )
+            except OwnerLostError:
+                if remade == _MAX_REMADE:
+                    raise
+                self._retried(self._plan.text_encoder, "encode", "OWNER_LOST")
+                await self._conditioning(conditioning)
+                continue
+            decoding = decoding or _Timing(stage="decode", image=index)
+            try:
+                decoded = await self._attempts(decoding, self._plan.vae, partial(self._decode, latents, decoding))
+                break
+            except OwnerLostError:
+                if remade == _MAX_REMADE:
+                    raise
+                self._retried(self._plan.denoiser, "denoise", "OWNER_LOST")
+        if decoded is None or decoding is None:
+            raise UnavailableError(f"Image {index} was lost {_MAX_REMADE} times; the servers keep restarting.", reason="STAGE_BROKEN_OFF")
+        self._report(timing, self._plan.denoiser)
+        self._report(decoding, self._plan.vae)
+        self._metrics.of("latentflow_gateway_images_total", workflow=self._plan.workflow).inc()
+        image = generation_pb2.Image(image=index, png=decoded.png, seed=self._plan.seed + index)
+        self._emit(generation_pb2.GenerateResponse(image=image))
+
+    async def _conditioning(self, lost: stage_pb2.EncodeResponse | None) -> stage_pb2.EncodeResponse:
+        """What the text encoder made; made anew where `lost` is what is known."""
+        async with self._encoding:
+            if self._encoded is None or self._encoded is lost:
+                timing = _Timing(stage="encode", image=0)
+                self._encoded = await self._attempts(timing, self._plan.text_encoder, partial(self._encode, timing))
+                self._report(timing, self._plan.text_encoder)
+            return self._encoded
+
+    async def _attempts(self, timing: _Timing, model: str, call: Callable[[Replica], Awaitable[T]]) -> T:
+        """The result of the first attempt that works."""
+        failures = 0
+        while True:
+            seconds = self._remaining()
+            async with self._replicas.acquire(model, seconds=min(seconds, self._ready_seconds)) as replica:
+                timing.attempts += 1
+                timing.replica = replica.address
+                try:
+                    return await call(replica)
+                except grpc.RpcError as failure:
+                    error = status.error_from(failure)
+                except LatentflowError as failure:
+                    error = failure
+                self._suspect(error, replica)
+            retry = retrying.decide(error, failures=failures)
+            if retry is None:
+                raise error
+            failures = retry.failures
+            self._retried(model, timing.stage, error.reason)
+            _log.info("stage failed; trying again", stage=timing.stage, at=timing.replica, reason=error.reason)
+            await asyncio.sleep(min(retry.seconds, max(0.0, self._remaining())))
+
+    async def _encode(self, timing: _Timing, replica: Replica) -> stage_pb2.EncodeResponse:
+        request = stage_pb2.EncodeRequest(
+            request_id=self._request_id,
+            prompt=self._plan.prompt,
+            guidance=self._plan.guidance,
+            strict_prompt=self._plan.strict_prompt,
+            adapters=await self._adapters(lambda component: component.startswith("text_encoder")),
+        )
+        if self._plan.negative_prompt is not None:
+            request.negative_prompt = self._plan.negative_prompt
+        response: stage_pb2.EncodeResponse = await stage_pb2_grpc.StageStub(replica.channel).Encode(
+            request, **self._call()
+        )
+        timing.forward_ns += response.forward_ns
+        self._hold(tensor.handle for tensor in response.conditioning.values())
+        return response
+
+    async def _denoise(
+        self,
+        index: int,
+        encoded: stage_pb2.EncodeResponse,
+        progress: _Checkpointed,
+        timing: _Timing,
+        replica: Replica,
+    ) -> tensors_pb2.Tensor:
+        plan = self._plan
+        request = stage_pb2.DenoiseRequest(
+            request_id=self._request_id,
+            conditioning=encoded.conditioning,
+            width=plan.width,
+            height=plan.height,
+            scale_factor=plan.scale_factor,
+            steps=plan.steps,
+            guidance_scale=plan.guidance_scale,
+            sampler=plan.sampler,
+            seed=plan.seed + index,
+            control_nets=[
+                stage_pb2.ControlNetRef(
+                    peer=await self._peer(control.model),
+                    image=control.image,
+                    scale=control.scale,
+                    start=control.start,
+                    end=control.end,
+                )
+                for control in plan.controls
+            ],
+            adapters=await self._adapters(lambda component: component == "unet"),
+            checkpoint=progress.state,
+            checkpoint_interval=self._checkpoint_interval,
+            preview_interval=plan.preview_interval,
+        )
+        async for event in stage_pb2_grpc.StageStub(replica.channel).Denoise(request, **self._call()):
+            if event.WhichOneof("event") == "result":
+                result = event.result
+                timing.forward_ns += result.forward_ns
+                timing.wait_ns += result.wait_ns
+                latents: tensors_pb2.Tensor = result.latents
+                self._hold([latents.handle])
+                return latents
+            step = event.progress
+            if step.HasField("checkpoint"):
+                progress.state = step.checkpoint.state
+            self._emit(
+                generation_pb2.GenerateResponse(
+                    progress=generation_pb2.Progress(
+                        image=index, step=step.step, total=step.total, preview=step.preview
+                    )
+                )
+            )
+        raise UnavailableError(
+            f"{replica.address} ended a Denoise call without a result.", reason="STAGE_BROKEN_OFF"
+        )
+
+    async def _decode(
+        self, latents: tensors_pb2.Tensor, timing: _Timing, replica: Replica
+    ) -> stage_pb2.DecodeResponse:
+        request = stage_pb2.DecodeRequest(request_id=self._request_id, latents=latents)
+        response: stage_pb2.DecodeResponse = await stage_pb2_grpc.StageStub(replica.channel).Decode(
+            request, **self._call()
+        )
+        timing.forward_ns += response.forward_ns
+        return response
+
+    async def _adapters(self, wanted: Callable[[str], bool]) -> list[stage_pb2.AdapterRef]:
+        chosen = [a for a in self._plan.adapters if any(wanted(component) for component in a.components)]
+        if not chosen or self._plan.store is None:
+            return []
+        store = await self._peer(self._plan.store)
+        return [stage_pb2.AdapterRef(name=a.name, weight=a.weight, store=store, digest=a.digest) for a in chosen]
+
+    async def _peer(self, model: str) -> stage_pb2.Peer:
+        replica = await self._replicas.pick(model, seconds=min(self._remaining(), self._ready_seconds))
+        return stage_pb2.Peer(address=replica.address, model=model)
+
+    def _call(self) -> dict[str, Any]:
+        return {
+            "timeout": self._remaining(),
+            "metadata": rpc.metadata(token=self._token, trace=self._trace.child(), request_id=self._request_id),
+        }
+
+    def _remaining(self) -> float:
+        seconds = self._deadline - asyncio.get_running_loop().time()
+        if seconds <= 0:
+            raise DeadlineError("The request's time ran out before its images were made; give it a longer timeout.")
+        return seconds
+
+    def _suspect(self, error: LatentflowError, replica: Replica) -> None:
+        """Whoever did not answer is asked for its health before it gets another request."""
+        if error.reason == "PEER_UNAVAILABLE":
+            peer = self._replicas.find(error.details.get("peer", ""))
+            if peer is not None:
+                peer.suspect()
+        elif isinstance(error, OwnerLostError):
+            owner = self._replicas.find(error.details.get("owner", ""))
+            if owner is not None:
+                owner.suspect()
+        elif isinstance(error, UnavailableError):
+            replica.suspect()
+
+    def _hold(self, handles: Iterable[tensors_pb2.Handle]) -> None:
+        self._held.update({handle.id: handle for handle in handles})
+
+    def _owners(self) -> Mapping[tuple[str, str], list[bytes]]:
+        owners: dict[tuple[str, str], list[bytes]] = {}
+        for handle in self._held.values():
+            owners.setdefault((handle.owner, handle.boot_id), []).append(handle.id)
+        return owners
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(_RENEW_SECONDS)
+            for (owner, boot_id), ids in self._owners().items():
+                # A lost owner shows where its tensor is needed; nothing to do about it here.
+                with contextlib.suppress(grpc.RpcError):
+                    async with self._tensors(owner) as stub:
+                        await stub.Renew(tensors_pb2.RenewRequest(boot_id=boot_id, ids=ids), **self._short_call())
+
+    async def _release(self) -> None:
+        owners = self._owners()
+        self._held.clear()
+
+        async def release(owner: str, boot_id: str, ids: list[bytes]) -> None:
+            # Leases end by themselves where the owner cannot be told.
+            with contextlib.suppress(grpc.RpcError):
+                async with self._tensors(owner) as stub:
+                    await stub.Release(tensors_pb2.ReleaseRequest(boot_id=boot_id, ids=ids), **self._short_call())
+
+        await asyncio.gather(*(release(*key, ids) for key, ids in owners.items()))
+
+    @contextlib.asynccontextmanager
+    async def _tensors(self, owner: str) -> AsyncIterator[Any]:
+        replica = self._replicas.find(owner)
+        if replica is not None:
+            yield tensors_pb2_grpc.TensorsStub(replica.channel)
+
+    def _short_call(self) -> dict[str, Any]:
+        metadata = rpc.metadata(token=self._token, trace=self._trace.child(), request_id=self._request_id)
+        return {"timeout": _RELEASE_SECONDS, "metadata": metadata}
+
+    def _retried(self, model: str, stage: str, reason: str) -> None:
+        self._metrics.of("latentflow_gateway_stage_retries_total", model=model, stage=stage, reason=reason).inc()
+
+    def _report(self, timing: _Timing, model: str) -> None:
+        seconds = time.perf_counter() - timing.started
+        self._metrics.of("latentflow_gateway_stage_seconds", model=model, stage=timing.stage).observe(seconds)
+        report = generation_pb2.StageTiming(
+            stage=timing.stage, image=timing.image, replica=timing.replica, attempts=timing.attempts
+        )
+        report.wall.FromNanoseconds(int(seconds * 1e9))
+        report.forward.FromNanoseconds(timing.forward_ns)
+        report.wait.FromNanoseconds(timing.wait_ns)
+        self._timings.append(report)
+
+    def _done(self, *, arrived: float, began: float) -> generation_pb2.Done:
+        plan = self._plan
+        done = generation_pb2.Done(
+            stages=self._timings,
+            models=[
+                generation_pb2.ModelUse(
+                    name=name, model=model, content_digest=self._replicas.descriptions[model].content_digest
+                )
+                for name, model in plan.names.items()
+            ],
+            seed=plan.seed,
+            width=plan.width,
+            height=plan.height,
+            steps=plan.steps,
+            guidance_scale=plan.guidance_scale,
+            sampler=plan.sampler,
+        )
+        if self._encoded is not None:
+            done.truncated = self._encoded.truncated
+            done.negative_truncated = self._encoded.negative_truncated
+        done.total.FromNanoseconds(int((time.perf_counter() - arrived) * 1e9))
+        done.queued.FromNanoseconds(int((began - arrived) * 1e9))
+        return done
+
+
+@dataclass(kw_only=True)
+class _Checkpointed:
+    """The last checkpoint of an image, empty before the first."""
+
+    state: bytes = b""
+
+
+def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Of several images' failures the first; the others follow from it or say the same."""
+    failure = failures.exceptions[0]
+    return _first(failure) if isinstance(failure, BaseExceptionGroup) else failure

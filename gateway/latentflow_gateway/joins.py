@@ -1,0 +1,123 @@
+"""Second deliveries of a request: the same idempotency key joins what already runs, or gets what it came to.
+
+A `Broadcast` is a request's events, kept from the start, for any number of listeners. When the last listener leaves
+before the end, the work is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from cachetools import TTLCache
+from latentflow.errors import CancelledError, ConflictError
+from latentflow.v1 import generation_pb2
+
+# Finished requests stay joinable for so long, and within so many bytes of events.
+_KEPT_SECONDS = 120.0
+_KEPT_BYTES = 64 << 20
+
+
+class Broadcast:
+    """The events of one request."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.size = 0
+        self._events: list[generation_pb2.GenerateResponse] = []
+        self._ended = False
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+        self._listeners = 0
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def succeeded(self) -> bool:
+        return self._ended and self._error is None
+
+    def start(self, work: Callable[[], Awaitable[None]], finished: Callable[[], None]) -> None:
+        """Runs the work that emits the events; `finished` is called at its end, whatever it is."""
+
+        async def run() -> None:
+            try:
+                await work()
+            except asyncio.CancelledError:
+                self._error = CancelledError("Every caller of this request has gone.")
+                raise
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._ended = True
+                self._wake()
+                finished()
+
+        self._task = asyncio.create_task(run())
+
+    def emit(self, event: generation_pb2.GenerateResponse) -> None:
+        self._events.append(event)
+        self.size += event.ByteSize()
+        self._wake()
+
+    async def listen(self) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        """All events from the start; raises what the work raised. The last to leave early cancels the work."""
+        self._listeners += 1
+        try:
+            sent = 0
+            while True:
+                changed = self._changed
+                while sent < len(self._events):
+                    sent += 1
+                    yield self._events[sent - 1]
+                if self._ended:
+                    break
+                if changed is self._changed:
+                    await changed.wait()
+            if self._error is not None:
+                raise self._error
+        finally:
+            self._listeners -= 1
+            if not self._listeners and not self._ended and self._task is not None:
+                self._task.cancel()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class Joins:
+    """Requests by idempotency key: those that run, and for a while those that have succeeded."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Broadcast] = {}
+        self._kept: TTLCache[str, Broadcast] = TTLCache(_KEPT_BYTES, _KEPT_SECONDS, getsizeof=lambda b: b.size)
+
+    def join(self, request: generation_pb2.GenerateRequest, work: Callable[[Broadcast], Awaitable[None]]) -> Broadcast:
+        """The request's events: those of an earlier delivery, or of `work` begun now.
+
+        Raises ConflictError where the key was used for another request.
+        """
+        key, fingerprint = request.idempotency_key, _fingerprint(request)
+        known = (self._running.get(key) or self._kept.get(key)) if key else None
+        if known is not None:
+            if known.fingerprint != fingerprint:
+                raise ConflictError(
+                    f"The idempotency key {key!r} was used for another request; use a new key for a new request."
+                )
+            return known
+        broadcast = Broadcast(fingerprint)
+        if key:
+            self._running[key] = broadcast
+        broadcast.start(lambda: work(broadcast), lambda: self._finished(key, broadcast))
+        return broadcast
+
+    def _finished(self, key: str, broadcast: Broadcast) -> None:
+        if self._running.get(key) is broadcast:
+            del self._running[key]
+        # A failed request is worth running again, so only what succeeded is kept.
+        if key and broadcast.succeeded and broadcast.size <= _KEPT_BYTES:
+            self._kept[key] = broadcast
+
+
+def _fingerprint(request: generation_pb2.GenerateRequest) -> str:
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest()

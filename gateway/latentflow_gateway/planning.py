@@ -1,0 +1,307 @@
+"""A request becomes a plan, or is refused: pure, before any model runs.
+
+The plan holds everything in force (defaults filled in, adapters split by component, models by identity); execution only
+carries it out. What only the weights can tell comes from what the model servers say of themselves.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from latentflow.api import DiffusionWorkflow, Role, identity
+from latentflow.errors import FailedPreconditionError, InvalidRequestError, NotFoundError, UnimplementedError
+from latentflow.v1 import control_pb2, generation_pb2
+from PIL import Image
+
+from latentflow_gateway.settings import Limits
+
+_MAX_SEED = (1 << 64) - 1
+_MAX_KEY = 128
+_MODES = ("RGB", "L")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlPlan:
+    """A ControlNet in use."""
+
+    name: str
+    model: str
+    image: bytes
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlan:
+    """A LoRA in use."""
+
+    name: str
+    weight: float
+    digest: str
+    components: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a request comes to. Models are identities; `names` has them by their names in the workflow."""
+
+    workflow: str
+    names: Mapping[str, str]
+    text_encoder: str
+    denoiser: str
+    vae: str
+    store: str | None
+    prompt: str
+    negative_prompt: str | None
+    strict_prompt: bool
+    guidance: bool
+    guidance_scale: float
+    width: int
+    height: int
+    scale_factor: int
+    steps: int
+    sampler: str
+    seed: int
+    images: int
+    controls: tuple[ControlPlan, ...]
+    adapters: tuple[AdapterPlan, ...]
+    preview_interval: int
+
+
+def find(workflows: tuple[DiffusionWorkflow, ...], name: str) -> DiffusionWorkflow:
+    """The workflow that a request names. NotFoundError lists those there are."""
+    known = ", ".join(workflow.full_name for workflow in workflows) or "none"
+    if not name:
+        if len(workflows) == 1:
+            return workflows[0]
+        raise NotFoundError(f"The request names no workflow; served here: {known}.", reason="UNKNOWN_WORKFLOW")
+    full = name if "/" in name else f"default/{name}"
+    for workflow in workflows:
+        if workflow.full_name == full:
+            return workflow
+    raise NotFoundError(f"There is no workflow {full!r} here; served are: {known}.", reason="UNKNOWN_WORKFLOW")
+
+
+def needed(workflow: DiffusionWorkflow, request: generation_pb2.GenerateRequest) -> dict[str, str]:
+    """Models, identity by name, that the request uses and that have to be known before it can be planned."""
+    named = {image.model for image in request.control_images}
+    used = {}
+    for model in workflow.spec.models:
+        attached = model.role in (Role.CONTROL_NET, Role.LORA_STORE)
+        wanted = model.name in named or (model.role is Role.LORA_STORE and bool(request.loras))
+        if not attached or wanted:
+            used[model.name] = identity(model)
+    return used
+
+
+def plan(
+    *,
+    workflow: DiffusionWorkflow,
+    request: generation_pb2.GenerateRequest,
+    descriptions: Mapping[str, control_pb2.DescribeResponse],
+    limits: Limits,
+    seed: int,
+) -> Plan:
+    """The plan of a request.
+
+    Args:
+        descriptions: What the models of `needed` say of themselves, by identity.
+        seed: Used where the request has none.
+
+    Raises a LatentflowError that says what is wrong, where and what to do.
+    """
+    if workflow.spec.task != "TextToImage":
+        raise UnimplementedError(
+            f"Workflow {workflow.full_name} has the task {workflow.spec.task}; this version serves TextToImage only."
+        )
+    one = {role: identity(workflow.of_role(role)[0]) for role in (Role.TEXT_ENCODER, Role.DENOISER, Role.VAE)}
+    denoiser = descriptions[one[Role.DENOISER]].denoiser
+    factor = descriptions[one[Role.VAE]].vae.scale_factor
+    defaults = workflow.spec.defaults
+    width = request.width if request.HasField("width") else defaults.width
+    height = request.height if request.HasField("height") else defaults.height
+    steps = request.steps if request.HasField("steps") else defaults.steps
+    guidance_scale = request.guidance_scale if request.HasField("guidance_scale") else defaults.guidance_scale
+    images = request.images if request.HasField("images") else 1
+    seed = request.seed if request.HasField("seed") else seed
+    _check_families(workflow, descriptions)
+    _check_size(width, height, factor=factor, limits=limits)
+    _between("steps", steps, 1, limits.max_steps)
+    _between("images", images, 1, limits.max_images)
+    if not (math.isfinite(guidance_scale) and 0 <= guidance_scale <= 100):
+        raise InvalidRequestError(f"guidance_scale has to be from 0 to 100, not {guidance_scale}.")
+    if seed + images - 1 > _MAX_SEED:
+        raise InvalidRequestError(f"seed {seed} leaves no room for {images} images below 2^64; choose a smaller one.")
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        if len(text) > limits.max_prompt_chars:
+            raise InvalidRequestError(
+                f"{name} has {len(text)} characters; this gateway takes at most {limits.max_prompt_chars}."
+            )
+    if len(request.idempotency_key) > _MAX_KEY:
+        raise InvalidRequestError(f"idempotency_key has over {_MAX_KEY} characters; use a UUID.")
+    sampler = request.sampler if request.HasField("sampler") else (defaults.sampler or "")
+    samplers = list(denoiser.samplers)
+    if sampler and sampler not in samplers:
+        raise InvalidRequestError(
+            f"Sampler {sampler!r} is not known; use one of {', '.join(samplers)}.", reason="UNKNOWN_SAMPLER"
+        )
+    negative = request.negative_prompt if request.HasField("negative_prompt") else defaults.negative_prompt
+    stores = workflow.of_role(Role.LORA_STORE)
+    return Plan(
+        workflow=workflow.full_name,
+        names=needed(workflow, request),
+        text_encoder=one[Role.TEXT_ENCODER],
+        denoiser=one[Role.DENOISER],
+        vae=one[Role.VAE],
+        store=identity(stores[0]) if stores and request.loras else None,
+        prompt=request.prompt,
+        negative_prompt=negative,
+        strict_prompt=request.strict_prompt,
+        guidance=guidance_scale > 1 and denoiser.classifier_free_guidance,
+        guidance_scale=guidance_scale,
+        width=width,
+        height=height,
+        scale_factor=factor,
+        steps=steps,
+        sampler=sampler or (samplers[0] if samplers else ""),
+        seed=seed,
+        images=images,
+        controls=_controls(workflow, request, denoiser, descriptions, size=(width, height), limits=limits),
+        adapters=_adapters(workflow, request, descriptions),
+        preview_interval=request.preview_interval,
+    )
+
+
+def _controls(
+    workflow: DiffusionWorkflow,
+    request: generation_pb2.GenerateRequest,
+    denoiser: control_pb2.DenoiserDescription,
+    descriptions: Mapping[str, control_pb2.DescribeResponse],
+    *,
+    size: tuple[int, int],
+    limits: Limits,
+) -> tuple[ControlPlan, ...]:
+    known = {model.name: identity(model) for model in workflow.of_role(Role.CONTROL_NET)}
+    plans: list[ControlPlan] = []
+    for given in request.control_images:
+        if given.model not in known:
+            raise NotFoundError(
+                f"Workflow {workflow.full_name} has no ControlNet {given.model!r}; it has {', '.join(known) or 'none'}.",
+                reason="UNKNOWN_MODEL",
+            )
+        if any(plan.name == given.model for plan in plans):
+            raise InvalidRequestError(f"ControlNet {given.model!r} is given two images; give one.")
+        net = descriptions[known[given.model]].control_net
+        if (net.cross_attention_dim, net.latent_channels) != (denoiser.cross_attention_dim, denoiser.latent_channels):
+            raise FailedPreconditionError(
+                f"ControlNet {given.model!r} takes embeddings {net.cross_attention_dim} wide and {net.latent_channels} latent "
+                f"channels, the denoiser {denoiser.cross_attention_dim} and {denoiser.latent_channels}: it belongs to "
+                "another base model. Correct the workflow's source.",
+                reason="CONTROLNET_MISMATCH",
+            )
+        scale = given.scale if given.HasField("scale") else 1.0
+        start = given.start if given.HasField("start") else 0.0
+        end = given.end if given.HasField("end") else 1.0
+        if not math.isfinite(scale) or not 0 <= start < end <= 1:
+            raise InvalidRequestError(
+                f"ControlNet {given.model!r}: scale has to be finite and 0 <= start < end <= 1; got scale {scale}, "
+                f"start {start}, end {end}."
+            )
+        _check_image(given, size=size, limits=limits)
+        plans.append(
+            ControlPlan(
+                name=given.model, model=known[given.model], image=given.image, scale=scale, start=start, end=end
+            )
+        )
+    return tuple(plans)
+
+
+def _adapters(
+    workflow: DiffusionWorkflow,
+    request: generation_pb2.GenerateRequest,
+    descriptions: Mapping[str, control_pb2.DescribeResponse],
+) -> tuple[AdapterPlan, ...]:
+    if not request.loras:
+        return ()
+    stores = workflow.of_role(Role.LORA_STORE)
+    if not stores:
+        raise NotFoundError(f"Workflow {workflow.full_name} has no LoRA store.", reason="UNKNOWN_ADAPTER")
+    known = {adapter.name: adapter for adapter in descriptions[identity(stores[0])].lora_store.adapters}
+    plans: list[AdapterPlan] = []
+    for lora in request.loras:
+        adapter = known.get(lora.name)
+        if adapter is None:
+            raise NotFoundError(
+                f"There is no LoRA {lora.name!r} in {stores[0].name!r}; it has {', '.join(known) or 'none'}.",
+                reason="UNKNOWN_ADAPTER",
+            )
+        if adapter.problem:
+            raise FailedPreconditionError(
+                f"LoRA {lora.name!r} cannot be used: {adapter.problem}", reason="ADAPTER_UNREADABLE"
+            )
+        if not math.isfinite(lora.weight) or lora.weight == 0:
+            raise InvalidRequestError(f"LoRA {lora.name!r}: weight has to be finite and not 0, not {lora.weight}.")
+        if any(plan.name == lora.name for plan in plans):
+            raise InvalidRequestError(f"LoRA {lora.name!r} is named twice; add the weights up.")
+        plans.append(
+            AdapterPlan(name=lora.name, weight=lora.weight, digest=adapter.digest, components=tuple(adapter.components))
+        )
+    return tuple(plans)
+
+
+def _check_families(workflow: DiffusionWorkflow, descriptions: Mapping[str, control_pb2.DescribeResponse]) -> None:
+    denoiser = identity(workflow.of_role(Role.DENOISER)[0])
+    for model in workflow.spec.models:
+        said = descriptions.get(identity(model))
+        if said is not None and said.family and said.family != descriptions[denoiser].family:
+            raise FailedPreconditionError(
+                f"Model {model.name!r} is of the family {said.family}, the denoiser of {descriptions[denoiser].family}; "
+                "they cannot work together. Correct the workflow's sources.",
+                reason="FAMILY_MISMATCH",
+            )
+
+
+def _check_size(width: int, height: int, *, factor: int, limits: Limits) -> None:
+    for name, value in (("width", width), ("height", height)):
+        if value < factor or value % factor:
+            near = max(factor, round(value / factor) * factor)
+            raise InvalidRequestError(f"{name} has to be a multiple of {factor}, not {value}; {near} would do.")
+    if width * height > limits.max_pixels:
+        raise InvalidRequestError(
+            f"{width}x{height} is {width * height} pixels; this gateway makes at most {limits.max_pixels}."
+        )
+
+
+def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], limits: Limits) -> None:
+    what = f"The control image of {given.model!r}"
+    if len(given.image) > limits.max_control_image_bytes:
+        raise InvalidRequestError(
+            f"{what} has {len(given.image)} bytes; this gateway takes at most {limits.max_control_image_bytes}."
+        )
+    try:
+        # Size and mode come from the header: nothing is decoded before they are known to be sane.
+        with Image.open(io.BytesIO(given.image), formats=("PNG", "JPEG")) as image:
+            if image.size != size:
+                raise InvalidRequestError(
+                    f"{what} is {image.width}x{image.height}, the request {size[0]}x{size[1]}; resize one to the other."
+                )
+            if image.mode not in _MODES:
+                raise InvalidRequestError(
+                    f"{what} has the mode {image.mode}; RGB and L (grey) are taken. Convert it, for instance with "
+                    "Pillow's image.convert('RGB')."
+                )
+            image.load()
+    except InvalidRequestError:
+        raise
+    except Exception as error:
+        # Pillow raises many kinds for damaged files; all of them mean this.
+        raise InvalidRequestError(f"{what} cannot be read as PNG or JPEG: {error}") from None
+
+
+def _between(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise InvalidRequestError(f"{name} has to be from {least} to {most}, not {value}.")

@@ -1,0 +1,191 @@
+"""The replicas of every model: which can take a request now, and what their models say of themselves.
+
+Follows the directory file and each replica's health. `acquire` hands a ready replica to one attempt of a stage and
+counts it as busy; what a model's servers last said of it stays known while they are away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from latentflow import rpc
+from latentflow.directory import Directory
+from latentflow.errors import InvalidRequestError, UnavailableError
+from latentflow.metrics import Instruments
+from latentflow.v1 import control_pb2, control_pb2_grpc
+
+_log = structlog.get_logger()
+_DIRECTORY_SECONDS = 0.5
+_RECONNECT_SECONDS = 0.1
+_DESCRIBE_SECONDS = 10.0
+
+
+class Replica:
+    """One server of a model."""
+
+    def __init__(self, *, identity: str, address: str) -> None:
+        self.identity = identity
+        self.address = address
+        self.channel = grpc.aio.insecure_channel(address, list(rpc.CHANNEL_OPTIONS))
+        self.ready = False
+        self.outstanding = 0
+        self._watch: Any = None
+
+    def suspect(self) -> None:
+        """A call failed as if nobody were there: not ready until its health says so anew."""
+        self.ready = False
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def states(self) -> AsyncIterator[bool]:
+        """Whether it serves, now and at every change; ends when the connection does."""
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        self._watch = watch = stub.Watch(health_pb2.HealthCheckRequest(service=""), wait_for_ready=False)
+        async for response in watch:
+            yield response.status == health_pb2.HealthCheckResponse.SERVING
+
+
+class Replicas:
+    """Every replica of a directory. Use as an async context manager."""
+
+    def __init__(self, *, path: Path, token: str | None, metrics: Instruments) -> None:
+        self._path = path
+        self._token = token
+        self._metrics = metrics
+        self._changed = asyncio.Condition()
+        self._replicas: dict[tuple[str, str], Replica] = {}
+        self._watchers: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._follower: asyncio.Task[None] | None = None
+        self._stamp: tuple[int, int] = (0, 0)
+        self.directory = Directory()
+        self.descriptions: dict[str, control_pb2.DescribeResponse] = {}
+
+    async def __aenter__(self) -> Replicas:
+        self._read()
+        self._follower = asyncio.create_task(self._follow())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [task for task in (self._follower, *self._watchers.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for replica in self._replicas.values():
+            await replica.channel.close(grace=None)
+
+    def ready(self, identity: str) -> list[Replica]:
+        """Replicas of a model that can take a request now, least busy first."""
+        own = [r for r in self._replicas.values() if r.identity == identity and r.ready]
+        return sorted(own, key=lambda replica: replica.outstanding)
+
+    def find(self, address: str) -> Replica | None:
+        """The replica at an address."""
+        return next((r for r in self._replicas.values() if r.address == address), None)
+
+    async def pick(self, identity: str, *, seconds: float) -> Replica:
+        """The least busy ready replica; waits for one. UnavailableError when none is ready in time."""
+        try:
+            async with asyncio.timeout(seconds), self._changed:
+                await self._changed.wait_for(lambda: self.ready(identity))
+        except TimeoutError:
+            raise UnavailableError(
+                f"No replica of the model {identity} has been ready for {seconds:.0f} s; it is starting, or its servers "
+                "fail. Look at their logs.",
+                reason="MODEL_NOT_READY",
+                details={"model": identity},
+                retry_after=1.0,
+            ) from None
+        return self.ready(identity)[0]
+
+    @contextlib.asynccontextmanager
+    async def acquire(self, identity: str, *, seconds: float) -> AsyncIterator[Replica]:
+        """`pick`, counted as busy while held."""
+        replica = await self.pick(identity, seconds=seconds)
+        replica.outstanding += 1
+        try:
+            yield replica
+        finally:
+            replica.outstanding -= 1
+
+    async def describe(self, identities: Mapping[str, str], *, seconds: float) -> None:
+        """Waits until every model (identity by name) has said what it is."""
+        for identity in identities.values():
+            if identity not in self.descriptions:
+                await self.pick(identity, seconds=seconds)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(_DIRECTORY_SECONDS)
+            try:
+                self._read()
+            except InvalidRequestError as error:
+                _log.warning("the directory cannot be read; what is known stands", problem=error.message)
+
+    def _read(self) -> None:
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise InvalidRequestError(f"The directory file {self._path} cannot be read: {error.strerror}.") from None
+        stamp = (found.st_mtime_ns, found.st_ino)
+        if stamp == self._stamp:
+            return
+        self.directory = Directory.read(self._path)
+        self._stamp = stamp
+        wanted = {(identity, a) for identity, model in self.directory.models.items() for a in model.replicas}
+        for key in self._replicas.keys() - wanted:
+            self._watchers.pop(key).cancel()
+            self._replicas.pop(key).ready = False
+        for identity, address in wanted - self._replicas.keys():
+            replica = Replica(identity=identity, address=address)
+            self._replicas[identity, address] = replica
+            self._watchers[identity, address] = asyncio.create_task(self._watch(replica))
+
+    async def _watch(self, replica: Replica) -> None:
+        while True:
+            try:
+                async for serves in replica.states():
+                    if serves:
+                        await self._meet(replica)
+                    await self._set(replica, serves)
+            except grpc.RpcError:
+                # Not there, or gone: said by the state, tried again below.
+                pass
+            except asyncio.CancelledError:
+                # Our own end, or `suspect` that cancelled the call only.
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+            await self._set(replica, False)
+            await asyncio.sleep(_RECONNECT_SECONDS)
+
+    async def _meet(self, replica: Replica) -> None:
+        description = await control_pb2_grpc.ControlStub(replica.channel).Describe(
+            control_pb2.DescribeRequest(protocol_version=rpc.PROTOCOL_VERSION),
+            timeout=_DESCRIBE_SECONDS,
+            metadata=rpc.metadata(token=self._token, trace=None, request_id=None),
+        )
+        known = self.descriptions.get(replica.identity)
+        if known is not None and known.content_digest != description.content_digest:
+            _log.warning("a model's weights have changed", model=replica.identity, replica=replica.address)
+        self.descriptions[replica.identity] = description
+
+    async def _set(self, replica: Replica, ready: bool) -> None:
+        if replica.ready != ready:
+            _log.info("replica is ready" if ready else "replica is away", model=replica.identity, at=replica.address)
+        async with self._changed:
+            replica.ready = ready
+            self._changed.notify_all()
+        self._metrics.of("latentflow_gateway_replicas_ready", model=replica.identity).set(
+            len(self.ready(replica.identity))
+        )

@@ -1,0 +1,42 @@
+"""What to do when an attempt at a stage fails: pure."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from latentflow.errors import InternalError, LatentflowError, OverloadedError, UnavailableError
+
+# Failures that one stage of one image survives; a full queue is no failure.
+MAX_FAILURES = 6
+_FIRST_SECONDS = 0.05
+_LONGEST_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """Try again after `seconds`; `failures` is the count from now on."""
+
+    seconds: float
+    failures: int
+
+
+def decide(error: LatentflowError, *, failures: int, draw: float | None = None) -> Retry | None:
+    """Whether an attempt is worth repeating on whichever replica is ready then; None: the error is the answer.
+
+    Args:
+        failures: Failed attempts before this one.
+        draw: Jitter from 0 to 1; random where not given.
+    """
+    jitter = 0.5 + (random.random() if draw is None else draw) / 2
+    pause = min(_LONGEST_SECONDS, _FIRST_SECONDS * 2**failures) * jitter
+    if isinstance(error, OverloadedError):
+        # The replica says when to come back; the request's deadline bounds how often.
+        return Retry(
+            seconds=max(_FIRST_SECONDS, min(error.retry_after or pause, _LONGEST_SECONDS)) * jitter, failures=failures
+        )
+    if isinstance(error, UnavailableError) and error.reason != "MODEL_NOT_READY" and failures < MAX_FAILURES:
+        return Retry(seconds=pause, failures=failures + 1)
+    if isinstance(error, InternalError) and failures == 0:
+        return Retry(seconds=pause, failures=MAX_FAILURES)
+    return None

@@ -1,0 +1,117 @@
+"""The gateway's process: follows the directory, serves Generation, drains at SIGTERM.
+
+`main` is the command `latentflow-gateway`; `serve` runs one gateway inside an event loop, for tests and embedding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from latentflow import logs, rpc
+from latentflow.errors import FailedPreconditionError, LatentflowError
+from latentflow.metrics import GATEWAY, Instruments
+from latentflow.v1 import generation_pb2, generation_pb2_grpc
+
+from latentflow_gateway import settings as settings_module
+from latentflow_gateway.replicas import Replicas
+from latentflow_gateway.servicers import GenerationServicer
+from latentflow_gateway.settings import GatewaySettings
+
+_log = structlog.get_logger()
+SERVICE: str = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gateway:
+    """A running gateway."""
+
+    address: str
+    metrics_port: int
+    replicas: Replicas
+    servicer: GenerationServicer
+    server: grpc.aio.Server
+    health: health.aio.HealthServicer
+
+    async def stop(self, grace: float) -> None:
+        """Takes no new request and gives the running ones `grace` seconds."""
+        self.servicer.draining = True
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace)
+
+
+@contextlib.asynccontextmanager
+async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
+    """Serves when entered. LatentflowError where the port or the directory file cannot be used."""
+    metrics = Instruments(GATEWAY)
+    server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))
+    try:
+        if settings.tls is None:
+            bound = server.add_insecure_port(settings.listen)
+        else:
+            bound = server.add_secure_port(settings.listen, settings.tls.server_credentials())
+        host, _, port = settings.metrics.rpartition(":")
+        metrics_port = metrics.serve(host=host, port=int(port))
+    except (RuntimeError, OSError) as error:
+        raise FailedPreconditionError(
+            f"{settings.listen} (or {settings.metrics}, for metrics) cannot be listened on: is another gateway running? "
+            f"Choose another port. ({error})",
+            reason="PORT_TAKEN",
+        ) from None
+    async with Replicas(path=settings.directory, token=settings.token, metrics=metrics) as replicas:
+        servicer = GenerationServicer(settings=settings, replicas=replicas, metrics=metrics)
+        checks = health.aio.HealthServicer()
+        generation_pb2_grpc.add_GenerationServicer_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        for service in ("", SERVICE):
+            await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
+        await server.start()
+        gateway = Gateway(
+            address=f"{settings.listen.rpartition(':')[0]}:{bound}",
+            metrics_port=metrics_port,
+            replicas=replicas,
+            servicer=servicer,
+            server=server,
+            health=checks,
+        )
+        _log.info("serving", address=gateway.address, metrics_port=metrics_port)
+        try:
+            yield gateway
+        finally:
+            await gateway.stop(0)
+
+
+async def run(settings: GatewaySettings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    async with serve(settings) as gateway:
+        await stop.wait()
+        _log.info("draining")
+        await gateway.stop(settings.drain)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command `latentflow-gateway`. Exits 2 with one line where it cannot serve as asked."""
+    settings = settings_module.parse(argv)
+    logs.configure(process="gateway", form=settings.log_format)
+    try:
+        asyncio.run(run(settings))
+    except LatentflowError as error:
+        print(f"latentflow-gateway: {error.message}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What a gateway is told at its start; read from the command line, handed to everything else frozen."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from latentflow import rpc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for."""
+
+    max_pixels: int = 2048 * 2048
+    max_steps: int = 200
+    max_images: int = 8
+    max_control_image_bytes: int = 8 << 20
+    max_prompt_chars: int = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """Settings of one gateway.
+
+    Attributes:
+        directory: The directory file; read again whenever it changes.
+        listen: host:port for gRPC.
+        metrics: host:port for /metrics.
+        max_running: Requests that are worked on at a time.
+        max_queued: Requests that may wait for that; one more is refused.
+        checkpoint_interval: Steps between checkpoints, which bound what a crash loses.
+        request_seconds: Longest time for a request whose client set no deadline.
+        ready_seconds: How long a request waits for a model that has no ready replica.
+        drain: Seconds that running requests get when the gateway is told to stop.
+        token: Shared secret of the servers.
+    """
+
+    directory: Path
+    listen: str = "127.0.0.1:8400"
+    metrics: str = "127.0.0.1:0"
+    limits: Limits = field(default_factory=Limits)
+    max_running: int = 32
+    max_queued: int = 128
+    checkpoint_interval: int = 5
+    request_seconds: float = 600.0
+    ready_seconds: float = 60.0
+    drain: float = 30.0
+    token: str | None = None
+    tls: rpc.Tls | None = None
+    log_format: Literal["console", "json"] = "console"
+
+
+def parse(argv: list[str] | None = None) -> GatewaySettings:
+    """Settings from a command line and the environment; exits with a usage message on nonsense."""
+    parser = argparse.ArgumentParser(
+        prog="latentflow-gateway",
+        description="Serves latentflow's Generation service over the model servers of a directory file.",
+        epilog="The servers' shared secret is read from the environment variable LATENTFLOW_TOKEN.",
+    )
+    add = parser.add_argument
+    limits = Limits()
+    add("--directory", type=Path, required=True, help="the directory file: workflows and where their models listen")
+    add("--listen", default="127.0.0.1:8400", help="host:port for gRPC (default: 127.0.0.1:8400)")
+    add("--metrics", default="127.0.0.1:0", help="host:port for /metrics (default: a free port)")
+    add("--max-running", type=int, default=32, help="requests worked on at a time (default: 32)")
+    add("--max-queued", type=int, default=128, help="requests that may wait for that (default: 128)")
+    add("--max-pixels", type=int, default=limits.max_pixels, help="most pixels of an image (default: %(default)s)")
+    add("--max-steps", type=int, default=limits.max_steps, help="most steps (default: %(default)s)")
+    add("--max-images", type=int, default=limits.max_images, help="most images of a request (default: %(default)s)")
+    add(
+        "--max-control-image-bytes",
+        type=int,
+        default=limits.max_control_image_bytes,
+        help="largest control image (default: %(default)s)",
+    )
+    add("--checkpoint-interval", type=int, default=5, help="steps between checkpoints; 0: none (default: 5)")
+    add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
+    add("--tls-cert", type=Path, help="certificate, PEM")
+    add("--tls-key", type=Path, help="its key, PEM")
+    add("--tls-ca", type=Path, help="CA of clients' certificates, PEM; makes TLS mutual")
+    add("--log-format", choices=("console", "json"), default="console")
+    args = parser.parse_args(argv)
+    positive = ("max_running", "max_pixels", "max_steps", "max_images", "max_control_image_bytes")
+    for name in positive:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} has to be at least 1, not {getattr(args, name)}")
+    tls = None
+    if args.tls_cert or args.tls_key or args.tls_ca:
+        if not (args.tls_cert and args.tls_key):
+            parser.error("TLS needs both --tls-cert and --tls-key")
+        tls = rpc.Tls(ca=args.tls_ca, certificate=args.tls_cert, key=args.tls_key)
+    return GatewaySettings(
+        directory=args.directory,
+        listen=args.listen,
+        metrics=args.metrics,
+        limits=Limits(
+            max_pixels=args.max_pixels,
+            max_steps=args.max_steps,
+            max_images=args.max_images,
+            max_control_image_bytes=args.max_control_image_bytes,
+        ),
+        max_running=args.max_running,
+        max_queued=args.max_queued,
+        checkpoint_interval=args.checkpoint_interval,
+        drain=args.drain,
+        token=os.environ.get("LATENTFLOW_TOKEN") or None,
+        tls=tls,
+        log_format=args.log_format,
+    )
