@@ -7,6 +7,7 @@ logs with `structlog.get_logger()`; everything below it in the same task carries
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
 from typing import Any, Literal
@@ -14,14 +15,16 @@ from typing import Any, Literal
 import structlog
 
 
-def configure(*, process: str, form: Literal["console", "json"] = "console", level: str = "INFO") -> None:
+def configure(*, process: str, form: Literal["console", "json"] = "console", level: str | None = None) -> None:
     """Sets up logging to stderr.
 
     Args:
         process: Name on every line: the model's name, "gateway", "up".
         form: "console" for people, "json" for collectors.
-        level: A standard level's name.
+        level: A standard level's name; None: LATENTFLOW_LOG_LEVEL of the environment, or INFO.
     """
+
+    level = level or os.environ.get("LATENTFLOW_LOG_LEVEL") or "INFO"
 
     def name_process(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         event["process"] = process

@@ -130,7 +130,9 @@ class Execution:
                     raise
                 self._retried(self._plan.denoiser, "denoise", "OWNER_LOST")
         if decoded is None or decoding is None:
-            raise UnavailableError(f"Image {index} was lost {_MAX_REMADE} times; the servers keep restarting.", reason="STAGE_BROKEN_OFF")
+            raise UnavailableError(
+                f"Image {index} was lost {_MAX_REMADE} times; the servers keep restarting.", reason="STAGE_BROKEN_OFF"
+            )
         self._report(timing, self._plan.denoiser)
         self._report(decoding, self._plan.vae)
         self._metrics.of("latentflow_gateway_images_total", workflow=self._plan.workflow).inc()
@@ -238,13 +240,9 @@ class Execution:
                     )
                 )
             )
-        raise UnavailableError(
-            f"{replica.address} ended a Denoise call without a result.", reason="STAGE_BROKEN_OFF"
-        )
+        raise UnavailableError(f"{replica.address} ended a Denoise call without a result.", reason="STAGE_BROKEN_OFF")
 
-    async def _decode(
-        self, latents: tensors_pb2.Tensor, timing: _Timing, replica: Replica
-    ) -> stage_pb2.DecodeResponse:
+    async def _decode(self, latents: tensors_pb2.Tensor, timing: _Timing, replica: Replica) -> stage_pb2.DecodeResponse:
         request = stage_pb2.DecodeRequest(request_id=self._request_id, latents=latents)
         response: stage_pb2.DecodeResponse = await stage_pb2_grpc.StageStub(replica.channel).Decode(
             request, **self._call()

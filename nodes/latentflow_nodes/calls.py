@@ -62,8 +62,9 @@ def unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any, A
 
     @functools.wraps(method)
     async def call(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        async for response in _served(self.calls, method.__name__, _once(method(self, request)), context):
-            return response
+        # Read to its end, so that what surrounds the call sees it end well.
+        answers = [one async for one in _served(self.calls, method.__name__, _once(method(self, request)), context)]
+        return answers[0]
 
     return call
 

@@ -11,7 +11,8 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from latentflow_pack import controlnet, denoiser, drawing, evaluation, export, hints, lora, stages, tokens, vae
 from latentflow_pack.grammar import HeldOut, Scene
-from latentflow_pack.settings import Settings
+from latentflow_pack.settings import Settings, Stage
+from latentflow_pack.training import Loop
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -119,3 +120,16 @@ def test_a_finished_training_is_not_done_again(tiny: Settings, tmp_path: Path) -
     vae.train(tiny)
     assert checkpoint.stat().st_mtime_ns == written
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_rate_falls_rises_once_and_falls_to_almost_nothing(tmp_path: Path) -> None:
+    stage = Stage(steps=100, batch=1, rate=1.0, warmup=10, first_fall=80, restart_at=50, restart_rate=0.5)
+    loop = Loop(name="x", model=torch.nn.Linear(1, 1), stage=stage, work=tmp_path, seed=1)
+    rates = []
+    for loop.step in range(100):
+        rates.append(loop.rate())
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:50] == sorted(rates[10:50], reverse=True)
+    assert rates[49] < rates[50] == pytest.approx(0.5)
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+    assert rates[-1] < 0.02

@@ -1,0 +1,81 @@
+# `make help` is the manual. Every target works on a fresh clone: it sets up what it needs.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13,$(if $(shell $(name) --version 2>/dev/null),$(name))))
+VENV := .venv
+PY := $(VENV)/bin/python
+UV := $(VENV)/bin/uv
+READY := $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
+PROTOS := $(wildcard protos/latentflow/v1/*.proto)
+TEST ?= tests
+
+##@ Use
+.PHONY: help
+help: ## Say what there is
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(READY) ## Install everything into .venv (once; again when the lock changes)
+
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found; install one, or say make PYTHON=/path/to/python"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(UV) pip sync --quiet --compile-bytecode requirements.lock
+	$(UV) pip install --quiet --no-deps --editable .
+	rm -f $(VENV)/.ready-*
+	touch $@
+
+.PHONY: demo
+demo: setup ## Serve examples/shapes.yaml, make one image with a ControlNet and a LoRA, write out/demo.png
+	$(PY) examples/demo.py
+
+##@ Develop
+.PHONY: test
+test: setup ## Run the tests (one file: make test TEST=tests/api)
+	$(PY) -m pytest $(TEST)
+
+.PHONY: lint
+lint: setup ## Check style, types, import directions and protos
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy client nodes gateway local models/latentflow_pack
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/buf lint
+	@if git rev-parse --quiet --verify HEAD~1:protos >/dev/null 2>&1; then \
+	  $(VENV)/bin/buf breaking --against ".git#branch=$$(git rev-parse --abbrev-ref HEAD),ref=HEAD~1"; fi
+
+.PHONY: fmt
+fmt: setup ## Put the code into the house's form
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+.PHONY: check
+check: lint ## Lint, and see that generated files are as their sources say
+	$(PY) scripts/drift.py
+
+.PHONY: proto
+proto: setup ## Generate the gRPC stubs from protos/
+	$(PY) -m grpc_tools.protoc -I protos --python_out=client --pyi_out=client --grpc_python_out=client $(PROTOS)
+
+.PHONY: docs
+docs: setup ## Generate docs/workflow-reference.md and docs/metrics.md
+	$(PY) scripts/reference.py
+
+.PHONY: lock
+lock: setup ## Resolve requirements.lock anew from pyproject.toml
+	$(UV) pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header --no-annotate pyproject.toml -o requirements.lock
+
+##@ Measure
+.PHONY: bench
+bench: setup ## Measure what the servers add to plain diffusers (needs an idle machine)
+	$(PY) bench/overhead.py
+
+.PHONY: pack
+pack: setup ## Train the shapes pack from nothing (hours on a CPU, minutes on a GPU; goes on where it was)
+	PYTHONPATH=models $(PY) -m latentflow_pack train
+
+.PHONY: pack-eval
+pack-eval: setup ## Score the shapes pack and draw its contact sheet
+	PYTHONPATH=models $(PY) -m latentflow_pack eval

@@ -1,0 +1,116 @@
+"""`latentflow up`: serve workflows on this machine until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from latentflow import logs
+from latentflow.api import DiffusionWorkflow, load_workflows
+from rich.console import Console
+from rich.table import Table
+
+from latentflow_local.runtime import Runtime, run
+from latentflow_local.supervisor import State, Supervised
+
+_console = Console(stderr=True)
+_READY_SECONDS = 600.0
+
+
+def up(
+    files: Annotated[list[Path], typer.Argument(help="DiffusionWorkflow files.")],
+    model_root: Annotated[
+        Path, typer.Option("--model-root", help="Folder that relative sources are under.", file_okay=False)
+    ] = Path("models"),
+    listen: Annotated[str, typer.Option("--listen", help="host:port of the gateway.")] = "127.0.0.1:8400",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Threads of every model.", show_default="all cores")
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda, for every model.")] = None,
+    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds running requests get at the end.")] = 10.0,
+    log_format: Annotated[str, typer.Option("--log-format", help="console or json.")] = "console",
+) -> None:
+    """Serve workflows on this machine: one process for each distinct model, and a gateway. Ctrl-C ends it."""
+    logs.configure(process="up", form="json" if log_format == "json" else "console")
+    workflows = [workflow for path in files for workflow in load_workflows(path)]
+    asyncio.run(
+        _serve(
+            workflows,
+            model_root=model_root,
+            listen=listen,
+            threads=threads,
+            device=device,
+            drain=drain,
+            log_format=log_format,
+        )
+    )
+
+
+async def _serve(
+    workflows: list[DiffusionWorkflow],
+    *,
+    model_root: Path,
+    listen: str,
+    threads: int | None,
+    device: str | None,
+    drain: float,
+    log_format: str,
+) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stop.set)
+    async with run(
+        workflows,
+        model_root=model_root,
+        listen=listen,
+        threads=threads,
+        device=device,
+        drain=drain,
+        log_format=log_format,
+    ) as runtime:
+        stopped = asyncio.create_task(stop.wait())
+        with _console.status(f"starting {len(runtime.supervised) - 1} models and a gateway"):
+            ready = asyncio.create_task(runtime.supervisor.ready(_READY_SECONDS))
+            await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not stopped.done():
+            ready.result()
+            _console.print(_table(runtime))
+            name = workflows[0].name if len(workflows) > 1 else None
+            _console.print(_hint(runtime.target, name), highlight=False, soft_wrap=True)
+            failed = asyncio.create_task(runtime.supervisor.failed())
+            await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                failed.result()
+            failed.cancel()
+        ready.cancel()
+        _console.print("stopping")
+
+
+def _table(runtime: Runtime) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("process", "role", "used as", "address", "state", "ready after"):
+        # What does not fit is wrapped: a name that is cut cannot be copied.
+        table.add_column(column, overflow="fold")
+    for one in runtime.supervised.values():
+        table.add_row(
+            one.spec.name, one.spec.role, ", ".join(one.spec.uses), one.spec.address, _state(one), _after(one)
+        )
+    return table
+
+
+def _state(one: Supervised) -> str:
+    return f"[green]{one.state}[/]" if one.state is State.READY else f"[yellow]{one.state}[/]"
+
+
+def _after(one: Supervised) -> str:
+    return f"{one.ready_seconds:.1f} s" if one.ready_seconds is not None else "-"
+
+
+def _hint(target: str, workflow: str | None) -> str:
+    named = f" -w {workflow}" if workflow else ""
+    aimed = "" if target == "127.0.0.1:8400" else f" --target {target}"
+    return f"\nTry: latentflow generate 'a large red circle on the left, white background'{named}{aimed}"

@@ -1,0 +1,125 @@
+"""Which processes a set of workflows needs: pure. One for each distinct model, one for the gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+from latentflow.api import DiffusionWorkflow, Model, distinct_models, identity
+from latentflow.errors import InvalidRequestError, UnimplementedError
+
+GATEWAY = "gateway"
+_SERVED_SCHEMES = ("", "file", "hf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSpec:
+    """A process to keep running.
+
+    Attributes:
+        name: The model's identity, or "gateway".
+        role: The model's role, or "Gateway".
+        uses: "workflow:name" of every use.
+        address: host:port it serves on, the same after a restart.
+        metrics: host:port of its /metrics, likewise.
+        argv: Arguments of its `main`.
+    """
+
+    name: str
+    role: str
+    uses: tuple[str, ...]
+    address: str
+    metrics: str
+    argv: tuple[str, ...]
+
+
+def models_of(workflows: list[DiffusionWorkflow]) -> dict[str, Model]:
+    """The distinct models, refused where the embedded runtime cannot serve one."""
+    doubled = {w.full_name for w in workflows if sum(o.full_name == w.full_name for o in workflows) > 1}
+    if doubled:
+        raise InvalidRequestError(f"Two workflows are named {sorted(doubled)[0]}; give them different names.")
+    for workflow in workflows:
+        where = f"Workflow {workflow.full_name}"
+        if workflow.spec.task != "TextToImage":
+            raise UnimplementedError(f"{where} has the task {workflow.spec.task}; this version serves TextToImage.")
+        for model in workflow.spec.models:
+            if model.source is None:
+                raise UnimplementedError(
+                    f"{where}: model {model.name!r} is a modelRef, which names an object in a cluster; give it a source here."
+                )
+            scheme = urlparse(model.source.uri).scheme
+            if scheme not in _SERVED_SCHEMES:
+                raise UnimplementedError(
+                    f"{where}: model {model.name!r} comes from {model.source.uri}; the embedded runtime reads folders, "
+                    "file:// and hf:// only."
+                )
+    return distinct_models(workflows)
+
+
+def plan_models(
+    workflows: list[DiffusionWorkflow],
+    *,
+    model_root: Path,
+    addresses: dict[str, tuple[str, str]],
+    threads: int | None,
+    device: str | None,
+    log_format: str,
+) -> list[ProcessSpec]:
+    """The model servers.
+
+    Args:
+        addresses: By identity host:port for gRPC and for /metrics.
+        threads, device: For every model, over what the workflow says; None: as it says.
+    """
+    specs = []
+    for name, model in models_of(workflows).items():
+        uses = tuple(f"{w.name}:{m.name}" for w in workflows for m in w.spec.models if identity(m) == name)
+        specs.append(
+            ProcessSpec(
+                name=name,
+                role=model.role.value,
+                uses=uses,
+                address=addresses[name][0],
+                metrics=addresses[name][1],
+                argv=_node_argv(name, model, model_root, addresses[name], threads, device, log_format),
+            )
+        )
+    return specs
+
+
+def plan_gateway(*, directory: Path, listen: str, metrics: str, log_format: str) -> ProcessSpec:
+    """The gateway."""
+    argv = (f"--directory={directory}", f"--listen={listen}", f"--metrics={metrics}", f"--log-format={log_format}")
+    return ProcessSpec(name=GATEWAY, role="Gateway", uses=(), address=listen, metrics=metrics, argv=argv)
+
+
+def _node_argv(
+    name: str,
+    model: Model,
+    root: Path,
+    address: tuple[str, str],
+    threads: int | None,
+    device: str | None,
+    log_format: str,
+) -> tuple[str, ...]:
+    source, engine = model.source, model.engine
+    if source is None:
+        raise InvalidRequestError(f"Model {name} has no source.")
+    options = {
+        "role": model.role.value,
+        "uri": source.uri,
+        "subfolder": source.subfolder,
+        "revision": source.revision,
+        "model-root": str(root),
+        "identity": name,
+        "listen": address[0],
+        "metrics": address[1],
+        "threads": threads or engine.threads,
+        "device": device or engine.device,
+        "dtype": model.dtype,
+        "max-running": engine.max_running,
+        "max-waiting": engine.max_waiting,
+        "log-format": log_format,
+    }
+    return tuple(f"--{key}={value}" for key, value in options.items() if value is not None)

@@ -1,0 +1,36 @@
+"""Fails when a generated file is not what its source says: gRPC stubs and generated documentation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from reference import DOCS, PAGES
+
+ROOT = Path(__file__).parents[1]
+STUBS = ROOT / "client/latentflow/v1"
+
+
+def main() -> None:
+    stale = [f"docs/{name}: run `make docs`" for name, page in PAGES.items() if _read(DOCS / name) != page()]
+    with tempfile.TemporaryDirectory() as folder:
+        protos = sorted(str(path) for path in (ROOT / "protos/latentflow/v1").glob("*.proto"))
+        outputs = [f"--{kind}={folder}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
+        command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}", *outputs, *protos]
+        subprocess.run(command, check=True)
+        for made in sorted(Path(folder, "latentflow/v1").iterdir()):
+            if _read(STUBS / made.name) != made.read_text():
+                stale.append(f"client/latentflow/v1/{made.name}: run `make proto`")
+    if stale:
+        sys.exit("Generated files are not what their sources say:\n" + "\n".join(stale))
+    print("generated files are as their sources say")
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+if __name__ == "__main__":
+    main()

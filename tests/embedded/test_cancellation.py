@@ -1,0 +1,30 @@
+"""A client that leaves frees the denoiser within two steps."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from support.scraping import value
+
+from latentflow import AsyncClient, Progress
+from latentflow_local.runtime import Runtime
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_the_denoiser_is_free_within_two_steps_of_a_cancellation(runtime: Runtime) -> None:
+    denoiser = next(one for one in runtime.supervised.values() if one.spec.role == "Denoiser").spec.metrics
+    before = value(denoiser, "latentflow_step_seconds_count")
+    seen = 0
+    async with AsyncClient(runtime.target) as client:
+        # Large enough that a step takes much longer than a message.
+        async for event in client.stream("a red circle", width=512, height=512, steps=50, timeout=120):
+            if isinstance(event, Progress):
+                seen = event.step
+                if seen == 3:
+                    break
+    async with asyncio.timeout(30):
+        while await asyncio.to_thread(value, denoiser, "latentflow_in_flight"):
+            pass
+    assert value(denoiser, "latentflow_step_seconds_count") - before <= seen + 2

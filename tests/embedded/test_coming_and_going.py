@@ -1,0 +1,123 @@
+"""`latentflow up` as a user starts and ends it: what it refuses, what it says, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support.packs import MODELS, SHAPES
+
+from latentflow import AsyncClient
+from latentflow.api import load_workflows
+from latentflow_local.runtime import run
+
+EXAMPLES = MODELS.parent / "examples"
+MINIMAL = EXAMPLES / "shapes-minimal.yaml"
+SECONDS = 240
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [str(Path(sys.executable).parent / "latentflow"), "up", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def serving() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A `latentflow up` that is ready, and all processes below it."""
+    up = start(str(MINIMAL), "--model-root", str(MODELS), "--listen", "127.0.0.1:0", "--threads", "1")
+    assert up.stderr is not None
+    for line in up.stderr:
+        if "Try: latentflow generate" in line:
+            break
+    children = psutil.Process(up.pid).children(recursive=True)
+    yield up, children
+    up.kill()
+    up.wait()
+    up.stderr.close()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_however_it_ends_no_process_is_left(
+    serving: tuple[subprocess.Popen[str], list[psutil.Process]], signum: signal.Signals
+) -> None:
+    up, children = serving
+    shared = set(os.listdir("/dev/shm"))
+    assert len(children) >= 4
+    up.send_signal(signum)
+    code = up.wait(SECONDS)
+    gone, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    assert len(gone) == len(children)
+    assert code == (-signal.SIGKILL if signum is signal.SIGKILL else 0)
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def refusal(*arguments: str) -> str:
+    """What a start that cannot work says; it ends by itself, without a traceback."""
+    up = start(*arguments)
+    _, said = up.communicate(timeout=SECONDS)
+    assert up.returncode == 1
+    assert "Traceback" not in said
+    return " ".join(said.split())
+
+
+def test_a_typo_in_the_file_is_refused_with_line_and_suggestion(tmp_path: Path) -> None:
+    path = tmp_path / "typo.yaml"
+    path.write_text(MINIMAL.read_text().replace("role: VAE", "rol: VAE"))
+    said = refusal(str(path))
+    assert "typo.yaml:9:" in said
+    assert "did you mean 'role'?" in said
+
+
+def test_a_missing_weights_folder_is_named() -> None:
+    said = refusal(str(MINIMAL), "--model-root", "/nonexistent", "--listen", "127.0.0.1:0")
+    assert "There is no weights folder /nonexistent/shapes" in said
+
+
+def test_a_truncated_weights_file_is_named(tmp_path: Path) -> None:
+    shutil.copytree(SHAPES, tmp_path / "shapes")
+    broken = next((tmp_path / "shapes/vae").glob("*.safetensors"))
+    broken.write_bytes(broken.read_bytes()[:-100])
+    said = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
+    assert f"{broken.name} is damaged or cut off" in said
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(SHAPES, tmp_path / "shapes")
+    weights = next((tmp_path / "shapes/unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    said = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
+    assert "Weights load from safetensors only" in said
+
+
+def test_a_taken_port_is_named() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert f"{address} cannot be listened on" in refusal(str(MINIMAL), "--listen", address)
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_two_workflows_that_name_the_same_models_share_their_processes() -> None:
+    workflows = load_workflows(EXAMPLES / "shapes-shared.yaml")
+    async with run(workflows, model_root=MODELS, listen="127.0.0.1:0", threads=1, log_level="WARNING") as runtime:
+        assert len(runtime.supervised) == 4 + 1
+        await runtime.supervisor.ready(SECONDS)
+        async with AsyncClient(runtime.target, timeout=120) as client:
+            assert await client.workflows() == ["default/plain", "default/traced"]
+            plain, traced = await asyncio.gather(
+                client.generate("a red circle", workflow="plain", steps=3, seed=1),
+                client.generate("a red circle", workflow="traced", steps=3, seed=1),
+            )
+    assert plain.image.size == traced.image.size == (64, 64)

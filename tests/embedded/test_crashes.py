@@ -1,0 +1,68 @@
+"""kill -9 in the middle of a request: the process comes back and the request ends in the very same pixels."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from latentflow import AsyncClient, Progress, results
+from latentflow_local.runtime import Runtime
+from latentflow_local.supervisor import State, Supervised
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+def circle() -> Image.Image:
+    image = Image.new("RGB", (64, 64))
+    ImageDraw.Draw(image).ellipse((12, 12, 44, 44), outline="white")
+    return image
+
+
+ARGUMENTS: dict[str, Any] = {
+    "seed": 5,
+    "steps": 20,
+    "control_images": {"edges": circle()},
+    "loras": {"outline": 0.5},
+    "timeout": 120,
+}
+PROMPT = "a small blue star on the right, black background"
+
+
+def of_role(runtime: Runtime, role: str) -> Supervised:
+    return next(one for one in runtime.supervised.values() if one.spec.role == role)
+
+
+async def pixels(client: AsyncClient, *, kill_at: int = 0, victim: Supervised | None = None) -> bytes:
+    """The image's pixels; the victim is killed when step `kill_at` has been reported."""
+    collector = results.Collector()
+    async for event in client.stream(PROMPT, **ARGUMENTS):
+        collector.take(event)
+        if victim is not None and isinstance(event, Progress) and event.step == kill_at:
+            assert victim.pid is not None
+            os.kill(victim.pid, signal.SIGKILL)
+            victim = None
+    return collector.result().image.tobytes()
+
+
+async def back(runtime: Runtime, one: Supervised, restarts: int) -> None:
+    """Returns when the process has been restarted and takes requests again."""
+    ready = lambda: one.restarts > restarts and one.state is State.READY  # noqa: E731
+    await runtime.supervisor.until(ready, seconds=60)
+
+
+@pytest.mark.parametrize("role", ["TextEncoder", "Denoiser", "ControlNet", "LoRAStore", "VAE", "Gateway"])
+async def test_a_process_killed_in_mid_request_comes_back_and_the_pixels_are_the_same(
+    runtime: Runtime, role: str
+) -> None:
+    async with AsyncClient(runtime.target) as client:
+        expected = await pixels(client)
+        victim = of_role(runtime, role)
+        restarts = victim.restarts
+        survived = await pixels(client, kill_at=7, victim=victim)
+        assert survived == expected
+        await back(runtime, victim, restarts)
+        assert await pixels(client) == expected
