@@ -3,10 +3,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest_asyncio
-from support.packs import MODELS
-
 from latentflow.api import load_workflows
 from latentflow_local.runtime import Runtime, run
+from support.packs import MODELS
 
 EXAMPLES = MODELS.parent / "examples"
 

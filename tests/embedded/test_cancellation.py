@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.scraping import value
-
 from latentflow import AsyncClient, Progress
 from latentflow_local.runtime import Runtime
+from support.scraping import value
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

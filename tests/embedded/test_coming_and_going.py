@@ -13,11 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.packs import MODELS, SHAPES
-
 from latentflow import AsyncClient
 from latentflow.api import load_workflows
 from latentflow_local.runtime import run
+from support.packs import MODELS, SHAPES
 
 EXAMPLES = MODELS.parent / "examples"
 MINIMAL = EXAMPLES / "shapes-minimal.yaml"

@@ -7,11 +7,10 @@ import signal
 from typing import Any
 
 import pytest
-from PIL import Image, ImageDraw
-
 from latentflow import AsyncClient, Progress, results
 from latentflow_local.runtime import Runtime
 from latentflow_local.supervisor import State, Supervised
+from PIL import Image, ImageDraw
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

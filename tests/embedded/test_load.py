@@ -8,10 +8,9 @@ from collections import Counter
 
 import psutil
 import pytest
-from support.scraping import value
-
 from latentflow import NO_RETRIES, AsyncClient, LatentflowError, Progress, Retries
 from latentflow_local.runtime import Runtime
+from support.scraping import value
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
 CLIENTS, REQUESTS = 20, 200
@@ -61,19 +60,24 @@ async def wave(runtime: Runtime, *, retries: Retries, seed: int) -> Counter[str]
 
 
 async def settled(runtime: Runtime) -> None:
-    """Returns when no process counts a request or holds a tensor. TimeoutError when that does not come."""
+    """Returns when no process counts a request or holds a tensor. Fails, saying who does, when that does not come."""
 
-    def left() -> float:
-        total = 0.0
+    def left() -> dict[str, float]:
+        counts = {}
         for one in runtime.supervised.values():
             names = ["latentflow_in_flight", "latentflow_queue_depth", "latentflow_tensors_held"]
             names = ["latentflow_gateway_in_flight"] if one.spec.role == "Gateway" else names
-            total += sum(value(one.spec.metrics, name) for name in names)
-        return total
+            counts |= {f"{one.spec.role} {name}": value(one.spec.metrics, name) for name in names}
+        return {name: count for name, count in counts.items() if count}
 
-    async with asyncio.timeout(30):
-        while await asyncio.to_thread(left):
-            pass
+    remaining: dict[str, float] = {}
+    try:
+        # What an owner sent to a gateway that had just been left is freed when its lease of a minute ends.
+        async with asyncio.timeout(90):
+            while remaining := await asyncio.to_thread(left):
+                pass
+    except TimeoutError:
+        pytest.fail(f"left behind: {remaining}")
 
 
 def resident(runtime: Runtime) -> int:

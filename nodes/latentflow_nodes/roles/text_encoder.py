@@ -57,58 +57,57 @@ class TextEncoder:
             response.text_encoder.tokenizers.add(max_tokens=tokenizer.model_max_length)
 
     async def warm_up(self) -> None:
-        await self._worker.run(lambda: self._run("", None, guidance=True, adapters={}, key=()))
+        request = stage_pb2.EncodeRequest(guidance=True)
+        await self._worker.run(lambda: self._run(request, adapters={}, key=()))
 
     def close(self) -> None:
         self._worker.close()
 
     async def encode(self, request: stage_pb2.EncodeRequest) -> stage_pb2.EncodeResponse:
-        negative = request.negative_prompt if request.HasField("negative_prompt") else None
-        cut, negative_cut = self._cut(request.prompt), self._cut(negative or "")
-        if request.strict_prompt and (cut or negative_cut):
-            longest = min(tokenizer.model_max_length for tokenizer in self._tokenizers.values())
-            raise InvalidRequestError(
-                f"The prompt is longer than the {longest} tokens this model reads; {cut or negative_cut!r} would be cut "
-                "off. Shorten it, or allow the cut (strict_prompt off).",
-                reason="PROMPT_TOO_LONG",
-            )
         adapters: dict[str, list[tuple[Layers, float]]] = {}
         if request.adapters:
             for name in self._mergers:
                 adapters[name] = await self._context.peers.adapters(request.adapters, name)
         key = tuple((ref.name, ref.digest, ref.weight) for ref in request.adapters)
-        encoded, forward_ns = await self._worker.run(
-            lambda: self._run(request.prompt, negative, guidance=request.guidance, adapters=adapters, key=key)
-        )
-        return stage_pb2.EncodeResponse(
-            conditioning={name: self._context.store.put(tensor) for name, tensor in encoded.items()},
-            truncated=cut,
-            negative_truncated=negative_cut,
-            forward_ns=forward_ns,
-        )
+        encoded, response = await self._worker.run(lambda: self._run(request, adapters=adapters, key=key))
+        for name, tensor in encoded.items():
+            response.conditioning[name].CopyFrom(self._context.store.put(tensor))
+        return response
 
     def _run(
-        self,
-        prompt: str,
-        negative: str | None,
-        *,
-        guidance: bool,
-        adapters: dict[str, list[tuple[Layers, float]]],
-        key: tuple[Any, ...],
-    ) -> tuple[dict[str, Any], int]:
+        self, request: stage_pb2.EncodeRequest, *, adapters: dict[str, list[tuple[Layers, float]]], key: tuple[Any, ...]
+    ) -> tuple[dict[str, Any], stage_pb2.EncodeResponse]:
+        # Tokenizers keep padding and truncation as state, so all use of them is in the one thread that runs this.
+        negative = request.negative_prompt if request.HasField("negative_prompt") else None
+        response = stage_pb2.EncodeResponse(
+            truncated=self._cut(request.prompt), negative_truncated=self._cut(negative or "")
+        )
+        if request.strict_prompt and (response.truncated or response.negative_truncated):
+            longest = min(tokenizer.model_max_length for tokenizer in self._tokenizers.values())
+            cut = response.truncated or response.negative_truncated
+            raise InvalidRequestError(
+                f"The prompt is longer than the {longest} tokens this model reads; {cut!r} would be cut off. Shorten it, "
+                "or allow the cut (strict_prompt off).",
+                reason="PROMPT_TOO_LONG",
+            )
         if key != self._merged:
             self._merged = (None,)
             for name, merger in self._mergers.items():
                 parts = adapters.get(name, [])
-                for (layers, _), ref_key in zip(parts, key, strict=True):
+                for (layers, _), ref_key in zip(parts, key, strict=False):
                     merger.check(str(ref_key[0]), layers)
                 merger.apply(parts)
             self._merged = key
         self._timer.take()
         encoded = self._family.encode(
-            self._pipeline, prompt=prompt, negative_prompt=negative, guidance=guidance, device=self._context.device
+            self._pipeline,
+            prompt=request.prompt,
+            negative_prompt=negative,
+            guidance=request.guidance,
+            device=self._context.device,
         )
-        return encoded, self._timer.take()
+        response.forward_ns = self._timer.take()
+        return encoded, response
 
     def _encoder(self, root: Any, name: str, index: dict[str, Any]) -> Any:
         cls = str(index[name][1])
