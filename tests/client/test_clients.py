@@ -1,0 +1,104 @@
+"""Both clients against a mock, and what a missing gateway is called."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from latentflow import (
+    NO_RETRIES,
+    Accepted,
+    AsyncClient,
+    AsyncMockTransport,
+    Client,
+    Done,
+    ImageReady,
+    MockTransport,
+    Progress,
+    Retries,
+)
+from latentflow.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+
+FAST = Retries(first=0.001, longest=0.002)
+
+
+def test_generate_returns_as_many_images_as_were_asked_for() -> None:
+    steps: list[int] = []
+    with Client(transport=MockTransport()) as client:
+        result = client.generate("a", images=2, seed=3, width=16, on_progress=lambda p: steps.append(p.step))
+    assert [image.size for image in result.images] == [(16, 64), (16, 64)]
+    assert [ready.seed for ready in result.ready] == [3, 4]
+    assert steps == [1, 2, 1, 2]
+
+
+def test_stream_yields_events_in_their_order() -> None:
+    with Client(transport=MockTransport()) as client:
+        kinds = [type(event) for event in client.stream("a")]
+    assert kinds == [Accepted, Progress, Progress, ImageReady, Done]
+
+
+async def test_the_asynchronous_client_has_the_same_surface() -> None:
+    async with AsyncClient(transport=AsyncMockTransport()) as client:
+        result = await client.generate("a", seed=3)
+        kinds = [type(event) async for event in client.stream("a")]
+        assert (await client.describe()).name == "default/mock"
+        assert await client.workflows() == ["default/mock"]
+    assert result.seed == 3
+    assert kinds == [Accepted, Progress, Progress, ImageReady, Done]
+
+
+def test_what_is_safe_to_retry_is_sent_again_with_the_same_seed_and_key() -> None:
+    transport = MockTransport(errors=[UnavailableError("gone"), OverloadedError("full", retry_after=0.001)])
+    with Client(transport=transport, retries=FAST) as client:
+        client.generate("a")
+    assert len(transport.requests) == 3
+    assert len({(request.seed, request.idempotency_key) for request in transport.requests}) == 1
+
+
+async def test_the_asynchronous_client_retries_too() -> None:
+    transport = AsyncMockTransport(errors=[UnavailableError("gone")])
+    async with AsyncClient(transport=transport, retries=FAST) as client:
+        await client.generate("a")
+    assert len(transport.requests) == 2
+
+
+def test_what_would_fail_again_is_raised_at_once() -> None:
+    transport = MockTransport(errors=[InvalidRequestError("no")])
+    with Client(transport=transport, retries=FAST) as client, pytest.raises(InvalidRequestError):
+        client.generate("a")
+    assert len(transport.requests) == 1
+
+
+def test_retries_can_be_turned_off() -> None:
+    transport = MockTransport(errors=[UnavailableError("gone")])
+    with Client(transport=transport, retries=NO_RETRIES) as client, pytest.raises(UnavailableError):
+        client.generate("a")
+    assert len(transport.requests) == 1
+
+
+def test_a_timeout_bounds_all_attempts_together() -> None:
+    transport = MockTransport(errors=[UnavailableError("gone") for _ in range(50)])
+    raises = pytest.raises((UnavailableError, DeadlineError))
+    with Client(transport=transport, retries=Retries(attempts=50)) as client, raises:
+        client.generate("a", timeout=0.3)
+    assert len(transport.requests) < 5
+
+
+def test_a_gateway_that_is_not_there_is_named_with_what_to_do() -> None:
+    raises = pytest.raises(UnavailableError, match=r"No gateway answers at 127\.0\.0\.1:1\. Start one with")
+    with Client("127.0.0.1:1", retries=NO_RETRIES) as client, raises as caught:
+        client.generate("a", timeout=10)
+    assert caught.value.reason == "GATEWAY_UNREACHABLE"
+
+
+def test_importing_the_client_is_quick_and_brings_no_torch() -> None:
+    program = (
+        "import sys, time; began = time.perf_counter(); import latentflow; "
+        "print(time.perf_counter() - began, *{'torch', 'kopf', 'numpy', 'diffusers'} & set(sys.modules))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(5)
+    ]
+    assert all(len(run.stdout.split()) == 1 for run in runs)
+    assert min(float(run.stdout) for run in runs) < 0.5

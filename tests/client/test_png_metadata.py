@@ -1,0 +1,40 @@
+"""A PNG says how it was made."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from latentflow import Client, MockTransport, pngmeta, requests
+from latentflow.errors import InvalidRequestError
+from PIL import Image
+
+
+def test_the_recipe_comes_back_and_the_pixels_are_unchanged(tmp_path: Path) -> None:
+    request = requests.build("a", negative_prompt="b", seed=4, loras={"neon": 0.5}, sampler="ddim")
+    with Client(transport=MockTransport()) as client:
+        result = client.generate("a", seed=4)
+    ready = result.ready[0]
+    recipe = pngmeta.recipe(request, result, ready)
+    path = tmp_path / "a.png"
+    path.write_bytes(pngmeta.written(ready.png, recipe))
+    assert pngmeta.read(path) == recipe
+    with Image.open(path) as image:
+        assert image.tobytes() == ready.pil.tobytes()
+        assert "Seed: 4" in image.text["parameters"]
+    assert recipe.arguments()["loras"] == {"neon": 0.5}
+
+
+def test_a_png_without_a_recipe_is_said_to_have_none(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    (tmp_path / "a.png").write_bytes(stream.getvalue())
+    with pytest.raises(InvalidRequestError, match="does not say how it was made"):
+        pngmeta.read(tmp_path / "a.png")
+
+
+def test_a_file_that_is_no_png_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    with pytest.raises(InvalidRequestError, match="cannot be read as PNG"):
+        pngmeta.read(tmp_path / "a.png")

@@ -1,0 +1,70 @@
+"""What the client refuses before anything is sent, and what it always sets."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from latentflow import ControlImage
+from latentflow.errors import InvalidRequestError
+from latentflow.requests import build
+from PIL import Image
+
+
+def test_a_seed_and_a_key_are_always_set_so_that_a_retry_makes_the_same_images() -> None:
+    first, second = build("a"), build("a")
+    assert first.HasField("seed")
+    assert first.idempotency_key != second.idempotency_key
+
+
+def test_what_is_not_given_is_left_to_the_workflow() -> None:
+    request = build("a")
+    assert not any(request.HasField(name) for name in ("width", "height", "steps", "guidance_scale", "sampler"))
+    assert not request.HasField("negative_prompt")
+
+
+def test_an_image_may_be_a_picture_bytes_or_a_path(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    for image in (picture, data, tmp_path / "a.png", str(tmp_path / "a.png")):
+        request = build("a", control_images={"edges": ControlImage(image=image, scale=0.5)})
+        assert request.control_images[0].image[:4] == b"\x89PNG"
+        assert request.control_images[0].scale == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps has to be from 1"),
+        ({"steps": 2.5}, "steps has to be a whole number, not 2.5"),
+        ({"width": True}, "width has to be a whole number"),
+        ({"guidance_scale": math.nan}, "guidance_scale has to be a finite number, not nan"),
+        ({"seed": -1}, "seed has to be from 0"),
+        ({"images": 0}, "images has to be from 1"),
+        ({"loras": {"neon": math.inf}}, "The weight of the LoRA 'neon'"),
+        ({"control_images": {"edges": b"text"}}, "The control image 'edges' is neither PNG nor JPEG"),
+        ({"control_images": {"edges": "/absent.png"}}, "cannot be read: /absent.png"),
+        ({"control_images": {"edges": 3}}, "not int"),
+    ],
+)
+def test_an_impossible_argument_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        build("a", **arguments)
+
+
+numbers = st.one_of(st.none(), st.integers(), st.floats(), st.booleans(), st.text(max_size=2))
+
+
+@given(st.text(max_size=20), numbers, numbers, numbers, numbers)
+def test_any_arguments_make_a_request_or_an_error_of_ours(
+    prompt: str, width: Any, steps: Any, guidance: Any, seed: Any
+) -> None:
+    with contextlib.suppress(InvalidRequestError):
+        request = build(prompt, width=width, steps=steps, guidance_scale=guidance, seed=seed)
+        assert request.SerializeToString()

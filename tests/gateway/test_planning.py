@@ -1,0 +1,220 @@
+"""A request becomes a plan or is refused in words, before any model runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from latentflow.api import DiffusionWorkflow, Role, identity, load_workflows
+from latentflow.errors import (
+    FailedPreconditionError,
+    InvalidRequestError,
+    LatentflowError,
+    NotFoundError,
+    UnimplementedError,
+)
+from latentflow.v1 import control_pb2, generation_pb2
+from latentflow_gateway import planning
+from latentflow_gateway.settings import Limits
+from PIL import Image
+from support.paths import EXAMPLES
+
+(SHAPES,) = load_workflows(EXAMPLES / "shapes.yaml")
+LIMITS = Limits(max_pixels=256 * 256, max_steps=50, max_images=4, max_control_image_bytes=20_000, max_prompt_chars=100)
+
+
+def descriptions(workflow: DiffusionWorkflow = SHAPES) -> dict[str, control_pb2.DescribeResponse]:
+    """What the model servers of a workflow would say."""
+    said = {}
+    for model in workflow.spec.models:
+        one = control_pb2.DescribeResponse(family="sd", model=identity(model))
+        if model.role is Role.DENOISER:
+            one.denoiser.latent_channels, one.denoiser.cross_attention_dim = 4, 96
+            one.denoiser.samplers.extend(["ddim", "euler"])
+            one.denoiser.classifier_free_guidance = True
+        elif model.role is Role.VAE:
+            one.vae.scale_factor = 8
+        elif model.role is Role.CONTROL_NET:
+            one.control_net.latent_channels, one.control_net.cross_attention_dim = 4, 96
+        elif model.role is Role.LORA_STORE:
+            one.lora_store.adapters.add(name="neon", components=["unet", "text_encoder"], digest="d")
+            one.lora_store.adapters.add(name="broken", problem="the file is cut off")
+        else:
+            one.text_encoder.tokenizers.add(max_tokens=32)
+        said[identity(model)] = one
+    return said
+
+
+def plan(**fields: Any) -> planning.Plan:
+    request = generation_pb2.GenerateRequest(prompt="a red circle")
+    for name, value in fields.items():
+        if isinstance(value, list):
+            getattr(request, name).extend(value)
+        else:
+            setattr(request, name, value)
+    return planning.plan(workflow=SHAPES, request=request, descriptions=descriptions(), limits=LIMITS, seed=9)
+
+
+def picture(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> bytes:
+    stream = io.BytesIO()
+    Image.new(mode, size).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def control(**fields: Any) -> generation_pb2.ControlImage:
+    return generation_pb2.ControlImage(**{"model": "edges", "image": picture()} | fields)
+
+
+def test_what_the_request_leaves_open_comes_from_the_workflow() -> None:
+    made = plan()
+    assert (made.width, made.height, made.steps, made.guidance_scale) == (64, 64, 20, 3.0)
+    assert (made.seed, made.images, made.sampler, made.guidance) == (9, 1, "ddim", True)
+
+
+def test_what_the_request_says_is_in_force() -> None:
+    made = plan(width=128, steps=3, guidance_scale=1.0, seed=0, images=2, sampler="euler", negative_prompt="x")
+    assert (made.width, made.steps, made.guidance, made.seed, made.images) == (128, 3, False, 0, 2)
+    assert (made.sampler, made.negative_prompt) == ("euler", "x")
+
+
+def test_only_models_that_the_request_uses_have_to_be_there() -> None:
+    request = generation_pb2.GenerateRequest(prompt="x")
+    assert set(planning.needed(SHAPES, request)) == {"text", "base", "pixels"}
+    request.loras.add(name="neon", weight=1)
+    request.control_images.add(model="edges")
+    assert set(planning.needed(SHAPES, request)) == {"text", "base", "pixels", "styles", "edges"}
+
+
+def test_controlnets_and_loras_are_planned_with_what_the_servers_say() -> None:
+    made = plan(control_images=[control(scale=0.5)], loras=[generation_pb2.Lora(name="neon", weight=0.7)])
+    assert [(one.name, one.scale, one.end) for one in made.controls] == [("edges", 0.5, 1.0)]
+    assert [(one.name, one.digest, one.components) for one in made.adapters] == [
+        ("neon", "d", ("unet", "text_encoder"))
+    ]
+    assert made.store == identity(SHAPES.of_role(Role.LORA_STORE)[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "message"),
+    [
+        ({"width": 65}, InvalidRequestError, "width has to be a multiple of 8, not 65; 64 would do"),
+        ({"height": 0}, InvalidRequestError, "height has to be a multiple of 8, not 0"),
+        ({"width": 512}, InvalidRequestError, None),
+        ({"width": 2048, "height": 2048}, InvalidRequestError, "this gateway makes at most 65536"),
+        ({"steps": 0}, InvalidRequestError, "steps has to be from 1 to 50, not 0"),
+        ({"steps": 51}, InvalidRequestError, "steps has to be from 1 to 50"),
+        ({"images": 0}, InvalidRequestError, "images has to be from 1 to 4"),
+        ({"images": 5}, InvalidRequestError, "images has to be from 1 to 4"),
+        ({"guidance_scale": math.nan}, InvalidRequestError, "guidance_scale has to be from 0 to 100, not nan"),
+        ({"guidance_scale": -1.0}, InvalidRequestError, "guidance_scale"),
+        ({"seed": (1 << 64) - 1, "images": 2}, InvalidRequestError, "leaves no room for 2 images"),
+        ({"sampler": "magic"}, InvalidRequestError, "use one of ddim, euler"),
+        ({"prompt": "x" * 101}, InvalidRequestError, "prompt has 101 characters"),
+        ({"idempotency_key": "x" * 129}, InvalidRequestError, "idempotency_key"),
+        ({"control_images": [control(model="nets")]}, NotFoundError, "has no ControlNet 'nets'; it has edges, layout"),
+        ({"control_images": [control(), control()]}, InvalidRequestError, "given two images"),
+        ({"control_images": [control(image=picture((32, 64)))]}, InvalidRequestError, "is 32x64, the request 64x64"),
+        ({"control_images": [control(image=picture(mode="RGBA"))]}, InvalidRequestError, "has the mode RGBA"),
+        ({"control_images": [control(image=b"no image")]}, InvalidRequestError, "cannot be read as PNG or JPEG"),
+        ({"control_images": [control(image=picture()[:-30])]}, InvalidRequestError, "cannot be read as PNG or JPEG"),
+        ({"control_images": [control(image=b"x" * 20_001)]}, InvalidRequestError, "takes at most 20000"),
+        ({"control_images": [control(scale=math.inf)]}, InvalidRequestError, "scale has to be finite"),
+        ({"control_images": [control(start=0.5, end=0.5)]}, InvalidRequestError, "0 <= start < end <= 1"),
+        ({"loras": [generation_pb2.Lora(name="x", weight=1)]}, NotFoundError, "no LoRA 'x' in 'styles'; it has neon"),
+        ({"loras": [generation_pb2.Lora(name="neon")]}, InvalidRequestError, "finite and not 0"),
+        ({"loras": [generation_pb2.Lora(name="broken", weight=1)]}, FailedPreconditionError, "the file is cut off"),
+        ({"loras": [generation_pb2.Lora(name="neon", weight=1)] * 2}, InvalidRequestError, "named twice"),
+    ],
+)
+def test_an_impossible_request_is_refused_in_words(
+    fields: dict[str, Any], kind: type[LatentflowError], message: str | None
+) -> None:
+    if message is None:
+        assert plan(**fields).width == 512
+        return
+    with pytest.raises(kind, match=message.replace("(", r"\(").replace("<", "<")):
+        plan(**fields)
+
+
+def test_a_controlnet_of_another_base_model_is_refused() -> None:
+    said = descriptions()
+    said[identity(SHAPES.of_role(Role.CONTROL_NET)[0])].control_net.cross_attention_dim = 768
+    request = generation_pb2.GenerateRequest(prompt="x", control_images=[control()])
+    with pytest.raises(FailedPreconditionError, match="belongs to another base model"):
+        planning.plan(workflow=SHAPES, request=request, descriptions=said, limits=LIMITS, seed=0)
+
+
+def test_models_of_two_families_are_refused() -> None:
+    said = descriptions()
+    said[identity(SHAPES.of_role(Role.VAE)[0])].family = "sdxl"
+    with pytest.raises(FailedPreconditionError, match="'pixels' is of the family sdxl"):
+        planning.plan(
+            workflow=SHAPES,
+            request=generation_pb2.GenerateRequest(prompt="x"),
+            descriptions=said,
+            limits=LIMITS,
+            seed=0,
+        )
+
+
+def test_a_task_that_is_not_served_is_said_so() -> None:
+    spec = SHAPES.spec.model_copy(update={"task": "Inpainting"})
+    with pytest.raises(UnimplementedError, match="TextToImage only"):
+        planning.plan(
+            workflow=SHAPES.model_copy(update={"spec": spec}),
+            request=generation_pb2.GenerateRequest(prompt="x"),
+            descriptions=descriptions(),
+            limits=LIMITS,
+            seed=0,
+        )
+
+
+@pytest.mark.parametrize("name", ["", "shapes", "default/shapes"])
+def test_a_workflow_is_found_by_its_name_or_by_being_the_only_one(name: str) -> None:
+    assert planning.find((SHAPES,), name) is SHAPES
+
+
+def test_an_unknown_workflow_is_answered_with_those_there_are() -> None:
+    with pytest.raises(NotFoundError, match="no workflow 'default/nope' here; served are: default/shapes"):
+        planning.find((SHAPES,), "nope")
+
+
+requests = st.builds(
+    generation_pb2.GenerateRequest,
+    prompt=st.text(max_size=120),
+    width=st.integers(0, (1 << 32) - 1),
+    height=st.integers(0, 300),
+    steps=st.integers(0, 100),
+    guidance_scale=st.floats(),
+    sampler=st.sampled_from(["", "ddim", "x"]),
+    seed=st.integers(0, (1 << 64) - 1),
+    images=st.integers(0, 6),
+    control_images=st.lists(
+        st.builds(
+            generation_pb2.ControlImage,
+            model=st.sampled_from(["edges", "base", ""]),
+            image=st.binary(max_size=40) | st.just(picture()),
+            scale=st.floats(),
+            start=st.floats(),
+            end=st.floats(),
+        ),
+        max_size=2,
+    ),
+    loras=st.lists(
+        st.builds(generation_pb2.Lora, name=st.sampled_from(["neon", "x", ""]), weight=st.floats()), max_size=2
+    ),
+)
+
+
+@given(requests)
+def test_any_request_is_planned_or_refused_with_a_word_of_ours(request: generation_pb2.GenerateRequest) -> None:
+    with contextlib.suppress(LatentflowError):
+        made = planning.plan(workflow=SHAPES, request=request, descriptions=descriptions(), limits=LIMITS, seed=0)
+        assert made.width * made.height <= LIMITS.max_pixels
+        assert 1 <= made.steps <= LIMITS.max_steps
+        assert made.seed + made.images <= 1 << 64

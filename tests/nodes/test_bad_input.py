@@ -1,0 +1,156 @@
+"""What a model server refuses, before its model runs, with which code and words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from latentflow.errors import FailedPreconditionError, LatentflowError, OwnerLostError, UnimplementedError
+from latentflow.metrics import NODE, Instruments
+from latentflow.status import error_from
+from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, tensors_pb2
+from latentflow_nodes import adapters
+from latentflow_nodes.peers import Peers
+from latentflow_nodes.server import serve
+from latentflow_nodes.settings import NodeSettings
+from safetensors.torch import save_file
+from support.packs import MODELS, SHAPES
+from support.stack import Request, Stack, started
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def refused(stack: Stack, request: stage_pb2.DenoiseRequest) -> LatentflowError:
+    with pytest.raises(grpc.RpcError) as caught:
+        async for _ in stack.stage("base").Denoise(request, timeout=60):
+            pass
+    return error_from(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "steps has to be from 1 to 1000"),
+        ("steps", 1001, "steps has to be from 1 to 1000"),
+        ("width", 0, "no multiple of the VAE's factor"),
+        ("width", 63, "no multiple of the VAE's factor"),
+        ("guidance_scale", float("nan"), "finite numbers"),
+        ("sampler", "magic", "Sampler 'magic' is not known; use one of"),
+    ],
+)
+async def test_an_impossible_denoise_request_is_refused(
+    shapes: Stack, field: str, value: float | str, message: str
+) -> None:
+    request = await shapes.denoise_request(Request())
+    setattr(request, field, value)
+    error = await refused(shapes, request)
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message in error.message
+
+
+async def test_embeddings_that_are_lost_say_whose_they_were(shapes: Stack) -> None:
+    request = await shapes.denoise_request(Request())
+    handle = request.conditioning["prompt_embeds"].handle
+    await shapes.tensors("text").Release(tensors_pb2.ReleaseRequest(boot_id=handle.boot_id, ids=[handle.id]))
+    error = await refused(shapes, request)
+    assert isinstance(error, OwnerLostError)
+    assert error.details == {"owner": shapes.nodes["text"].address, "tensor": "prompt_embeds"}
+
+
+async def test_an_adapter_for_another_base_model_is_refused_before_the_first_step(
+    shapes: Stack, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pack/loras"
+    folder.mkdir(parents=True)
+    key = "unet.nowhere.to_q.lora"
+    save_file(
+        {f"{key}_A.weight": torch.zeros(2, 8), f"{key}_B.weight": torch.zeros(8, 2)}, folder / "alien.safetensors"
+    )
+    settings = NodeSettings(role="LoRAStore", uri="pack", subfolder="loras", model_root=tmp_path, identity="s")
+    async with serve(settings) as store:
+        request = await shapes.denoise_request(Request())
+        peer = stage_pb2.Peer(address=store.address, model="s")
+        request.adapters.append(stage_pb2.AdapterRef(name="alien", weight=1, store=peer))
+        error = await refused(shapes, request)
+    assert error.reason == "ADAPTER_MISMATCH"
+    assert "trained for another base model" in error.message
+
+
+async def test_an_unknown_adapter_is_answered_with_those_there_are(shapes: Stack) -> None:
+    request = await shapes.denoise_request(Request())
+    request.adapters.append(stage_pb2.AdapterRef(name="none", weight=1, store=shapes.peer("styles")))
+    error = await refused(shapes, request)
+    assert error.reason == "UNKNOWN_ADAPTER"
+    assert "it has" in error.message
+
+
+async def test_an_adapter_with_unexpected_keys_names_them(tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({"transformer.x.lora_A.weight": torch.zeros(2, 8)}, path)
+    with pytest.raises(FailedPreconditionError, match=r"belong to no known component: transformer\.x"):
+        adapters.load("odd", path)
+
+
+async def test_a_prompt_that_is_too_long_is_cut_and_said_so_or_refused_if_asked(shapes: Stack) -> None:
+    long = "a red circle " * 30
+    answer = await shapes.encode(Request(prompt=long))
+    assert "red circle" in answer.truncated
+    with pytest.raises(grpc.RpcError) as caught:
+        await shapes.stage("text").Encode(stage_pb2.EncodeRequest(prompt=long, strict_prompt=True), timeout=60)
+    assert error_from(caught.value).reason == "PROMPT_TOO_LONG"
+
+
+async def test_a_server_of_another_role_says_so(shapes: Stack) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        await shapes.stage("pixels").Encode(stage_pb2.EncodeRequest(prompt="x"), timeout=60)
+    error = error_from(caught.value)
+    assert isinstance(error, UnimplementedError)
+    assert "This server is a VAE" in error.message
+
+
+async def test_a_protocol_two_versions_away_is_refused(shapes: Stack) -> None:
+    stub = control_pb2_grpc.ControlStub(shapes.channel("base"))
+    with pytest.raises(grpc.RpcError) as caught:
+        await stub.Describe(control_pb2.DescribeRequest(protocol_version=3), timeout=60)
+    assert error_from(caught.value).reason == "PROTOCOL_MISMATCH"
+
+
+async def test_callers_without_the_token_are_refused() -> None:
+    async with started(MODELS, "shapes", token="secret") as stack:
+        with pytest.raises(grpc.RpcError) as caught:
+            await stack.encode(Request())
+        assert error_from(caught.value).code is grpc.StatusCode.UNAUTHENTICATED
+        metrics = Instruments(NODE, model="m", role="r")
+        async with Peers(token="secret", tls=None, metrics=metrics) as peers:
+            stub = control_pb2_grpc.ControlStub(peers.channel(stack.nodes["text"].address))
+            said = await stub.Describe(
+                control_pb2.DescribeRequest(protocol_version=1), timeout=60, metadata=peers.metadata()
+            )
+    assert said.role == control_pb2.ROLE_TEXT_ENCODER
+
+
+@pytest.mark.parametrize(
+    ("role", "subfolder", "uri", "message"),
+    [
+        ("VAE", None, "absent", "There is no weights folder"),
+        ("VAE", None, "../shapes", "leads out of the model root"),
+        ("VAE", None, "s3://bucket/x", "cannot read s3:// sources"),
+        ("LoRAStore", "vae", "shapes", None),
+        ("ControlNet", "loras", "shapes", "no *.safetensors file"),
+    ],
+)
+async def test_a_source_that_cannot_be_served_is_named(
+    role: str, subfolder: str | None, uri: str, message: str | None
+) -> None:
+    settings = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=SHAPES.parent, identity="x")  # type: ignore[arg-type]
+    if message is None:
+        # A file that is no adapter is listed with its problem; the store itself serves.
+        async with serve(settings) as node:
+            assert node.address
+        return
+    with pytest.raises(LatentflowError) as caught:
+        async with serve(settings):
+            pass
+    assert message in caught.value.message

@@ -1,0 +1,70 @@
+"""Held tensors: leases, loss, release."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from latentflow.errors import OwnerLostError
+from latentflow.metrics import NODE, Instruments
+from latentflow_nodes.store import TensorStore
+
+
+class Clock:
+    """Virtual time."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> TensorStore:
+    return TensorStore(address="a:1", lease=60, clock=clock, metrics=Instruments(NODE, model="m", role="VAE"))
+
+
+def test_a_held_tensor_is_read_any_number_of_times(store: TensorStore) -> None:
+    tensor = torch.arange(3)
+    handle = store.put(tensor).handle
+    for _ in range(3):
+        assert torch.equal(store.get(boot_id=handle.boot_id, key=handle.id), tensor)
+
+
+def test_a_lease_that_nobody_renews_ends(store: TensorStore, clock: Clock) -> None:
+    handle = store.put(torch.zeros(1)).handle
+    clock.now = 59
+    assert store.sweep() == 0
+    clock.now = 60
+    assert store.sweep() == 1
+    with pytest.raises(OwnerLostError, match="Run the stage that made it again"):
+        store.get(boot_id=handle.boot_id, key=handle.id)
+
+
+def test_a_renewed_lease_lives_on(store: TensorStore, clock: Clock) -> None:
+    handle = store.put(torch.zeros(1)).handle
+    clock.now = 59
+    assert store.renew(boot_id=handle.boot_id, keys=[handle.id, b"unknown"]) == [b"unknown"]
+    clock.now = 100
+    assert store.sweep() == 0
+    assert len(store) == 1
+
+
+def test_another_boot_finds_nothing_and_frees_nothing(store: TensorStore) -> None:
+    handle = store.put(torch.zeros(1)).handle
+    with pytest.raises(OwnerLostError):
+        store.get(boot_id="another", key=handle.id)
+    assert store.release(boot_id="another", keys=[handle.id]) == 0
+    assert store.renew(boot_id="another", keys=[handle.id]) == [handle.id]
+    assert len(store) == 1
+
+
+def test_releasing_twice_is_harmless(store: TensorStore) -> None:
+    handle = store.put(torch.zeros(1)).handle
+    assert store.release(boot_id=handle.boot_id, keys=[handle.id]) == 1
+    assert store.release(boot_id=handle.boot_id, keys=[handle.id]) == 0
+    assert len(store) == 0

@@ -1,0 +1,8 @@
+"""Where the repository's parts are, for tests that need no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
