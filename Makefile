@@ -23,7 +23,7 @@ $(READY): requirements.lock pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9
-	$(UV) pip sync --quiet --compile-bytecode requirements.lock
+	$(UV) pip install --quiet --compile-bytecode --requirement requirements.lock
 	$(UV) pip install --quiet --no-deps --editable .
 	rm -f $(VENV)/.ready-*
 	touch $@
