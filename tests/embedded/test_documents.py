@@ -1,0 +1,83 @@
+"""What the documents tell a reader to do works as they tell it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from latentflow_local.runtime import Runtime
+from PIL import Image, ImageDraw
+from support.paths import EXAMPLES, ROOT
+
+BIN = Path(sys.executable).parent
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """The code blocks of a language in a document."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def commands(document: str) -> list[list[str]]:
+    """The `latentflow generate`, `describe` and `validate` commands that a document shows."""
+    lines = [line for block in blocks(document, "bash") for line in block.splitlines()]
+    shown = [shlex.split(line, comments=True) for line in lines if line.startswith(".venv/bin/latentflow ")]
+    return [words[1:] for words in shown if words[1] in ("generate", "describe", "validate")]
+
+
+@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
+async def test_the_commands_that_a_document_shows_work(runtime: Runtime, tmp_path: Path, document: str) -> None:
+    edges = Image.new("RGB", (64, 64))
+    ImageDraw.Draw(edges).rectangle((16, 16, 48, 48), outline="white")
+    edges.save(tmp_path / "edges.png")
+    (tmp_path / "my-workflow.yaml").write_text((EXAMPLES / "shapes-minimal.yaml").read_text())
+    shown = commands(document)
+    assert len(shown) >= 3
+    for words in shown:
+        process = await asyncio.create_subprocess_exec(
+            str(BIN / "latentflow"), *words, cwd=tmp_path, env={"LATENTFLOW_TARGET": runtime.target}
+        )
+        assert await asyncio.wait_for(process.wait(), 120) == 0, words
+
+
+@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
+async def test_the_programs_that_a_document_shows_work(runtime: Runtime, tmp_path: Path, document: str) -> None:
+    shown = blocks(document, "python")
+    assert shown
+    for program in shown:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            program.replace("127.0.0.1:8400", runtime.target),
+            cwd=tmp_path,
+            env={"LATENTFLOW_TARGET": runtime.target},
+        )
+        assert await asyncio.wait_for(process.wait(), 120) == 0
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_the_demo_writes_its_picture(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(EXAMPLES / "demo.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "out/demo.png" in ended.stdout
+    with Image.open(tmp_path / "out/demo.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_make_help_names_every_target() -> None:
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    wanted = ("setup", "demo", "test", "lint", "bench", "pack", "pack-eval", "proto", "docs", "check")
+    assert all(re.search(rf"^  {name} ", said, re.MULTILINE) for name in wanted)
