@@ -44,6 +44,7 @@ class _Timing:
     stage: str
     image: int
     started: float = field(default_factory=time.perf_counter)
+    ended: float = 0.0
     attempts: int = 0
     replica: str = ""
     forward_ns: int = 0
@@ -89,7 +90,7 @@ class Execution:
         self._timings: list[generation_pb2.StageTiming] = []
 
     async def run(self, *, arrived: float) -> None:
-        """Emits all events up to Done. Raises what no retry could put right."""
+        """Emits all events up to Done. Raises what no retry could put right. `release` has to follow."""
         began = time.perf_counter()
         renewing = asyncio.create_task(self._renew())
         try:
@@ -101,7 +102,6 @@ class Execution:
             raise _first(failures) from None
         finally:
             renewing.cancel()
-            await asyncio.shield(self._release())
         self._emit(generation_pb2.GenerateResponse(done=self._done(arrived=arrived, began=began)))
 
     async def _image(self, index: int) -> None:
@@ -157,7 +157,9 @@ class Execution:
                 timing.attempts += 1
                 timing.replica = replica.address
                 try:
-                    return await call(replica)
+                    result = await call(replica)
+                    timing.ended = time.perf_counter()
+                    return result
                 except grpc.RpcError as failure:
                     error = status.error_from(failure)
                 except LatentflowError as failure:
@@ -304,17 +306,18 @@ class Execution:
                     async with self._tensors(owner) as stub:
                         await stub.Renew(tensors_pb2.RenewRequest(boot_id=boot_id, ids=ids), **self._short_call())
 
-    async def _release(self) -> None:
+    async def release(self) -> None:
+        """Gives back all tensors. Nobody has to wait for it."""
         owners = self._owners()
         self._held.clear()
 
-        async def release(owner: str, boot_id: str, ids: list[bytes]) -> None:
+        async def release_of(owner: str, boot_id: str, ids: list[bytes]) -> None:
             # Leases end by themselves where the owner cannot be told.
             with contextlib.suppress(grpc.RpcError):
                 async with self._tensors(owner) as stub:
                     await stub.Release(tensors_pb2.ReleaseRequest(boot_id=boot_id, ids=ids), **self._short_call())
 
-        await asyncio.gather(*(release(*key, ids) for key, ids in owners.items()))
+        await asyncio.gather(*(release_of(*key, ids) for key, ids in owners.items()))
 
     @contextlib.asynccontextmanager
     async def _tensors(self, owner: str) -> AsyncIterator[Any]:
@@ -330,7 +333,7 @@ class Execution:
         self._metrics.of("latentflow_gateway_stage_retries_total", model=model, stage=stage, reason=reason).inc()
 
     def _report(self, timing: _Timing, model: str) -> None:
-        seconds = time.perf_counter() - timing.started
+        seconds = timing.ended - timing.started
         self._metrics.of("latentflow_gateway_stage_seconds", model=model, stage=timing.stage).observe(seconds)
         report = generation_pb2.StageTiming(
             stage=timing.stage, image=timing.image, replica=timing.replica, attempts=timing.attempts

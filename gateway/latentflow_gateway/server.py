@@ -46,6 +46,7 @@ class Gateway:
         self.servicer.draining = True
         await self.health.enter_graceful_shutdown()
         await self.server.stop(grace)
+        await self.servicer.released()
 
 
 @contextlib.asynccontextmanager

@@ -36,6 +36,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self._admission = Admission(max_running=settings.max_running, max_queued=settings.max_queued, metrics=metrics)
         self._joins = Joins()
         self.draining = False
+        self._releasing: set[asyncio.Task[None]] = set()
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -90,6 +91,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         names = [workflow.full_name for workflow in self._replicas.directory.workflows]
         return generation_pb2.ListWorkflowsResponse(workflows=names)
 
+    async def released(self) -> None:
+        """Returns when what ended requests held has been given back."""
+        await asyncio.gather(*self._releasing)
+
     async def _run(
         self,
         workflow: DiffusionWorkflow,
@@ -130,7 +135,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 checkpoint_interval=self._settings.checkpoint_interval,
                 ready_seconds=self._settings.ready_seconds,
             )
-            await execution.run(arrived=arrived)
+            try:
+                await execution.run(arrived=arrived)
+            finally:
+                releasing = asyncio.create_task(execution.release())
+                self._releasing.add(releasing)
+                releasing.add_done_callback(self._releasing.discard)
 
     def _count(self, workflow: str, code: str, reason: str, seconds: float) -> None:
         self._metrics.of("latentflow_gateway_requests_total", workflow=workflow, code=code).inc()

@@ -45,7 +45,7 @@ class GatewaySettings:
     limits: Limits = field(default_factory=Limits)
     max_running: int = 32
     max_queued: int = 128
-    checkpoint_interval: int = 5
+    checkpoint_interval: int = 10
     request_seconds: float = 600.0
     ready_seconds: float = 60.0
     drain: float = 30.0
@@ -77,7 +77,7 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         default=limits.max_control_image_bytes,
         help="largest control image (default: %(default)s)",
     )
-    add("--checkpoint-interval", type=int, default=5, help="steps between checkpoints; 0: none (default: 5)")
+    add("--checkpoint-interval", type=int, default=10, help="steps between checkpoints; 0: none (default: 10)")
     add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
     add("--tls-cert", type=Path, help="certificate, PEM")
     add("--tls-key", type=Path, help="its key, PEM")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -64,6 +65,8 @@ def plan_models(
     addresses: dict[str, tuple[str, str]],
     threads: int | None,
     device: str | None,
+    cores: int,
+    turn_file: Path,
     log_format: str,
 ) -> list[ProcessSpec]:
     """The model servers.
@@ -71,10 +74,17 @@ def plan_models(
     Args:
         addresses: By identity host:port for gRPC and for /metrics.
         threads, device: For every model, over what the workflow says; None: as it says.
+        cores: How many this machine has for them.
+        turn_file: What servers share that would be in each other's way, computing at the same time.
     """
+    over = {key: value for key, value in (("threads", threads), ("device", device)) if value is not None}
     specs = []
     for name, model in models_of(workflows).items():
         uses = tuple(f"{w.name}:{m.name}" for w in workflows for m in w.spec.models if identity(m) == name)
+        options = _options(name, model, model_root, addresses[name], log_format) | over
+        own_threads = int(options["threads"] or cores)
+        if options["device"] == "cpu" and own_threads > 1 and cores < 2 * own_threads:
+            options["turn-file"] = turn_file
         specs.append(
             ProcessSpec(
                 name=name,
@@ -82,7 +92,7 @@ def plan_models(
                 uses=uses,
                 address=addresses[name][0],
                 metrics=addresses[name][1],
-                argv=_node_argv(name, model, model_root, addresses[name], threads, device, log_format),
+                argv=_argv(options),
             )
         )
     return specs
@@ -94,32 +104,29 @@ def plan_gateway(*, directory: Path, listen: str, metrics: str, log_format: str)
     return ProcessSpec(name=GATEWAY, role="Gateway", uses=(), address=listen, metrics=metrics, argv=argv)
 
 
-def _node_argv(
-    name: str,
-    model: Model,
-    root: Path,
-    address: tuple[str, str],
-    threads: int | None,
-    device: str | None,
-    log_format: str,
-) -> tuple[str, ...]:
+def _options(
+    name: str, model: Model, root: Path, address: tuple[str, str], log_format: str
+) -> dict[str, str | int | Path | None]:
     source, engine = model.source, model.engine
     if source is None:
         raise InvalidRequestError(f"Model {name} has no source.")
-    options = {
+    return {
         "role": model.role.value,
         "uri": source.uri,
         "subfolder": source.subfolder,
         "revision": source.revision,
-        "model-root": str(root),
+        "model-root": root,
         "identity": name,
         "listen": address[0],
         "metrics": address[1],
-        "threads": threads or engine.threads,
-        "device": device or engine.device,
+        "threads": engine.threads,
+        "device": engine.device,
         "dtype": model.dtype,
         "max-running": engine.max_running,
         "max-waiting": engine.max_waiting,
         "log-format": log_format,
     }
+
+
+def _argv(options: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(f"--{key}={value}" for key, value in options.items() if value is not None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from latentflow.api import DiffusionWorkflow
 from latentflow.directory import Directory, Replicas
 from latentflow.errors import FailedPreconditionError
+from latentflow_nodes.settings import usable_cores
 
 from latentflow_local import processes
 from latentflow_local.planning import models_of, plan_gateway, plan_models
@@ -65,6 +66,8 @@ async def run(
             addresses=addresses,
             threads=threads,
             device=device,
+            cores=usable_cores(),
+            turn_file=Path(folder) / "turn",
             log_format=log_format,
         )
         directory = Path(folder) / "directory.json"

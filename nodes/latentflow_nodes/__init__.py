@@ -7,6 +7,6 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-# Torch's idle threads spin by default. Servers that work at the same time (a denoiser and its ControlNets) would then take
-# the cores from each other: a picture that takes 0.7 s took 25. Read when OpenMP is loaded, with torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long torch's threads spin before they sleep: long enough for the next parallel region of a forward pass, short
+# enough to leave the cores to the next server. Read when OpenMP is loaded, with torch. See docs/decisions/0004.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -25,6 +25,7 @@ from latentflow_nodes.batching import Candidate, choose
 from latentflow_nodes.families import stack
 from latentflow_nodes.forward import ForwardTimer
 from latentflow_nodes.sample import Residuals, Sample
+from latentflow_nodes.turn import Turn
 from latentflow_nodes.worker import queue_full
 
 _log = structlog.get_logger()
@@ -50,6 +51,7 @@ class Engine:
         max_running: Samples under way at a time, and most in one forward pass.
         max_waiting: Samples that may wait for that.
         threads: Torch's threads.
+        turn: Whose turn it is on this machine.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Engine:
         max_running: int,
         max_waiting: int,
         threads: int,
+        turn: Turn,
         metrics: Instruments,
     ) -> None:
         self._network = network
@@ -68,6 +71,7 @@ class Engine:
         self._merged: Hashable = ()
         self._max_running = max_running
         self._max_waiting = max_waiting
+        self._turn = turn
         self._metrics = metrics
         self._changed = threading.Condition()
         self._waiting: dict[int, Sample] = {}
@@ -161,7 +165,7 @@ class Engine:
         self._merge(batch[0])
         inputs = [sample.model_input() for sample in batch]
         extra: dict[str, Any] = stack([sample.inputs for sample in batch])
-        residuals = _LazyResiduals(batch, inputs)
+        residuals = _LazyResiduals(batch, inputs, self._turn)
         if residuals.wanted:
             extra = extra | {
                 "down_block_additional_residuals": residuals,
@@ -175,7 +179,8 @@ class Engine:
         now = time.monotonic_ns()
         for sample in batch:
             sample.first_step_ns = sample.first_step_ns or now
-        noise = self._network(model_input, timestep, **extra, return_dict=False)[0]
+        with self._turn:
+            noise = self._network(model_input, timestep, **extra, return_dict=False)[0]
         forward_ns = self._timer.take()
         for sample, part in zip(batch, noise.split([len(one) for one in inputs]), strict=True):
             sample.forward_ns += forward_ns - residuals.waited_ns
@@ -245,7 +250,8 @@ class _LazyResiduals:
     The UNet iterates over it after its down blocks and adds `_Middle` after the middle block.
     """
 
-    def __init__(self, batch: list[Sample], inputs: list[torch.Tensor]) -> None:
+    def __init__(self, batch: list[Sample], inputs: list[torch.Tensor], turn: Turn) -> None:
+        self._turn = turn
         self.waited_ns = 0
         self._device, self._dtype = inputs[0].device, inputs[0].dtype
         self._ready: Residuals | None = None
@@ -275,7 +281,8 @@ class _LazyResiduals:
         """Summed over each sample's ControlNets in its order, stacked over the samples."""
         if self._ready is None:
             started = time.perf_counter_ns()
-            summed = [self._sum(*one) for one in self._asked]
+            with self._turn.passed_on():
+                summed = [self._sum(*one) for one in self._asked]
             down = tuple(torch.cat(parts) for parts in zip(*(one.down for one in summed), strict=True))
             self._ready = Residuals(down=down, mid=torch.cat([one.mid for one in summed]))
             self.waited_ns += time.perf_counter_ns() - started

@@ -37,6 +37,7 @@ from latentflow_nodes.peers import Peers
 from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
 from latentflow_nodes.settings import NodeSettings
 from latentflow_nodes.store import TensorStore
+from latentflow_nodes.turn import Turn
 
 _log = structlog.get_logger()
 _SWEEP_SECONDS = 1.0
@@ -84,7 +85,9 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
     async with contextlib.AsyncExitStack() as stack:
         peers = await stack.enter_async_context(Peers(token=node.token, tls=node.tls, metrics=metrics))
         store = TensorStore(address=address, lease=node.lease, clock=time.monotonic, metrics=metrics)
-        context = Context(settings=node, metrics=metrics, store=store, peers=peers)
+        turn = Turn(node.turn_file)
+        stack.callback(turn.close)
+        context = Context(settings=node, metrics=metrics, store=store, peers=peers, turn=turn)
         role = roles.load(context)
         stack.callback(role.close)
         await role.warm_up()

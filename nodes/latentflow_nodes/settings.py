@@ -33,6 +33,7 @@ class NodeSettings:
         max_waiting: Requests that may wait; one more is refused.
         lease: Seconds a handle lives without being renewed.
         drain: Seconds that running requests get when the server is told to stop.
+        turn_file: Servers of one machine that name the same file compute one after the other; None: at any time.
         token: Shared secret of the servers; None: none asked for.
     """
 
@@ -52,6 +53,7 @@ class NodeSettings:
     max_waiting: int = 64
     lease: float = 60.0
     drain: float = 30.0
+    turn_file: Path | None = None
     token: str | None = None
     tls: rpc.Tls | None = None
     log_format: Literal["console", "json"] = "console"
@@ -90,6 +92,7 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     add("--max-waiting", type=int, default=64, help="requests that may wait (default: 64)")
     add("--lease", type=float, default=60.0, help="seconds a handle lives unless renewed (default: 60)")
     add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
+    add("--turn-file", type=Path, help="servers of one machine that name one file compute one after the other")
     add("--tls-cert", type=Path, help="certificate, PEM")
     add("--tls-key", type=Path, help="its key, PEM")
     add("--tls-ca", type=Path, help="CA of peers' certificates, PEM; makes TLS mutual")

@@ -16,6 +16,8 @@ import torch
 from latentflow.errors import OverloadedError
 from latentflow.metrics import Instruments
 
+from latentflow_nodes.turn import Turn
+
 T = TypeVar("T")
 
 
@@ -33,14 +35,16 @@ class Worker:
     Args:
         threads: Torch's threads in that thread.
         max_waiting: Calls that may wait for the one that runs.
+        turn: Whose turn it is on this machine.
     """
 
-    def __init__(self, *, threads: int, max_waiting: int, metrics: Instruments) -> None:
+    def __init__(self, *, threads: int, max_waiting: int, turn: Turn, metrics: Instruments) -> None:
         self._executor = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
         self._max_waiting = max_waiting
         # Calls that are here: the one that runs and those that wait for it.
         self._present = 0
         self._mean = 0.0
+        self._turn = turn
         self._metrics = metrics
 
     async def run(self, work: Callable[[], T]) -> T:
@@ -56,14 +60,15 @@ class Worker:
 
     @torch.inference_mode()
     def _timed(self, work: Callable[[], T]) -> T:
-        start = time.perf_counter()
-        try:
-            return work()
-        finally:
-            seconds = time.perf_counter() - start
-            self._mean = seconds if self._mean == 0 else 0.9 * self._mean + 0.1 * seconds
-            self._metrics.of("latentflow_step_seconds").observe(seconds)
-            self._metrics.of("latentflow_batch_size").observe(1)
+        with self._turn:
+            start = time.perf_counter()
+            try:
+                return work()
+            finally:
+                seconds = time.perf_counter() - start
+                self._mean = seconds if self._mean == 0 else 0.9 * self._mean + 0.1 * seconds
+                self._metrics.of("latentflow_step_seconds").observe(seconds)
+                self._metrics.of("latentflow_batch_size").observe(1)
 
     def _count(self, change: int) -> None:
         self._present += change

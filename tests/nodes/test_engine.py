@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,6 +15,7 @@ from latentflow_nodes.adapters import Merger
 from latentflow_nodes.engine import Engine
 from latentflow_nodes.sample import Control, Residuals, Sample, Settings, initial_noise
 from latentflow_nodes.samplers import Sampler
+from latentflow_nodes.turn import Turn
 from support.packs import SHAPES
 
 NETWORK = UNet2DConditionModel.from_pretrained(SHAPES / "unet").eval()
@@ -71,15 +71,16 @@ def sample(key: int, *, steps: int = 3, controls: tuple[Control, ...] = ()) -> t
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
+def engine() -> Engine:
     """An engine that steps when the test says so."""
     torch.set_num_threads(1)
-    yield Engine(
+    return Engine(
         network=NETWORK,
         merger=Merger(NETWORK, what="denoiser"),
         max_running=2,
         max_waiting=1,
         threads=1,
+        turn=Turn(None),
         metrics=Instruments(NODE, model="m", role="Denoiser"),
     )
 

@@ -38,7 +38,9 @@ class ControlNet:
         self.family = "sdxl" if self._network.config.addition_embed_type == "text_time" else "sd"
         self._timer = ForwardTimer(self._network)
         settings = context.settings
-        self._worker = Worker(threads=settings.threads, max_waiting=settings.max_waiting, metrics=context.metrics)
+        self._worker = Worker(
+            threads=settings.threads, max_waiting=settings.max_waiting, turn=context.turn, metrics=context.metrics
+        )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         network = self._network

@@ -50,7 +50,9 @@ class TextEncoder:
         self._merged: tuple[Any, ...] = ()
         self._timer = ForwardTimer(*encoders.values())
         settings = context.settings
-        self._worker = Worker(threads=settings.threads, max_waiting=settings.max_waiting, metrics=context.metrics)
+        self._worker = Worker(
+            threads=settings.threads, max_waiting=settings.max_waiting, turn=context.turn, metrics=context.metrics
+        )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         for tokenizer in self._tokenizers.values():

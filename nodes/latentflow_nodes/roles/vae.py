@@ -36,7 +36,9 @@ class VAE:
         )
         self._timer = ForwardTimer(*decoding_modules(self._vae))
         settings = context.settings
-        self._worker = Worker(threads=settings.threads, max_waiting=settings.max_waiting, metrics=context.metrics)
+        self._worker = Worker(
+            threads=settings.threads, max_waiting=settings.max_waiting, turn=context.turn, metrics=context.metrics
+        )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         response.vae.scale_factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
