@@ -78,7 +78,7 @@ class Client:
         Args:
             prompt: What to draw.
             timeout: Seconds for this call; None: the client's.
-            on_progress: Called after every step.
+            on_progress: Called as steps are done, at most about ten times a second.
             **arguments: See `latentflow.requests.Arguments`.
 
         Raises a `latentflow.errors.LatentflowError`.
@@ -93,7 +93,7 @@ class Client:
     def stream(
         self, prompt: str, *, timeout: float | None = None, **arguments: Unpack[requests.Arguments]
     ) -> Iterator[Event]:
-        """As `generate`, as events: Accepted, Progress for each step, ImageReady for each image, Done.
+        """As `generate`, as events: Accepted, Progress as steps are done, ImageReady for each image, Done.
 
         Leaving the iterator early cancels the request.
         """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
+from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -182,6 +183,7 @@ class Instruments:
     def __init__(self, table: tuple[Metric, ...], **constant: str) -> None:
         self.registry = CollectorRegistry()
         self._constant = constant
+        self._server: WSGIServer | None = None
         self._families: dict[str, Any] = {}
         for metric in table:
             kinds: dict[str, Any] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
@@ -198,5 +200,11 @@ class Instruments:
 
     def serve(self, *, host: str, port: int) -> int:
         """Serves `/metrics` from a thread of its own. Returns the port, which `port=0` leaves to the system."""
-        server, _ = start_http_server(port, host, registry=self.registry)
-        return int(server.server_port)
+        self._server, _ = start_http_server(port, host, registry=self.registry)
+        return int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stops serving."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()

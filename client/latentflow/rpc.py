@@ -95,6 +95,14 @@ class Tls:
         return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
 
 
+def channel(address: str, *, tls: Tls | None) -> grpc.aio.Channel:
+    """A channel between servers."""
+    options = list(CHANNEL_OPTIONS)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options)
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options)
+
+
 def metadata(*, token: str | None, trace: Trace | None, request_id: str | None) -> list[tuple[str, str]]:
     """Call metadata: bearer token, trace context, request id; what is None is left out."""
     pairs = []

@@ -32,10 +32,10 @@ _DESCRIBE_SECONDS = 10.0
 class Replica:
     """One server of a model."""
 
-    def __init__(self, *, identity: str, address: str) -> None:
+    def __init__(self, *, identity: str, address: str, channel: grpc.aio.Channel) -> None:
         self.identity = identity
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, list(rpc.CHANNEL_OPTIONS))
+        self.channel = channel
         self.ready = False
         self.outstanding = 0
         self._watch: Any = None
@@ -55,11 +55,18 @@ class Replica:
 
 
 class Replicas:
-    """Every replica of a directory. Use as an async context manager."""
+    """Every replica of a directory. Use as an async context manager.
 
-    def __init__(self, *, path: Path, token: str | None, metrics: Instruments) -> None:
+    Args:
+        path: The directory file.
+        token: Sent to the servers as bearer token.
+        tls: How to talk to them; None: without TLS.
+    """
+
+    def __init__(self, *, path: Path, token: str | None, tls: rpc.Tls | None, metrics: Instruments) -> None:
         self._path = path
         self._token = token
+        self._tls = tls
         self._metrics = metrics
         self._changed = asyncio.Condition()
         self._replicas: dict[tuple[str, str], Replica] = {}
@@ -147,7 +154,7 @@ class Replicas:
             self._watchers.pop(key).cancel()
             self._replicas.pop(key).ready = False
         for identity, address in wanted - self._replicas.keys():
-            replica = Replica(identity=identity, address=address)
+            replica = Replica(identity=identity, address=address, channel=rpc.channel(address, tls=self._tls))
             self._replicas[identity, address] = replica
             self._watchers[identity, address] = asyncio.create_task(self._watch(replica))
 

@@ -67,7 +67,9 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
             f"Choose another port. ({error})",
             reason="PORT_TAKEN",
         ) from None
-    async with Replicas(path=settings.directory, token=settings.token, metrics=metrics) as replicas:
+    async with Replicas(
+        path=settings.directory, token=settings.token, tls=settings.node_tls, metrics=metrics
+    ) as replicas:
         servicer = GenerationServicer(settings=settings, replicas=replicas, metrics=metrics)
         checks = health.aio.HealthServicer()
         generation_pb2_grpc.add_GenerationServicer_to_server(servicer, server)
@@ -89,6 +91,7 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
             yield gateway
         finally:
             await gateway.stop(0)
+            metrics.close()
 
 
 async def run(settings: GatewaySettings) -> None:

@@ -37,6 +37,8 @@ class GatewaySettings:
         ready_seconds: How long a request waits for a model that has no ready replica.
         drain: Seconds that running requests get when the gateway is told to stop.
         token: Shared secret of the servers.
+        tls: What clients are served with; None: no TLS.
+        node_tls: What model servers are called with; None: no TLS.
     """
 
     directory: Path
@@ -51,6 +53,7 @@ class GatewaySettings:
     drain: float = 30.0
     token: str | None = None
     tls: rpc.Tls | None = None
+    node_tls: rpc.Tls | None = None
     log_format: Literal["console", "json"] = "console"
 
 
@@ -79,20 +82,27 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
     )
     add("--checkpoint-interval", type=int, default=10, help="steps between checkpoints; 0: none (default: 10)")
     add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
-    add("--tls-cert", type=Path, help="certificate, PEM")
+    add("--tls-cert", type=Path, help="certificate for clients, PEM")
     add("--tls-key", type=Path, help="its key, PEM")
     add("--tls-ca", type=Path, help="CA of clients' certificates, PEM; makes TLS mutual")
+    add("--node-tls-ca", type=Path, help="CA of the model servers' certificates, PEM; calls them with TLS")
+    add("--node-tls-cert", type=Path, help="certificate to show to model servers, PEM")
+    add("--node-tls-key", type=Path, help="its key, PEM")
     add("--log-format", choices=("console", "json"), default="console")
     args = parser.parse_args(argv)
     positive = ("max_running", "max_pixels", "max_steps", "max_images", "max_control_image_bytes")
     for name in positive:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} has to be at least 1, not {getattr(args, name)}")
-    tls = None
+    tls = node_tls = None
     if args.tls_cert or args.tls_key or args.tls_ca:
         if not (args.tls_cert and args.tls_key):
             parser.error("TLS needs both --tls-cert and --tls-key")
         tls = rpc.Tls(ca=args.tls_ca, certificate=args.tls_cert, key=args.tls_key)
+    if args.node_tls_ca or args.node_tls_cert or args.node_tls_key:
+        if not args.node_tls_ca or bool(args.node_tls_cert) != bool(args.node_tls_key):
+            parser.error("TLS to model servers needs --node-tls-ca, and --node-tls-cert and --node-tls-key together")
+        node_tls = rpc.Tls(ca=args.node_tls_ca, certificate=args.node_tls_cert, key=args.node_tls_key)
     return GatewaySettings(
         directory=args.directory,
         listen=args.listen,
@@ -109,5 +119,6 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         drain=args.drain,
         token=os.environ.get("LATENTFLOW_TOKEN") or None,
         tls=tls,
+        node_tls=node_tls,
         log_format=args.log_format,
     )

@@ -26,6 +26,9 @@ def up(
         Path, typer.Option("--model-root", help="Folder that relative sources are under.", file_okay=False)
     ] = Path("models"),
     listen: Annotated[str, typer.Option("--listen", help="host:port of the gateway.")] = "127.0.0.1:8400",
+    metrics: Annotated[
+        str, typer.Option("--metrics", help="host:port of this command's own /metrics; the table shows the others.")
+    ] = "127.0.0.1:0",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of every model.", show_default="all cores")
     ] = None,
@@ -41,6 +44,7 @@ def up(
             workflows,
             model_root=model_root,
             listen=listen,
+            metrics=metrics,
             threads=threads,
             device=device,
             drain=drain,
@@ -54,6 +58,7 @@ async def _serve(
     *,
     model_root: Path,
     listen: str,
+    metrics: str,
     threads: int | None,
     device: str | None,
     drain: float,
@@ -67,6 +72,7 @@ async def _serve(
         workflows,
         model_root=model_root,
         listen=listen,
+        metrics=metrics,
         threads=threads,
         device=device,
         drain=drain,
@@ -92,13 +98,20 @@ async def _serve(
 
 def _table(runtime: Runtime) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("process", "role", "used as", "address", "state", "ready after"):
+    for column in ("process", "role", "used as", "address", "/metrics", "state", "ready after"):
         # What does not fit is wrapped: a name that is cut cannot be copied.
         table.add_column(column, overflow="fold")
     for one in runtime.supervised.values():
         table.add_row(
-            one.spec.name, one.spec.role, ", ".join(one.spec.uses), one.spec.address, _state(one), _after(one)
+            one.spec.name,
+            one.spec.role,
+            ", ".join(one.spec.uses),
+            one.spec.address,
+            one.spec.metrics,
+            _state(one),
+            _after(one),
         )
+    table.add_row("up", "", "", "", runtime.metrics, "", "")
     return table
 
 

@@ -82,8 +82,8 @@ def plan_models(
     for name, model in models_of(workflows).items():
         uses = tuple(f"{w.name}:{m.name}" for w in workflows for m in w.spec.models if identity(m) == name)
         options = _options(name, model, model_root, addresses[name], log_format) | over
-        own_threads = int(options["threads"] or cores)
-        if options["device"] == "cpu" and own_threads > 1 and cores < 2 * own_threads:
+        own_threads = threads or model.engine.threads or cores
+        if (device or model.engine.device) == "cpu" and own_threads > 1 and cores < 2 * own_threads:
             options["turn-file"] = turn_file
         specs.append(
             ProcessSpec(

@@ -13,6 +13,7 @@ from pathlib import Path
 from latentflow.api import DiffusionWorkflow
 from latentflow.directory import Directory, Replicas
 from latentflow.errors import FailedPreconditionError
+from latentflow.metrics import LOCAL, Instruments
 from latentflow_nodes.settings import usable_cores
 
 from latentflow_local import processes
@@ -22,9 +23,10 @@ from latentflow_local.supervisor import Supervised, Supervisor
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What is running. `target` is the gateway's host:port."""
+    """What is running. `target` is the gateway's host:port, `metrics` that of the runtime's own /metrics."""
 
     target: str
+    metrics: str
     supervisor: Supervisor
 
     @property
@@ -39,6 +41,7 @@ async def run(
     *,
     model_root: Path = Path("models"),
     listen: str = "127.0.0.1:8400",
+    metrics: str = "127.0.0.1:0",
     threads: int | None = None,
     device: str | None = None,
     drain: float = 10.0,
@@ -50,14 +53,18 @@ async def run(
 
     Args:
         listen: The gateway's host:port; port 0 takes a free one.
+        metrics: host:port for this process's own /metrics; port 0 takes a free one.
         threads, device: For every model, over what the workflows say.
         drain: Seconds that running requests get at the end.
         log_level: Least level that the processes log.
     """
     models = models_of(workflows)
     processes.prepare()
-    target = _check_free(listen)
-    with tempfile.TemporaryDirectory(prefix="latentflow-") as folder:
+    target, metrics = _check_free(listen), _check_free(metrics)
+    host, _, port = metrics.rpartition(":")
+    instruments = Instruments(LOCAL)
+    instruments.serve(host=host, port=int(port))
+    with contextlib.closing(instruments), tempfile.TemporaryDirectory(prefix="latentflow-") as folder:
         free = _free_addresses(2 * len(models) + 1)
         addresses = {name: (free[2 * i], free[2 * i + 1]) for i, name in enumerate(models)}
         specs = plan_models(
@@ -81,9 +88,10 @@ async def run(
             environment={"LATENTFLOW_TOKEN": secrets.token_hex(16), "LATENTFLOW_LOG_LEVEL": log_level},
             drain=drain,
             changed=changed,
+            metrics=instruments,
         )
         async with supervisor:
-            yield Runtime(target=target, supervisor=supervisor)
+            yield Runtime(target=target, metrics=metrics, supervisor=supervisor)
 
 
 def _free_addresses(count: int) -> list[str]:
@@ -110,6 +118,6 @@ def _check_free(listen: str) -> str:
     except OSError as error:
         raise FailedPreconditionError(
             f"{listen} cannot be listened on ({error.strerror}): is another gateway running? Stop it, or choose another "
-            "address with --listen.",
+            "address.",
             reason="PORT_TAKEN",
         ) from None

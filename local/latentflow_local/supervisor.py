@@ -20,6 +20,7 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latentflow.errors import FailedPreconditionError
+from latentflow.metrics import Instruments
 
 from latentflow_local import processes
 from latentflow_local.planning import ProcessSpec
@@ -28,6 +29,8 @@ _log = structlog.get_logger()
 # A process that ends with this code says that starting it again would change nothing.
 HOPELESS = 2
 _LONGEST_PAUSE = 10.0
+# Having ended so often without ever being ready, a process is given up.
+_MAX_STARTS = 6
 # Having run for so long, a process counts as healthy and its next restart is immediate again.
 _HEALTHY_SECONDS = 30.0
 _CHECK_SECONDS = 0.1
@@ -69,6 +72,7 @@ class Supervisor:
     Args:
         drain: Seconds that processes get to end by themselves.
         changed: Called after every change of a state.
+        metrics: The `LOCAL` table's.
     """
 
     def __init__(
@@ -78,7 +82,9 @@ class Supervisor:
         environment: dict[str, str],
         drain: float,
         changed: Callable[[Supervised], None] = lambda _: None,
+        metrics: Instruments,
     ) -> None:
+        self._metrics = metrics
         self.supervised = {spec.name: Supervised(spec=spec) for spec in specs}
         self._environment = environment
         self._drain = drain
@@ -159,11 +165,12 @@ class Supervisor:
                 await self._tell(one, State.STOPPED)
                 return
             code = one.process.exitcode
-            if code == HOPELESS:
+            failures = 1 if time.monotonic() - one.started > _HEALTHY_SECONDS else failures + 1
+            if code == HOPELESS or (one.ready_seconds is None and failures == _MAX_STARTS):
                 await self._tell(one, State.FAILED)
                 return
-            failures = 1 if time.monotonic() - one.started > _HEALTHY_SECONDS else failures + 1
             one.restarts += 1
+            self._metrics.of("latentflow_local_restarts_total", process=one.spec.name).inc()
             _log.warning("process ended; starting it again", name=one.spec.name, exit_code=code, after=pause(failures))
             await self._tell(one, State.RESTARTING)
             await asyncio.sleep(pause(failures))
@@ -183,6 +190,7 @@ class Supervisor:
         await self._tell(one, State.READY)
 
     async def _tell(self, one: Supervised, state: State) -> None:
+        self._metrics.of("latentflow_local_ready", process=one.spec.name).set(state is State.READY)
         async with self._news:
             one.state = state
             self._news.notify_all()

@@ -45,7 +45,7 @@ class Peers:
 
     def __init__(self, *, token: str | None, tls: rpc.Tls | None, metrics: Instruments) -> None:
         self._token = token
-        self._credentials = tls.channel_credentials() if tls else None
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._metrics = metrics
         self._adapters: LRUCache[tuple[str, str], Layers] = LRUCache(_ADAPTER_CACHE_BYTES, getsizeof=_layers_bytes)
@@ -62,12 +62,7 @@ class Peers:
     def channel(self, address: str) -> grpc.aio.Channel:
         """The channel to an address, made when first asked for."""
         if address not in self._channels:
-            options = list(rpc.CHANNEL_OPTIONS)
-            self._channels[address] = (
-                grpc.aio.secure_channel(address, self._credentials, options)
-                if self._credentials
-                else grpc.aio.insecure_channel(address, options)
-            )
+            self._channels[address] = rpc.channel(address, tls=self._tls)
         return self._channels[address]
 
     def metadata(self) -> list[tuple[str, str]]:

@@ -83,6 +83,7 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
     except OSError as error:
         raise _port_taken(node.metrics, "metrics", error) from None
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(metrics.close)
         peers = await stack.enter_async_context(Peers(token=node.token, tls=node.tls, metrics=metrics))
         store = TensorStore(address=address, lease=node.lease, clock=time.monotonic, metrics=metrics)
         turn = Turn(node.turn_file)

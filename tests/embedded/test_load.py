@@ -8,7 +8,7 @@ from collections import Counter
 
 import psutil
 import pytest
-from latentflow import NO_RETRIES, AsyncClient, LatentflowError, Progress, Retries
+from latentflow import NO_RETRIES, AsyncClient, LatentflowError, Retries
 from latentflow_local.runtime import Runtime
 from support.scraping import value
 
@@ -19,13 +19,14 @@ COLORS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "trian
 
 async def one_request(client: AsyncClient, rng: random.Random) -> str:
     """What a request came to: "image", "gone" where its client left early, or the error's reason."""
-    leave_at = rng.randint(1, 3) if rng.random() < 0.2 else None
+    leave_after = rng.randint(1, 3) if rng.random() < 0.2 else None
     prompt = f"a {rng.choice(COLORS)} {rng.choice(SHAPES)}"
     loras = {rng.choice(("outline", "neon")): 0.5} if rng.random() < 0.3 else {}
-    images = 0
+    events = images = 0
     try:
         async for event in client.stream(prompt, steps=4, seed=rng.randrange(1000), loras=loras, timeout=300):
-            if isinstance(event, Progress) and event.step == leave_at:
+            events += 1
+            if events == leave_after:
                 return "gone"
             images += type(event).__name__ == "ImageReady"
     except LatentflowError as error:

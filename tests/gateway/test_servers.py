@@ -1,0 +1,139 @@
+"""What every server offers besides its work: health, reflection, metrics, TLS, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import urllib.request
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from latentflow import AsyncClient, Progress, Retries
+from latentflow.api import DiffusionWorkflow, identity, load_workflows
+from latentflow.directory import Directory, Replicas
+from latentflow.errors import UnavailableError
+from latentflow.rpc import Tls
+from latentflow_gateway.server import Gateway
+from latentflow_gateway.server import serve as serve_gateway
+from latentflow_gateway.settings import GatewaySettings
+from latentflow_nodes.server import Node
+from latentflow_nodes.server import serve as serve_node
+from latentflow_nodes.settings import NodeSettings
+from support.packs import MODELS
+
+PROMPT = "a large red circle on the left, white background"
+WORKFLOW = load_workflows(MODELS.parent / "examples/shapes-minimal.yaml")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    gateway: Gateway
+    nodes: list[Node]
+
+    def node(self, role: str) -> Node:
+        return next(node for node in self.nodes if node.context.settings.role == role)
+
+
+@contextlib.asynccontextmanager
+async def served(
+    folder: Path, *, workflow: DiffusionWorkflow = WORKFLOW, tls: Tls | None = None, client_tls: Tls | None = None
+) -> AsyncIterator[Served]:
+    """A workflow's model servers and a gateway, in this process."""
+    async with contextlib.AsyncExitStack() as stack:
+        nodes, models = [], {}
+        for model in workflow.spec.models:
+            assert model.source is not None
+            settings = NodeSettings(
+                role=model.role.value,  # type: ignore[arg-type]
+                uri=model.source.uri,
+                model_root=MODELS,
+                identity=identity(model),
+                tls=tls,
+            )
+            node = await stack.enter_async_context(serve_node(settings))
+            nodes.append(node)
+            models[identity(model)] = Replicas(role=model.role, replicas=(node.address,))
+        directory = folder / "directory.json"
+        Directory(workflows=(workflow,), models=models).write(directory)
+        settings_of_gateway = GatewaySettings(
+            directory=directory, listen="127.0.0.1:0", tls=client_tls, node_tls=tls, ready_seconds=3.0
+        )
+        gateway = await stack.enter_async_context(serve_gateway(settings_of_gateway))
+        yield Served(gateway=gateway, nodes=nodes)
+
+
+async def test_every_server_has_health_reflection_and_metrics(tmp_path: Path) -> None:
+    async with served(tmp_path) as servers:
+        places = [(servers.gateway.address, servers.gateway.metrics_port, "latentflow.v1.Generation")]
+        places += [(node.address, node.metrics_port, "latentflow.v1.Stage") for node in servers.nodes]
+        for address, metrics_port, service in places:
+            async with grpc.aio.insecure_channel(address) as channel:
+                health = health_pb2_grpc.HealthStub(channel)
+                for name in ("", service):
+                    said = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+                    assert said.status == health_pb2.HealthCheckResponse.SERVING
+                asked = reflection_pb2.ServerReflectionRequest(list_services="")
+                stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+                answers = [answer async for answer in stub.ServerReflectionInfo(iter([asked]), timeout=10)]
+                assert service in {found.name for found in answers[0].list_services_response.service}
+            url = f"http://127.0.0.1:{metrics_port}/metrics"
+            text = (await asyncio.to_thread(urllib.request.urlopen, url, timeout=10)).read().decode()
+            assert "# HELP latentflow_" in text
+
+
+async def test_clients_gateway_and_model_servers_talk_over_mutual_tls(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    tls = Tls(ca=tmp_path / "ca.pem", certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")
+    async with served(tmp_path, tls=tls, client_tls=tls) as servers:
+        async with AsyncClient(servers.gateway.address, tls=tls) as client:
+            result = await client.generate(PROMPT, steps=2, timeout=60)
+            assert result.image.size == (64, 64)
+        # Without a certificate of the authority nobody is let in, at the gateway or at a model server.
+        without = Tls(ca=tmp_path / "ca.pem")
+        for address in (servers.gateway.address, servers.nodes[0].address):
+            async with AsyncClient(address, tls=without, retries=Retries(attempts=1)) as stranger:
+                with pytest.raises(UnavailableError):
+                    await stranger.generate(PROMPT, steps=2, timeout=10)
+
+
+async def test_a_gateway_that_is_told_to_stop_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
+    async with served(tmp_path) as servers, AsyncClient(servers.gateway.address) as client:
+        running = client.stream(PROMPT, steps=60)
+        async for event in running:
+            if isinstance(event, Progress):
+                break
+        stopping = asyncio.create_task(servers.gateway.stop(60))
+        kinds = [type(event).__name__ async for event in running]
+        await stopping
+        assert kinds[-2:] == ["ImageReady", "Done"]
+        async with AsyncClient(servers.gateway.address, retries=Retries(attempts=1)) as late:
+            with pytest.raises(UnavailableError):
+                await late.generate(PROMPT, steps=2, timeout=10)
+
+
+async def test_a_model_server_that_drains_finishes_what_runs(tmp_path: Path) -> None:
+    async with served(tmp_path) as servers, AsyncClient(servers.gateway.address) as client:
+        running = client.stream(PROMPT, steps=60)
+        async for event in running:
+            if isinstance(event, Progress):
+                break
+        denoiser = servers.node("Denoiser")
+        draining = asyncio.create_task(denoiser.drain(60))
+        kinds = [type(event).__name__ async for event in running]
+        await draining
+        assert kinds[-2:] == ["ImageReady", "Done"]
+        async with AsyncClient(servers.gateway.address, retries=Retries(attempts=1)) as late:
+            with pytest.raises(UnavailableError) as caught:
+                await late.generate(PROMPT, steps=2, timeout=60)
+        assert caught.value.reason == "MODEL_NOT_READY"
