@@ -19,7 +19,7 @@ import structlog
 import torch
 from cachetools import LRUCache
 from latentflow import rpc, status
-from latentflow.errors import LatentflowError, OwnerLostError, UnavailableError
+from latentflow.errors import InvalidRequestError, LatentflowError, OwnerLostError, UnavailableError
 from latentflow.metrics import Instruments
 from latentflow.v1 import stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
 
@@ -60,8 +60,11 @@ class Peers:
             await channel.close(grace=None)
 
     def channel(self, address: str) -> grpc.aio.Channel:
-        """The channel to an address, made when first asked for."""
+        """The channel to an address, made when first asked for. InvalidRequestError where that is no host:port."""
         if address not in self._channels:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal():
+                raise InvalidRequestError(f"{address!r} is no peer's address; host:port is.")
             self._channels[address] = rpc.channel(address, tls=self._tls)
         return self._channels[address]
 

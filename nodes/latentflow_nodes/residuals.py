@@ -41,7 +41,8 @@ class ResidualStream:
 
     async def __aenter__(self) -> ResidualStream:
         self._outgoing.put_nowait(stage_pb2.ResidualsRequest(open=self._opening))
-        self._reader = asyncio.create_task(self._read())
+        stub = stage_pb2_grpc.StageStub(self._peers.channel(self._ref.peer.address))
+        self._reader = asyncio.create_task(self._read(stub))
         return self
 
     async def __aexit__(
@@ -72,8 +73,7 @@ class ResidualStream:
         while (message := await self._outgoing.get()) is not None:
             yield message
 
-    async def _read(self) -> None:
-        stub = stage_pb2_grpc.StageStub(self._peers.channel(self._ref.peer.address))
+    async def _read(self, stub: stage_pb2_grpc.StageStub) -> None:
         assembler, started = codec.Assembler(), 0.0
         try:
             async for response in stub.Residuals(self._requests(), metadata=self._peers.metadata()):
@@ -84,11 +84,12 @@ class ResidualStream:
                 bundle, assembler, started = assembler.tensors, codec.Assembler(), 0.0
                 down = tuple(bundle[f"down.{i}"] for i in range(len(bundle) - 1))
                 self._asked.popleft().set_result(Residuals(down=down, mid=bundle["mid"]))
-            self._end(UnavailableError("The ControlNet ended the stream.", reason="PEER_UNAVAILABLE"))
         except grpc.RpcError as error:
             self._end(self._peers.peer_error(error, peer=self._ref.peer, what="ControlNet"))
         except (LatentflowError, KeyError, IndexError) as error:
             self._end(UnavailableError(f"The ControlNet sent nonsense: {error}", reason="PEER_UNAVAILABLE"))
+        finally:
+            self._end(UnavailableError("The ControlNet ended the stream.", reason="PEER_UNAVAILABLE"))
 
     def _end(self, error: LatentflowError) -> None:
         self._ended = self._ended or error
