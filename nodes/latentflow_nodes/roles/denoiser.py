@@ -86,7 +86,7 @@ class Denoiser:
         side = min(int(config.sample_size or _WARM_UP_SIDE), _WARM_UP_SIDE)
         request = stage_pb2.DenoiseRequest(steps=1, guidance_scale=2.0, width=side, height=side, scale_factor=1)
         mailbox = _Mailbox(checkpoint_interval=0)
-        sample = self._sample(request, self._to_device(conditioning), [], (), mailbox)
+        sample = self._sample(request, self._sampler(request), self._to_device(conditioning), [], (), mailbox)
         self._engine.start()
         self._engine.submit(sample)
         await mailbox.get()
@@ -99,9 +99,17 @@ class Denoiser:
         arrived = time.monotonic_ns()
         _check(request)
         peers = self._context.peers
-        conditioning, adapters = await asyncio.gather(
+        pulling = asyncio.gather(
             peers.conditioning(request.conditioning, self._context.device), peers.adapters(request.adapters, "unet")
         )
+        # The peers are asked before the sampler is made, which takes about as long as their answers.
+        await asyncio.sleep(0)
+        try:
+            sampler = self._sampler(request)
+        except LatentflowError:
+            pulling.cancel()
+            raise
+        conditioning, adapters = await pulling
         for ref, (layers, _) in zip(request.adapters, adapters, strict=True):
             self._merger.check(ref.name, layers)
         mailbox = _Mailbox(checkpoint_interval=request.checkpoint_interval)
@@ -110,7 +118,7 @@ class Denoiser:
             for net in request.control_nets:
                 stream = await stack.enter_async_context(ResidualStream(peers, net, _opening(request, net)))
                 controls.append(Control(source=stream, scale=net.scale, start=net.start, end=net.end))
-            sample = self._sample(request, conditioning, adapters, tuple(controls), mailbox)
+            sample = self._sample(request, sampler, conditioning, adapters, tuple(controls), mailbox)
             if request.checkpoint:
                 sample.restore(request.checkpoint)
             self._engine.submit(sample)
@@ -128,9 +136,14 @@ class Denoiser:
             )
         )
 
+    def _sampler(self, request: stage_pb2.DenoiseRequest) -> Sampler:
+        name = request.sampler or samplers.available(self._scheduler)[0]
+        return Sampler(name=name, config=self._scheduler, steps=request.steps, device=self._context.device)
+
     def _sample(
         self,
         request: stage_pb2.DenoiseRequest,
+        sampler: Sampler,
         conditioning: dict[str, torch.Tensor],
         adapters: list[tuple[Layers, float]],
         controls: tuple[Control, ...],
@@ -168,7 +181,6 @@ class Denoiser:
             eta=request.eta,
         )
         generator = torch.Generator("cpu").manual_seed(settings.seed)
-        sampler = Sampler(name=settings.sampler, config=self._scheduler, steps=settings.steps, device=device)
         noise = initial_noise(settings, generator=generator, dtype=dtype, device=device)
         return Sample(
             key=next(self._keys),
