@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
 PROTOS := $(wildcard protos/latentflow/v1/*.proto)
-TEST ?= tests
+TEST ?= tests --ignore=tests/kube
 
 ##@ Use
 .PHONY: help
@@ -37,11 +37,15 @@ demo: setup ## Serve examples/shapes.yaml, make one image with a ControlNet and 
 test: setup ## Run the tests (one file: make test TEST=tests/api)
 	$(PY) -m pytest $(TEST)
 
+.PHONY: test-api
+test-api: setup ## Run the tests against a real Kubernetes API server (builds it once, with Go; or set KUBEBUILDER_ASSETS)
+	KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build)} $(PY) -m pytest tests/kube
+
 .PHONY: lint
 lint: setup ## Check style, types, import directions and protos
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy client nodes gateway local models/latentflow_pack
+	$(VENV)/bin/mypy client nodes gateway local operator models/latentflow_pack
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/buf lint
 	@if git rev-parse --quiet --verify HEAD~1:protos >/dev/null 2>&1; then \
@@ -63,6 +67,10 @@ proto: setup ## Generate the gRPC stubs from protos/
 .PHONY: docs
 docs: setup ## Generate docs/workflow-reference.md and docs/metrics.md
 	$(PY) scripts/reference.py
+
+.PHONY: crds
+crds: setup ## Generate the CustomResourceDefinitions from the typed API
+	$(PY) -m latentflow_operator.crds crds
 
 .PHONY: lock
 lock: setup ## Resolve requirements.lock anew from pyproject.toml

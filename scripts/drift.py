@@ -1,4 +1,4 @@
-"""Fails when a generated file is not what its source says: gRPC stubs and generated documentation."""
+"""Fails when a generated file is not what its source says: gRPC stubs, CustomResourceDefinitions and generated documentation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from latentflow_operator import crds
 from reference import DOCS, PAGES
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,11 @@ def main() -> None:
         for made in sorted(Path(folder, "latentflow/v1").iterdir()):
             if _read(STUBS / made.name) != made.read_text():
                 stale.append(f"client/latentflow/v1/{made.name}: run `make proto`")
+    with tempfile.TemporaryDirectory() as folder:
+        crds.write(Path(folder))
+        for made in sorted(Path(folder).iterdir()):
+            if _read(ROOT / "crds" / made.name) != made.read_text():
+                stale.append(f"crds/{made.name}: run `make crds`")
     if stale:
         sys.exit("Generated files are not what their sources say:\n" + "\n".join(stale))
     print("generated files are as their sources say")

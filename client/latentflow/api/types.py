@@ -37,13 +37,13 @@ ATTACHED = frozenset({Role.CONTROL_NET, Role.LORA_STORE})
 SINGLE = (Role.TEXT_ENCODER, Role.DENOISER, Role.VAE)
 
 
-class _Typed(BaseModel):
+class Typed(BaseModel):
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, use_enum_values=False
     )
 
 
-class Source(_Typed):
+class Source(Typed):
     """Where a model's weights are."""
 
     uri: str = Field(
@@ -91,7 +91,7 @@ class Source(_Typed):
         return self
 
 
-class Engine(_Typed):
+class Engine(Typed):
     """How a model's server runs it."""
 
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the model runs.")
@@ -102,7 +102,7 @@ class Engine(_Typed):
     max_waiting: int = Field(default=64, ge=0, le=4096, description="Requests that may wait in the server.")
 
 
-class Scaling(_Typed):
+class Scaling(Typed):
     """How many replicas a model may have."""
 
     min_replicas: int = Field(default=1, ge=0, le=1000, description="Fewest replicas; 0 lets the model scale to zero.")
@@ -120,7 +120,7 @@ class Scaling(_Typed):
         return self
 
 
-class Parallelism(_Typed):
+class Parallelism(Typed):
     """How one request may be spread over devices."""
 
     latent: Literal["Auto"] | Annotated[int, Field(ge=1, le=2)] = Field(
@@ -129,7 +129,7 @@ class Parallelism(_Typed):
     tensor: int = Field(default=1, ge=1, le=16, description="Devices that share one replica's weights.")
 
 
-class Pod(_Typed):
+class Pod(Typed):
     """What is passed through to a model's pods as it stands; each as in a Kubernetes PodSpec."""
 
     node_selector: dict[str, str] | None = Field(default=None, description="As PodSpec.nodeSelector.")
@@ -147,7 +147,7 @@ class Pod(_Typed):
     resource_claims: list[dict[str, Any]] | None = Field(default=None, description="As PodSpec.resourceClaims.")
 
 
-class Model(_Typed):
+class Model(Typed):
     """A model of a workflow."""
 
     name: Name = Field(description="Name within the workflow; requests name ControlNets by it.")
@@ -180,7 +180,7 @@ class Model(_Typed):
         return self
 
 
-class Defaults(_Typed):
+class Defaults(Typed):
     """What a request gets that does not say otherwise."""
 
     steps: int = Field(default=20, ge=1, le=1000, description="Denoising steps.")
@@ -198,7 +198,7 @@ class Defaults(_Typed):
         return scale
 
 
-class Slo(_Typed):
+class Slo(Typed):
     """When a request counts as served in time."""
 
     latency_scale: float | None = Field(
@@ -214,7 +214,7 @@ class Slo(_Typed):
         return self
 
 
-class WorkflowSpec(_Typed):
+class WorkflowSpec(Typed):
     """The models of a generation task and its defaults."""
 
     task: Literal["TextToImage", "ImageToImage", "Inpainting"] = Field(
@@ -255,7 +255,7 @@ class WorkflowSpec(_Typed):
         return self
 
 
-class Metadata(_Typed):
+class Metadata(Typed):
     """The resource's name and namespace; labels and annotations pass through."""
 
     name: Name = Field(description="Name of the workflow.")
@@ -264,7 +264,7 @@ class Metadata(_Typed):
     annotations: dict[str, str] = Field(default_factory=dict, description="Kubernetes annotations.")
 
 
-class DiffusionWorkflow(_Typed):
+class DiffusionWorkflow(Typed):
     """The models of a text-to-image workflow, and what its requests get by default."""
 
     api_version: Literal["latentflow.io/v1alpha1"] = Field(description="latentflow.io/v1alpha1.")
@@ -290,9 +290,12 @@ class DiffusionWorkflow(_Typed):
         return [model for model in self.spec.models if model.role is role]
 
 
-class ModelSpec(_Typed):
+class ModelSpec(Typed):
     """A model by itself, as workflows that name the same one share it."""
 
+    replicas: int | None = Field(
+        default=None, ge=0, le=1000, description="Replicas there should be; written through the scale subresource."
+    )
     role: Role = Field(description="What the model is for.")
     source: Source = Field(description="Where its weights are.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
@@ -305,7 +308,7 @@ class ModelSpec(_Typed):
     pod: Pod = Field(default_factory=Pod, description="Passed through to the model's pods.")
 
 
-class DiffusionModel(_Typed):
+class DiffusionModel(Typed):
     """One distinct model: served by its own servers, shared by the workflows that name it."""
 
     api_version: Literal["latentflow.io/v1alpha1"] = Field(description="latentflow.io/v1alpha1.")

@@ -1,0 +1,1 @@
+"""The operator: reconciles DiffusionWorkflows into one Deployment for each distinct model."""

@@ -1,0 +1,136 @@
+"""What the API server checks of the resources beyond their shape: CEL rules, by the type of `latentflow.api` they stand at.
+
+Each rule says of a type what its pydantic validators say, in the same words where words can be computed; one table of
+cases holds both to the same verdicts (`tests/kube`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_SCHEME = "^[a-zA-Z][a-zA-Z0-9+.-]*:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A CEL rule. `message` is a CEL expression when `computed`."""
+
+    cel: str
+    message: str
+    computed: bool = False
+
+    def schema(self) -> dict[str, str]:
+        """As an entry of x-kubernetes-validations."""
+        return {"rule": self.cel, "messageExpression" if self.computed else "message": self.message}
+
+
+def _single(role: str) -> Rule:
+    count = f"self.models.filter(m, m.role == '{role}').size()"
+    return Rule(
+        cel=f"{count} == 1",
+        message=f"({count} == 0 ? 'no model has' : string({count}) + ' models have') + "
+        f"' the role {role}; a workflow needs exactly one'",
+        computed=True,
+    )
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "Source": (
+        Rule(
+            cel=f"!self.uri.matches('{_SCHEME}') || self.uri.matches('^(file|pvc|hf|s3|oci):')",
+            message="\"the scheme '\" + self.uri.split(':')[0] + \"' is unknown; use a folder under the model root or "
+            'file://, pvc://, hf://, s3://, oci://"',
+            computed=True,
+        ),
+        Rule(
+            cel=f"self.uri.matches('{_SCHEME}') || !(self.uri.startsWith('/') || self.uri.matches('(^|/)[.][.](/|$)'))",
+            message="a relative URI stays under the model root; write file:///… for a folder elsewhere",
+        ),
+        Rule(
+            cel="!self.uri.startsWith('file:') || self.uri.startsWith('file:///')",
+            message="a file URI names an absolute path: file:///abs/path, with three slashes",
+        ),
+        Rule(
+            cel="!self.uri.startsWith('hf:') || self.uri.matches('^hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
+            message="a hub URI names organisation and repository: hf://org/repo",
+        ),
+        Rule(
+            cel="!self.uri.matches('^(pvc|s3|oci):') || self.uri.matches('^(pvc|s3|oci)://[^/]')",
+            message="\"'\" + self.uri + \"' lacks what comes after \" + self.uri.split(':')[0] + '://'",
+            computed=True,
+        ),
+        Rule(
+            cel="!has(self.subfolder) || !(self.subfolder.size() == 0 || self.subfolder.startsWith('/') || "
+            "self.subfolder.matches('(^|/)[.][.](/|$)'))",
+            message="a subfolder is a relative path inside the source, without '..'",
+        ),
+        Rule(
+            cel="!has(self.revision) || self.uri.startsWith('hf:')",
+            message="revision goes with hf:// sources only",
+        ),
+    ),
+    "Scaling": (
+        Rule(
+            cel="self.minReplicas <= self.maxReplicas",
+            message="'minReplicas (' + string(self.minReplicas) + ') is above maxReplicas (' + "
+            "string(self.maxReplicas) + '); swap or raise one'",
+            computed=True,
+        ),
+    ),
+    "Parallelism": (
+        Rule(
+            cel="type(self.latent) == string ? self.latent == 'Auto' : (self.latent >= 1 && self.latent <= 2)",
+            message="latent is Auto, 1 or 2",
+        ),
+    ),
+    "Model": (
+        Rule(
+            cel="has(self.source) != has(self.modelRef)",
+            message='"model \'" + self.name + "\' needs exactly one of source and modelRef"',
+            computed=True,
+        ),
+        Rule(
+            cel="!(self.role in ['ControlNet', 'LoRAStore']) || has(self.attachTo)",
+            message="\"model '\" + self.name + \"' is a \" + self.role + ' and needs attachTo, the name of its denoiser'",
+            computed=True,
+        ),
+        Rule(
+            cel="self.role in ['ControlNet', 'LoRAStore'] || !has(self.attachTo)",
+            message="\"model '\" + self.name + \"' is a \" + self.role + '; attachTo is for ControlNets and LoRA stores'",
+            computed=True,
+        ),
+        Rule(
+            cel="self.role == oldSelf.role",
+            message='"model \'" + self.name + "\' was a " + oldSelf.role + \'; a role cannot change: remove the model and '
+            "add another under a new name'",
+            computed=True,
+        ),
+    ),
+    "Slo": (
+        Rule(
+            cel="has(self.latencyScale) != has(self.latencySeconds)",
+            message="slo needs exactly one of latencyScale and latencySeconds",
+        ),
+    ),
+    "WorkflowSpec": (
+        _single("TextEncoder"),
+        _single("Denoiser"),
+        _single("VAE"),
+        Rule(
+            cel="self.models.all(m, !has(m.attachTo) || self.models.exists(d, d.role == 'Denoiser' && "
+            "d.name == m.attachTo))",
+            message="a model's attachTo names no denoiser of this workflow",
+        ),
+        Rule(
+            cel="self.models.filter(m, m.role == 'LoRAStore').size() <= 1",
+            message="a denoiser takes one LoRA store; this workflow has several",
+        ),
+    ),
+    "ModelSpec": tuple(
+        Rule(
+            cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
+            message=f"{field} is part of the model's identity and cannot change; make another DiffusionModel",
+        )
+        for field in ("role", "source", "dtype", "engine", "resources")
+    ),
+}

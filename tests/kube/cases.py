@@ -1,0 +1,156 @@
+"""Specs that are refused and specs that are taken: one table for `latentflow validate` and for the API server.
+
+Each refusal names the words that both have to use; where the two cannot use the same (a type's name, a list of values),
+`words` is what they share.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+BASE: dict[str, Any] = {
+    "task": "TextToImage",
+    "models": [
+        {"name": "text", "role": "TextEncoder", "source": {"uri": "shapes"}},
+        {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}},
+        {
+            "name": "edges",
+            "role": "ControlNet",
+            "attachTo": "base",
+            "source": {"uri": "shapes", "subfolder": "controlnet-edges"},
+        },
+        {"name": "styles", "role": "LoRAStore", "attachTo": "base", "source": {"uri": "shapes", "subfolder": "loras"}},
+        {"name": "pixels", "role": "VAE", "source": {"uri": "shapes"}},
+    ],
+}
+TEXT, DENOISER, EDGES, STYLES, PIXELS = range(5)
+REMOVE = object()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A change of `BASE`: the value at a path of keys and indices, or `REMOVE`."""
+
+    name: str
+    path: tuple[str | int, ...]
+    value: Any
+    words: str = ""
+
+    def spec(self) -> dict[str, Any]:
+        spec: dict[str, Any] = copy.deepcopy(BASE)
+        *way, last = self.path
+        place: Any = spec
+        for key in way:
+            if isinstance(key, str) and key not in place:
+                place[key] = {}
+            place = place[key]
+        if self.value is REMOVE:
+            del place[last]
+        elif last == "+":
+            place.append(self.value)
+        else:
+            place[last] = self.value
+        return spec
+
+
+def _model(index: int, *path: str | int) -> tuple[str | int, ...]:
+    return ("models", index, *path)
+
+
+BAD = [
+    Case("no models", ("models",), [], "models"),
+    Case("models absent", ("models",), REMOVE, "models"),
+    Case("no text encoder", _model(TEXT), {"name": "x", "role": "ControlNet", "attachTo": "base", "source": {"uri": "a"}}, "no model has the role TextEncoder"),
+    Case("no denoiser", _model(DENOISER), {"name": "base2", "role": "ControlNet", "attachTo": "base2", "source": {"uri": "a"}}, "no model has the role Denoiser"),
+    Case("no vae", _model(PIXELS), REMOVE, "no model has the role VAE; a workflow needs exactly one"),
+    Case("two vaes", ("models", "+"), {"name": "pixels2", "role": "VAE", "source": {"uri": "a"}}, "2 models have the role VAE"),
+    Case("two denoisers", ("models", "+"), {"name": "base2", "role": "Denoiser", "source": {"uri": "a"}}, "2 models have the role Denoiser"),
+    Case("two text encoders", ("models", "+"), {"name": "t2", "role": "TextEncoder", "source": {"uri": "a"}}, "2 models have the role TextEncoder"),
+    Case("two lora stores", ("models", "+"), {"name": "s2", "role": "LoRAStore", "attachTo": "base", "source": {"uri": "a"}}, "a denoiser takes one"),
+    Case("two models of one name", ("models", "+"), {"name": "edges", "role": "ControlNet", "attachTo": "base", "source": {"uri": "a"}}, "edges"),
+    Case("unknown role", _model(PIXELS, "role"), "Vae", "role"),
+    Case("role absent", _model(PIXELS, "role"), REMOVE, "role"),
+    Case("name absent", _model(PIXELS, "name"), REMOVE, "name"),
+    Case("name in capitals", _model(PIXELS, "name"), "Pixels", "name"),
+    Case("name too long", _model(PIXELS, "name"), "p" * 64, "name"),
+    Case("attachTo names nobody", _model(EDGES, "attachTo"), "nobody", "names no denoiser of this workflow"),
+    Case("attachTo names a vae", _model(EDGES, "attachTo"), "pixels", "names no denoiser of this workflow"),
+    Case("controlnet unattached", _model(EDGES, "attachTo"), REMOVE, "model 'edges' is a ControlNet and needs attachTo, the name of its denoiser"),
+    Case("lora store unattached", _model(STYLES, "attachTo"), REMOVE, "model 'styles' is a LoRAStore and needs attachTo"),
+    Case("vae attached", _model(PIXELS, "attachTo"), "base", "model 'pixels' is a VAE; attachTo is for ControlNets and LoRA stores"),
+    Case("neither source nor modelRef", _model(PIXELS, "source"), REMOVE, "model 'pixels' needs exactly one of source and modelRef"),
+    Case("source and modelRef", _model(PIXELS, "modelRef"), "vae-1", "model 'pixels' needs exactly one of source and modelRef"),
+    Case("uri absent", _model(PIXELS, "source"), {"subfolder": "vae"}, "uri"),
+    Case("uri empty", _model(PIXELS, "source", "uri"), "", "uri"),
+    Case("unknown scheme", _model(PIXELS, "source", "uri"), "ftp://x/y", "the scheme 'ftp' is unknown; use a folder under the model root or file://"),
+    Case("absolute path without scheme", _model(PIXELS, "source", "uri"), "/models/shapes", "a relative URI stays under the model root; write file:///"),
+    Case("out of the model root", _model(PIXELS, "source", "uri"), "../shapes", "a relative URI stays under the model root"),
+    Case("out of the model root midway", _model(PIXELS, "source", "uri"), "a/../../b", "a relative URI stays under the model root"),
+    Case("file without a root", _model(PIXELS, "source", "uri"), "file://models/shapes", "a file URI names an absolute path: file:///abs/path, with three slashes"),
+    Case("hub without a repository", _model(PIXELS, "source", "uri"), "hf://only", "a hub URI names organisation and repository: hf://org/repo"),
+    Case("hub with too much", _model(PIXELS, "source", "uri"), "hf://a/b/c", "a hub URI names organisation and repository"),
+    Case("claim without a name", _model(PIXELS, "source", "uri"), "pvc:///shapes", "lacks what comes after pvc://"),
+    Case("bucket without a name", _model(PIXELS, "source", "uri"), "s3://", "lacks what comes after s3://"),
+    Case("subfolder leads out", _model(STYLES, "source", "subfolder"), "../loras", "a subfolder is a relative path inside the source, without '..'"),
+    Case("subfolder absolute", _model(STYLES, "source", "subfolder"), "/loras", "a subfolder is a relative path inside the source"),
+    Case("subfolder empty", _model(STYLES, "source", "subfolder"), "", "a subfolder is a relative path inside the source"),
+    Case("revision of a folder", _model(PIXELS, "source", "revision"), "main", "revision goes with hf:// sources only"),
+    Case("unknown dtype", _model(PIXELS, "dtype"), "float8", "dtype"),
+    Case("unknown device", _model(PIXELS, "engine"), {"device": "tpu"}, "device"),
+    Case("no threads", _model(PIXELS, "engine"), {"threads": 0}, "threads"),
+    Case("nobody may run", _model(PIXELS, "engine"), {"maxRunning": 0}, "maxRunning"),
+    Case("bounds the wrong way round", _model(DENOISER, "scaling"), {"minReplicas": 3, "maxReplicas": 2}, "minReplicas (3) is above maxReplicas (2); swap or raise one"),
+    Case("minimum above the default maximum", _model(DENOISER, "scaling"), {"minReplicas": 2}, "minReplicas (2) is above maxReplicas (1)"),
+    Case("negative replicas", _model(DENOISER, "scaling"), {"minReplicas": -1}, "minReplicas"),
+    Case("no replica at most", _model(DENOISER, "scaling"), {"minReplicas": 0, "maxReplicas": 0}, "maxReplicas"),
+    Case("unknown scaling mode", _model(DENOISER, "scaling"), {"mode": "Manual"}, "mode"),
+    Case("latent degree of three", _model(DENOISER, "parallelism"), {"latent": 3}, "latent"),
+    Case("latent degree in words", _model(DENOISER, "parallelism"), {"latent": "Two"}, "latent"),
+    Case("no tensor degree", _model(DENOISER, "parallelism"), {"tensor": 0}, "tensor"),
+    Case("unknown placement", _model(EDGES, "placement"), "Near", "placement"),
+    Case("unknown task", ("task",), "TextToVideo", "task"),
+    Case("no steps", ("defaults",), {"steps": 0}, "steps"),
+    Case("absurd steps", ("defaults",), {"steps": 100_000}, "steps"),
+    Case("steps in words", ("defaults",), {"steps": "many"}, "steps"),
+    Case("width no multiple of eight", ("defaults",), {"width": 65}, "width"),
+    Case("no height", ("defaults",), {"height": 0}, "height"),
+    Case("negative guidance", ("defaults",), {"guidanceScale": -1}, "guidanceScale"),
+    Case("two deadlines", ("slo",), {"latencyScale": 2, "latencySeconds": 3}, "slo needs exactly one of latencyScale and latencySeconds"),
+    Case("no deadline", ("slo",), {"attainment": 0.5}, "slo needs exactly one of latencyScale and latencySeconds"),
+    Case("deadline before the end", ("slo",), {"latencyScale": 1}, "latencyScale"),
+    Case("attainment above one", ("slo",), {"latencyScale": 2, "attainment": 1.5}, "attainment"),
+    Case("a typo in a key", _model(PIXELS, "sorce"), {"uri": "a"}, "sorce"),
+    Case("stages are reserved", ("stages",), [], "stages"),
+]  # fmt: skip
+
+GOOD = [
+    Case("as it stands", ("task",), "TextToImage"),
+    Case("the least there can be", ("models",), [BASE["models"][TEXT], BASE["models"][DENOISER], BASE["models"][PIXELS]]),
+    Case("a model by reference", _model(PIXELS), {"name": "pixels", "role": "VAE", "modelRef": "vae-70af7f4ce5"}),
+    Case("absolute file", _model(PIXELS, "source", "uri"), "file:///data/models/shapes"),
+    Case("file with spaces and dots", _model(PIXELS, "source", "uri"), "file:///data/my models/v1..2"),
+    Case("a claim", _model(PIXELS, "source", "uri"), "pvc://weights/shapes"),
+    Case("a claim's root", _model(PIXELS, "source", "uri"), "pvc://weights"),
+    Case("a hub repository", _model(PIXELS, "source"), {"uri": "hf://stabilityai/sdxl-turbo", "revision": "main"}),
+    Case("a hub repository with dots", _model(PIXELS, "source", "uri"), "hf://my.org/sd-1.5_x"),
+    Case("a bucket", _model(PIXELS, "source", "uri"), "s3://bucket/a/b/c"),
+    Case("an image", _model(PIXELS, "source", "uri"), "oci://registry.example.com/models/shapes"),
+    Case("a folder below", _model(PIXELS, "source", "uri"), "family/shapes"),
+    Case("a folder with dots in its name", _model(PIXELS, "source", "uri"), "a..b/..c"),
+    Case("scale to zero", _model(DENOISER, "scaling"), {"minReplicas": 0, "maxReplicas": 4}),
+    Case("exactly one replica for ever", _model(DENOISER, "scaling"), {"minReplicas": 1, "maxReplicas": 1}),
+    Case("scaled by others", _model(DENOISER, "scaling"), {"mode": "External", "maxReplicas": 1000}),
+    Case("latent as load allows", _model(DENOISER, "parallelism"), {"latent": "Auto"}),
+    Case("latent degree of two", _model(DENOISER, "parallelism"), {"latent": 2, "tensor": 8}),
+    Case("in one pod", _model(EDGES, "placement"), "Together"),
+    Case("a gpu", _model(DENOISER, "resources"), {"limits": {"nvidia.com/gpu": 1, "memory": "16Gi"}}),
+    Case("half precision on a gpu", _model(DENOISER), BASE["models"][DENOISER] | {"dtype": "bfloat16", "engine": {"device": "cuda"}}),
+    Case("pod overrides", _model(DENOISER, "pod"), {"nodeSelector": {"zone": "a"}, "tolerations": [{"operator": "Exists"}], "env": [{"name": "A", "value": "1"}]}),
+    Case("the longest name", _model(PIXELS, "name"), "p" * 63),
+    Case("a name of one character", _model(PIXELS, "name"), "p"),
+    Case("guidance off", ("defaults",), {"guidanceScale": 0, "steps": 1, "width": 8, "height": 8192}),
+    Case("a deadline in seconds", ("slo",), {"latencySeconds": 0.5, "attainment": 1}),
+    Case("a second controlnet of the same weights", ("models", "+"), {"name": "edges2", "role": "ControlNet", "attachTo": "base", "source": {"uri": "shapes", "subfolder": "controlnet-edges"}}),
+]  # fmt: skip

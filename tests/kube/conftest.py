@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import yaml
+from kubernetes import client as kube
+from support.apiserver import ApiServer, running
+from support.paths import ROOT
+
+
+@pytest.fixture(scope="session")
+def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """A real API server with the project's CustomResourceDefinitions."""
+    with running(tmp_path_factory.mktemp("api-server")) as server:
+        install_crds(server)
+        yield server
+
+
+def install_crds(server: ApiServer) -> None:
+    """Installs the definitions and waits until both are served."""
+    extensions = kube.ApiextensionsV1Api(server.client())
+    names = []
+    for path in sorted((ROOT / "crds").glob("*.yaml")):
+        definition = yaml.safe_load(path.read_text())
+        extensions.create_custom_resource_definition(definition)
+        names.append(definition["metadata"]["name"])
+    for name in names:
+        watched(extensions, name)
+
+
+def watched(extensions: kube.ApiextensionsV1Api, name: str) -> None:
+    """Returns when a definition is established."""
+    from kubernetes import watch
+
+    for event in watch.Watch().stream(
+        extensions.list_custom_resource_definition, field_selector=f"metadata.name={name}", timeout_seconds=60
+    ):
+        conditions = event["object"].status.conditions or []
+        if any(c.type == "Established" and c.status == "True" for c in conditions):
+            return
+    raise AssertionError(f"{name} was not established within a minute")

@@ -1,0 +1,103 @@
+"""Which models workflows need, who owns them, and whose word stands where they disagree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from latentflow.api import API_VERSION, DiffusionWorkflow, identity
+from latentflow_operator.binding import Owner, wished
+
+
+def owner(name: str, *, created: str = "2026-01-01T00:00:00Z", base: dict[str, Any] | None = None) -> Owner:
+    """A workflow with a text encoder, a denoiser (changed by `base`) and a VAE."""
+    models = [
+        {"name": "text", "role": "TextEncoder", "source": {"uri": "shapes"}},
+        {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}} | (base or {}),
+        {"name": "pixels", "role": "VAE", "source": {"uri": "shapes"}},
+    ]
+    workflow = DiffusionWorkflow.model_validate(
+        {
+            "apiVersion": API_VERSION,
+            "kind": "DiffusionWorkflow",
+            "metadata": {"name": name},
+            "spec": {"models": models},
+        }
+    )
+    return Owner(workflow=workflow, uid=f"uid-{name}", created=created)
+
+
+def denoiser(owners: list[Owner]) -> Any:
+    return next(model for model in wished(owners).values() if model.spec.role == "Denoiser")
+
+
+def test_workflows_that_name_the_same_models_own_them_together() -> None:
+    models = wished([owner("a"), owner("b")])
+    assert len(models) == 3
+    assert all([o.workflow.name for o in model.owners] == ["a", "b"] for model in models.values())
+
+
+def test_another_source_dtype_engine_or_resource_is_another_model() -> None:
+    changes: list[dict[str, Any]] = [
+        {"source": {"uri": "other"}},
+        {"dtype": "float16"},
+        {"engine": {"maxRunning": 2}},
+        {"resources": {"limits": {"cpu": 1}}},
+        {"parallelism": {"tensor": 2}},
+    ]
+    owners = [owner("a"), *(owner(f"w{i}", base=change) for i, change in enumerate(changes))]
+    assert len(wished(owners)) == 3 + len(changes)
+
+
+def test_bounds_of_sharers_merge_and_external_wins() -> None:
+    shared = denoiser(
+        [
+            owner("a", base={"scaling": {"minReplicas": 0, "maxReplicas": 4}}),
+            owner("b", base={"scaling": {"minReplicas": 2, "maxReplicas": 3, "mode": "External"}}),
+        ]
+    )
+    assert (shared.spec.scaling.min_replicas, shared.spec.scaling.max_replicas) == (2, 4)
+    assert shared.spec.scaling.mode == "External"
+    assert not shared.conflicts
+
+
+def test_of_sharers_that_disagree_otherwise_the_older_s_word_stands_and_the_younger_is_told() -> None:
+    young = owner("young", created="2026-01-02T00:00:00Z", base={"pod": {"nodeSelector": {"zone": "b"}}})
+    old = owner("old", base={"pod": {"nodeSelector": {"zone": "a"}}})
+    shared = denoiser([young, old])
+    assert shared.spec.pod.node_selector == {"zone": "a"}
+    (conflict,) = shared.conflicts
+    assert (conflict.uid, conflict.field) == ("uid-young", "pod")
+    assert "Model 'base' is shared with old, which is older" in conflict.message
+
+
+def test_a_model_by_reference_is_not_ours_to_make() -> None:
+    by_reference = owner("a", base={"source": None, "modelRef": "denoiser-of-theirs"})
+    assert not [model for model in wished([by_reference]).values() if model.spec.role == "Denoiser"]
+
+
+names = st.lists(st.sampled_from("abcdef"), unique=True, min_size=1)
+
+
+@given(names, st.randoms())
+def test_the_order_in_which_workflows_are_seen_changes_nothing(chosen: list[str], random: Any) -> None:
+    owners = [
+        owner(
+            name,
+            created=f"2026-01-0{1 + ord(name) % 3}T00:00:00Z",
+            base={"scaling": {"maxReplicas": 1 + ord(name) % 4}},
+        )
+        for name in chosen
+    ]
+    shuffled = random.sample(owners, len(owners))
+    assert wished(shuffled) == wished(owners)
+
+
+@given(names)
+def test_every_model_of_every_workflow_is_there_and_owned_by_it(chosen: list[str]) -> None:
+    owners = [owner(name, base={"source": {"uri": name}}) for name in chosen]
+    models = wished(owners)
+    for one in owners:
+        for model in one.workflow.spec.models:
+            assert one in models[identity(model)].owners

@@ -1,0 +1,157 @@
+"""A real kube-apiserver over a real etcd, for the length of a test session.
+
+The programs come from the folder that KUBEBUILDER_ASSETS names, as envtest has it; `make test-api` builds them where it is
+not set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import trustme
+import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from kubernetes import client as kube
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+ADMIN_TOKEN = "admin-of-the-tests"
+SECONDS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiServer:
+    """A running API server. `kubeconfig` is its administrator's."""
+
+    url: str
+    folder: Path
+    kubeconfig: Path
+
+    def client(self, token: str = ADMIN_TOKEN) -> kube.ApiClient:
+        """A client of the API server, as the administrator or whoever the token is for."""
+        configuration = kube.Configuration()
+        configuration.host = self.url
+        configuration.ssl_ca_cert = str(self.folder / "ca.pem")
+        configuration.api_key = {"authorization": f"Bearer {token}"}
+        return kube.ApiClient(configuration)
+
+
+def assets() -> Path:
+    """The folder of the programs."""
+    named = os.environ.get("KUBEBUILDER_ASSETS")
+    if not named or not (Path(named) / "kube-apiserver").exists():
+        raise RuntimeError("KUBEBUILDER_ASSETS names no folder with kube-apiserver and etcd; run `make test-api`.")
+    return Path(named)
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[ApiServer]:
+    """Starts etcd and the API server in `folder`; ready when entered, gone when left."""
+    programs = assets()
+    etcd_port, peer_port, api_port = _free_ports(3)
+    authority, server = trustme.CA(), None
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    server = authority.issue_cert("127.0.0.1", "localhost", "10.0.0.1", "kubernetes.default.svc")
+    server.private_key_pem.write_to_path(folder / "server.key")
+    for pem in server.cert_chain_pems:
+        pem.write_to_path(folder / "server.pem", append=True)
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    (folder / "accounts.key").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        )
+    )
+    (folder / "tokens.csv").write_text(f"{ADMIN_TOKEN},admin,admin,system:masters\n")
+    (folder / "audit.yaml").write_text(
+        "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\n"
+        "rules: [{level: Metadata, verbs: [create, update, patch, delete, deletecollection]}, {level: None}]\n"
+    )
+    url = f"https://127.0.0.1:{api_port}"
+    etcd = [
+        f"--data-dir={folder / 'etcd'}",
+        f"--listen-client-urls=http://127.0.0.1:{etcd_port}",
+        f"--advertise-client-urls=http://127.0.0.1:{etcd_port}",
+        f"--listen-peer-urls=http://127.0.0.1:{peer_port}",
+        "--unsafe-no-fsync",
+        "--log-level=error",
+    ]
+    api = [
+        f"--etcd-servers=http://127.0.0.1:{etcd_port}",
+        f"--secure-port={api_port}",
+        "--bind-address=127.0.0.1",
+        "--advertise-address=127.0.0.1",
+        "--service-cluster-ip-range=10.0.0.0/16",
+        f"--tls-cert-file={folder / 'server.pem'}",
+        f"--tls-private-key-file={folder / 'server.key'}",
+        f"--token-auth-file={folder / 'tokens.csv'}",
+        f"--service-account-key-file={folder / 'accounts.key'}",
+        f"--service-account-signing-key-file={folder / 'accounts.key'}",
+        f"--service-account-issuer={url}",
+        "--authorization-mode=RBAC",
+        "--disable-admission-plugins=ServiceAccount",
+        f"--audit-policy-file={folder / 'audit.yaml'}",
+        f"--audit-log-path={folder / 'audit.log'}",
+    ]
+    with _process(programs / "etcd", etcd, folder), _process(programs / "kube-apiserver", api, folder):
+        kubeconfig = folder / "kubeconfig.yaml"
+        kubeconfig.write_text(yaml.safe_dump(_kubeconfig(url, folder / "ca.pem", ADMIN_TOKEN)))
+        server_ = ApiServer(url=url, folder=folder, kubeconfig=kubeconfig)
+        _ready(server_)
+        yield server_
+
+
+def _kubeconfig(url: str, authority: Path, token: str) -> dict[str, object]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "test",
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        "clusters": [{"name": "test", "cluster": {"server": url, "certificate-authority": str(authority)}}],
+        "users": [{"name": "test", "user": {"token": token}}],
+    }
+
+
+@contextlib.contextmanager
+def _process(program: Path, arguments: list[str], folder: Path) -> Iterator[None]:
+    with (folder / f"{program.name}.log").open("w") as log:
+        process = subprocess.Popen([str(program), *arguments], stdout=log, stderr=log, cwd=folder)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@retry(
+    retry=retry_if_exception_type((OSError, kube.ApiException, RuntimeError)),
+    stop=stop_after_delay(SECONDS),
+    wait=wait_fixed(0.1),
+    reraise=True,
+)
+def _ready(server: ApiServer) -> None:
+    context = ssl.create_default_context(cafile=str(server.folder / "ca.pem"))
+    request = urllib.request.Request(f"{server.url}/readyz", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"})
+    with urllib.request.urlopen(request, timeout=5, context=context) as response:
+        if response.read() != b"ok":
+            raise RuntimeError("the API server is not ready")
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
