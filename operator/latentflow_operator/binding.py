@@ -1,15 +1,16 @@
-"""Which models a namespace's workflows need: pure, from workflows to wished DiffusionModels and the conflicts among them.
+"""Which models workflows need and which serve them: pure, from workflows to wished DiffusionModels, conflicts, bindings.
 
 Workflows that name the same model own it together: bounds merge as `latentflow.api.merge_scaling` says, and on what else
-is not identity the oldest owner's word stands, the younger ones are told.
+is not identity the oldest owner's word stands, the younger ones are told. A changed model takes over from the one that
+serves when it is ready, and all that changed take over at once, as they may only fit each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from latentflow.api import DiffusionWorkflow, Model, identity, merge_scaling
+from latentflow.api import DiffusionWorkflow, Model, Role, identity, merge_scaling
 from latentflow.api.types import ModelSpec, Scaling
 
 
@@ -86,6 +87,7 @@ def _merge(name: str, uses: list[tuple[Owner, Model]]) -> WishedModel:
     if first.source is None:
         raise ValueError(f"{name} is a model by reference")
     spec = ModelSpec(
+        near=_denoiser(oldest.workflow, first),
         role=first.role,
         source=first.source,
         dtype=first.dtype,
@@ -97,3 +99,55 @@ def _merge(name: str, uses: list[tuple[Owner, Model]]) -> WishedModel:
     )
     unique = {owner.uid: owner for owner, _ in uses}
     return WishedModel(name=name, spec=spec, owners=tuple(unique.values()), conflicts=tuple(conflicts))
+
+
+def _denoiser(workflow: DiffusionWorkflow, model: Model) -> str | None:
+    """The model that an attached one works beside."""
+    return next((identity(other) for other in workflow.spec.models if other.name == model.attach_to), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """What serves one model of a workflow.
+
+    Attributes:
+        model: The DiffusionModel that serves.
+        next: The one that takes over when it is ready; None where nothing has changed.
+        by_reference: Whether the workflow names the DiffusionModel itself.
+    """
+
+    name: str
+    role: Role
+    model: str
+    next: str | None
+    by_reference: bool
+
+
+def bind(
+    workflow: DiffusionWorkflow,
+    bound: Mapping[str, str],
+    *,
+    is_ready: Callable[[str], bool],
+    has_served: Callable[[str], bool],
+) -> tuple[Binding, ...]:
+    """What serves each model of a workflow now, in the workflow's order.
+
+    Args:
+        bound: What served until now, DiffusionModel by the model's name.
+        is_ready: Whether a DiffusionModel takes requests.
+        has_served: Whether a DiffusionModel exists and ever took requests; what never did is not waited for.
+    """
+    wanted = {model.name: identity(model) for model in workflow.spec.models}
+    changed = {name for name, model in wanted.items() if bound.get(name, model) != model}
+    switch = all(is_ready(wanted[name]) for name in changed) or not all(has_served(bound[name]) for name in changed)
+    return tuple(
+        Binding(
+            name=model.name,
+            role=model.role,
+            model=bound[model.name] if waits else wanted[model.name],
+            next=wanted[model.name] if waits else None,
+            by_reference=model.model_ref is not None,
+        )
+        for model in workflow.spec.models
+        for waits in [model.name in changed and not switch]
+    )

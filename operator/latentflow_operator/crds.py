@@ -184,9 +184,10 @@ def _members(schema: dict[str, Any], definitions: dict[str, Any], type_name: str
     properties = {}
     for name, member in schema["properties"].items():
         translated = _translate(member, definitions)
-        if "anyOf" not in member and any("default" in inner for inner in translated.get("properties", {}).values()):
+        filled = {key: inner["default"] for key, inner in translated.get("properties", {}).items() if "default" in inner}
+        if "anyOf" not in member and filled:
             # An absent object whose members have defaults gets them.
-            translated.setdefault("default", {})
+            translated["default"] = filled
         key = _LIST_MAPS.get((type_name or "", name))
         if key is not None:
             translated |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [key]}

@@ -6,7 +6,8 @@ Pod Security Standard.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from latentflow.api import Role, Source
@@ -16,6 +17,17 @@ from latentflow_operator.settings import OperatorSettings
 
 Manifest = dict[str, Any]
 
+
+class Owner(NamedTuple):
+    """A workflow that owns a model."""
+
+    name: str
+    uid: str
+
+
+API_VERSION = "latentflow.io/v1alpha1"
+MANAGED = {"app.kubernetes.io/managed-by": "latentflow-operator"}
+
 GRPC_PORT, METRICS_PORT = 8500, 8501
 MODEL_LABEL, ROLE_LABEL = "latentflow.io/model", "latentflow.io/role"
 _MODEL_ROOT, _CACHE, _CLAIM = "/models", "/cache", "/source"
@@ -23,6 +35,31 @@ _MODEL_ROOT, _CACHE, _CLAIM = "/models", "/cache", "/source"
 _GRACE_BEYOND_DRAIN = 30
 # A start may download weights: a day, asked every ten seconds.
 _START_PROBES, _PROBE_SECONDS = 8640, 10
+
+
+def model_manifest(*, name: str, namespace: str, spec: ModelSpec, owners: Sequence[Owner]) -> Manifest:
+    """A DiffusionModel that workflows own together; without its replicas, which others write."""
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "DiffusionModel",
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "labels": labels(name, spec.role),
+            "ownerReferences": [
+                {
+                    "apiVersion": API_VERSION,
+                    "kind": "DiffusionWorkflow",
+                    "name": owner.name,
+                    "uid": owner.uid,
+                    "controller": False,
+                    "blockOwnerDeletion": False,
+                }
+                for owner in owners
+            ],
+        },
+        "spec": spec.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"replicas"}),
+    }
 
 
 def manifests(
@@ -39,7 +76,7 @@ def manifests(
         "labels": labels(name, spec.role),
         "ownerReferences": [
             {
-                "apiVersion": "latentflow.io/v1alpha1",
+                "apiVersion": API_VERSION,
                 "kind": "DiffusionModel",
                 "name": name,
                 "uid": uid,
@@ -85,7 +122,7 @@ def labels(name: str, role: Role) -> dict[str, str]:
         ROLE_LABEL: role.value,
         "app.kubernetes.io/name": "latentflow",
         "app.kubernetes.io/component": "node",
-        "app.kubernetes.io/managed-by": "latentflow-operator",
+        **MANAGED,
     }
 
 
@@ -137,7 +174,15 @@ def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
         },
         "containers": [_container(name, spec, settings, uri, mounts + (own.volume_mounts or []))],
         "volumes": volumes + (own.volumes or []),
+        **({"affinity": _beside(spec.near)} if spec.near is not None else {}),
         **passed,
+    }
+
+
+def _beside(model: str) -> Manifest:
+    term = {"labelSelector": {"matchLabels": selector(model)}, "topologyKey": "kubernetes.io/hostname"}
+    return {
+        "podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": term}]}
     }
 
 
@@ -155,6 +200,8 @@ def _container(name: str, spec: ModelSpec, settings: OperatorSettings, uri: str,
             {"name": "metrics", "containerPort": METRICS_PORT},
         ],
         # The server listens when its model is warm, so being reached is being ready.
+        # The last line of a server that cannot load its model is why; it stands in the pod's status then.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "startupProbe": probe | {"periodSeconds": 1, "failureThreshold": _START_PROBES * _PROBE_SECONDS},
         "readinessProbe": probe | {"periodSeconds": 2, "failureThreshold": 2},
         "livenessProbe": {"tcpSocket": {"port": "metrics"}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS},

@@ -28,7 +28,7 @@ def _single(role: str) -> Rule:
     count = f"self.models.filter(m, m.role == '{role}').size()"
     return Rule(
         cel=f"{count} == 1",
-        message=f"({count} == 0 ? 'no model has' : string({count}) + ' models have') + "
+        message=f"({count} == 0 ? 'no model has' : 'several models have') + "
         f"' the role {role}; a workflow needs exactly one'",
         computed=True,
     )
@@ -72,9 +72,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Scaling": (
         Rule(
             cel="self.minReplicas <= self.maxReplicas",
-            message="'minReplicas (' + string(self.minReplicas) + ') is above maxReplicas (' + "
-            "string(self.maxReplicas) + '); swap or raise one'",
-            computed=True,
+            message="minReplicas is above maxReplicas; swap or raise one",
         ),
     ),
     "Parallelism": (

@@ -18,6 +18,7 @@ class OperatorSettings:
         cache: A volume source for what is downloaded; None: a volume of the pod's own.
         token_secret: Name of the Secret whose key `token` is the servers' shared secret; None: none.
         hub_secret: Name of the Secret whose key `token` opens gated hf:// repositories; None: none.
+        endpoint: host:port of the gateways in the cluster, told in a workflow's status; None: not told.
         drain_seconds: How long a server that is told to stop may finish its requests: the longest request allowed.
     """
 
@@ -27,4 +28,5 @@ class OperatorSettings:
     cache: dict[str, Any] = field(default_factory=lambda: {"emptyDir": {}})
     token_secret: str | None = None
     hub_secret: str | None = None
+    endpoint: str | None = None
     drain_seconds: int = 600

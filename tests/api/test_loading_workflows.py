@@ -48,7 +48,7 @@ def test_a_file_may_hold_several_workflows() -> None:
         ),
         ("role: VAE", "role: Vae", "spec.models[5].role: input should be 'TextEncoder', 'Denoiser'"),
         ("name: layout", "name: edges", "two models are named 'edges'"),
-        ("role: VAE,", "role: TextEncoder,", "2 models have the role TextEncoder; a workflow needs exactly one"),
+        ("role: VAE,", "role: TextEncoder,", "several models have the role TextEncoder; a workflow needs exactly one"),
         ("attachTo: base, source: {uri: shapes, subfolder: loras}", "source: {uri: shapes}", "needs attachTo"),
         (
             "attachTo: base, source: {uri: shapes, subfolder: loras}",

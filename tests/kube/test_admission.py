@@ -9,6 +9,7 @@ import pytest
 from kube.cases import BAD, BASE, GOOD, Case
 from kubernetes import client as kube
 from latentflow.api import API_VERSION
+from latentflow_operator.cluster import Cluster
 from support.apiserver import ApiServer
 
 GROUP, VERSION = API_VERSION.split("/")
@@ -109,15 +110,8 @@ def test_server_side_apply_merges_models_by_name(api_server: ApiServer) -> None:
     create(api_server, workflow(BASE, name="merged"))
     api = api_server.client()
     theirs = workflow({"models": [{"name": "base", "role": "Denoiser", "scaling": {"maxReplicas": 5}}]}, name="merged")
-    api.call_api(
-        f"/apis/{API_VERSION}/namespaces/default/diffusionworkflows/merged",
-        "PATCH",
-        query_params=[("fieldManager", "them"), ("force", "true")],
-        header_params={"Content-Type": "application/apply-patch+yaml"},
-        body=theirs,
-        auth_settings=["BearerToken"],
-        response_type="object",
-    )
+    theirs["metadata"]["namespace"] = "default"
+    Cluster(api, manager="them").apply(theirs)
     spec = kube.CustomObjectsApi(api).get_namespaced_custom_object(
         GROUP, VERSION, "default", "diffusionworkflows", "merged"
     )["spec"]

@@ -88,7 +88,7 @@ def running(folder: Path) -> Iterator[ApiServer]:
         f"--etcd-servers=http://127.0.0.1:{etcd_port}",
         f"--secure-port={api_port}",
         "--bind-address=127.0.0.1",
-        "--advertise-address=127.0.0.1",
+        "--endpoint-reconciler-type=none",
         "--service-cluster-ip-range=10.0.0.0/16",
         f"--tls-cert-file={folder / 'server.pem'}",
         f"--tls-private-key-file={folder / 'server.key'}",

@@ -114,9 +114,7 @@ class Scaling(Typed):
     @model_validator(mode="after")
     def _bounds(self) -> Scaling:
         if self.min_replicas > self.max_replicas:
-            raise ValueError(
-                f"minReplicas ({self.min_replicas}) is above maxReplicas ({self.max_replicas}); swap or raise one"
-            )
+            raise ValueError("minReplicas is above maxReplicas; swap or raise one")
         return self
 
 
@@ -240,7 +238,7 @@ class WorkflowSpec(Typed):
         for role in SINGLE:
             count = sum(model.role is role for model in self.models)
             if count != 1:
-                what = "no model has" if count == 0 else f"{count} models have"
+                what = "no model has" if count == 0 else "several models have"
                 raise ValueError(f"{what} the role {role}; a workflow needs exactly one")
         denoisers = [model.name for model in self.models if model.role is Role.DENOISER]
         for model in self.models:
@@ -295,6 +293,9 @@ class ModelSpec(Typed):
 
     replicas: int | None = Field(
         default=None, ge=0, le=1000, description="Replicas there should be; written through the scale subresource."
+    )
+    near: Name | None = Field(
+        default=None, description="The DiffusionModel whose pods its pods would share a node with, where one has room."
     )
     role: Role = Field(description="What the model is for.")
     source: Source = Field(description="Where its weights are.")

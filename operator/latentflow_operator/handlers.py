@@ -1,0 +1,97 @@
+"""kopf's part: watches the cluster's objects and hands them to the reconciler. Writes nothing itself.
+
+Only index and event handlers are used, which add no finalizer and no annotation: deleting never waits for the operator,
+and a restart writes nothing. kopf calls event handlers only when every index is complete, that is when everything there
+is has been listed, so no pass is made on half of the facts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import kopf
+from kubernetes import client as kube
+from kubernetes import config
+
+from latentflow_operator.cluster import Cluster
+from latentflow_operator.manifests import MANAGED, MODEL_LABEL
+from latentflow_operator.reconcile import Reconciler
+from latentflow_operator.settings import OperatorSettings
+
+_WATCHED: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
+    ("latentflow.io", "v1alpha1", "diffusionworkflows", None),
+    ("latentflow.io", "v1alpha1", "diffusionmodels", None),
+    ("apps", "v1", "deployments", {MODEL_LABEL: kopf.PRESENT, **MANAGED}),
+    ("", "v1", "services", {MODEL_LABEL: kopf.PRESENT, **MANAGED}),
+    ("policy", "v1", "poddisruptionbudgets", {MODEL_LABEL: kopf.PRESENT, **MANAGED}),
+    ("", "v1", "pods", {MODEL_LABEL: kopf.PRESENT, **MANAGED}),
+)
+
+
+def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
+    """kopf's handlers for a reconciler."""
+    handlers = kopf.OperatorRegistry()
+
+    def index(body: kopf.Body, **_: Any) -> None:
+        # Called for every object, before the handlers of any: the store is our index.
+        reconciler.seen(dict(body))
+
+    async def event(type: str | None, body: kopf.Body, **_: Any) -> None:
+        reconciler.queue.open()
+        if type == "DELETED":
+            reconciler.gone(dict(body))
+
+    for group, version, plural, labels in _WATCHED:
+        kopf.index(group, version, plural, id=f"index-{plural}", labels=labels, registry=handlers)(index)
+        kopf.on.event(group, version, plural, id=f"event-{plural}", labels=labels, registry=handlers)(event)
+    return handlers
+
+
+async def operate(
+    reconciler: Reconciler,
+    *,
+    namespaces: tuple[str, ...] = (),
+    stop: asyncio.Event | None = None,
+    ready: asyncio.Event | None = None,
+    liveness: str | None = None,
+) -> None:
+    """Runs until `stop`, or a signal.
+
+    Args:
+        namespaces: Where to work; empty: in all.
+        ready: Set when watching has begun.
+        liveness: Where to answer liveness probes, as http://host:port/path.
+    """
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.watching.server_timeout = 600
+    handlers = registry(reconciler)
+
+    @kopf.on.startup(registry=handlers)
+    async def _(**_: Any) -> None:
+        if ready is not None:
+            ready.set()
+
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(reconciler.queue.running())
+        await kopf.operator(
+            registry=handlers,
+            settings=settings,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+            standalone=True,
+            stop_flag=stop,
+            liveness_endpoint=liveness,
+        )
+
+
+def connect(settings: OperatorSettings) -> Reconciler:
+    """A reconciler over the cluster that the environment names: its ServiceAccount's, else the kubeconfig's."""
+    try:
+        config.load_incluster_config()  # type: ignore[no-untyped-call]
+    except config.ConfigException:
+        config.load_kube_config()  # type: ignore[no-untyped-call]
+    return Reconciler(cluster=Cluster(kube.ApiClient()), settings=settings)

@@ -1,0 +1,259 @@
+"""Brings the cluster to what workflows say: reads the store, asks the pure modules what should be, writes the difference.
+
+Two passes, each over one object and from the present state alone: over a model (the DiffusionModel, what serves it, its
+status) and over a workflow (its status, which also says what serves it). An event only says which passes to make, so an
+event that comes twice, late, or after a crash changes nothing in the outcome. Handlers feed `seen` and `gone`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import structlog
+from kubernetes.client import ApiException
+from latentflow.api.status import ConditionType
+from latentflow.api.types import ModelSpec
+
+from latentflow_operator import conditions, manifests
+from latentflow_operator.binding import Binding, Conflict, bind, wished
+from latentflow_operator.cluster import Cluster
+from latentflow_operator.comparison import covered, sealed
+from latentflow_operator.manifests import API_VERSION, MANAGED, MODEL_LABEL, Manifest
+from latentflow_operator.settings import OperatorSettings
+from latentflow_operator.store import Known, Store, bound_models, place_of
+from latentflow_operator.workqueue import WorkQueue
+
+_log = structlog.get_logger()
+_GONE, _CHANGED = 404, 409
+_NAMESPACE_ENDS = "is being terminated"
+
+
+class Key(NamedTuple):
+    """What a pass is over: "workflow" or "model", and which."""
+
+    what: str
+    namespace: str
+    name: str
+
+
+class Reconciler:
+    """Both passes, and which of them an object's change asks for.
+
+    Args:
+        clock: The present time; UTC.
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster: Cluster,
+        settings: OperatorSettings,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        workers: int = 4,
+    ) -> None:
+        self.store = Store()
+        self._cluster = cluster
+        self._settings = settings
+        self._clock = clock
+        self.queue: WorkQueue[Key] = WorkQueue(self._pass, workers=workers)
+
+    def seen(self, body: Manifest) -> None:
+        """An object is as `body` says."""
+        before = self._uses(body)
+        if self.store.put(body):
+            self._ask(body, before)
+
+    def gone(self, body: Manifest) -> None:
+        """An object was deleted."""
+        before = self._uses(body)
+        if self.store.drop(body):
+            self._ask(body, before)
+
+    def _uses(self, body: Manifest) -> frozenset[str]:
+        known = self.store.workflow(*place_of(body)) if body["kind"] == "DiffusionWorkflow" else None
+        return known.uses if known else frozenset()
+
+    def _ask(self, body: Manifest, before: frozenset[str]) -> None:
+        namespace, name = place_of(body)
+        if body["kind"] == "DiffusionWorkflow":
+            self.queue.add(Key("workflow", namespace, name))
+            for model in before | self._uses(body):
+                self.queue.add(Key("model", namespace, model))
+        elif body["kind"] == "DiffusionModel":
+            self.queue.add(Key("model", namespace, name))
+            for user in self.store.users(namespace, name):
+                self.queue.add(Key("workflow", namespace, user.body["metadata"]["name"]))
+        elif model := body["metadata"].get("labels", {}).get(MODEL_LABEL):
+            self.queue.add(Key("model", namespace, model))
+
+    async def _pass(self, key: Key) -> None:
+        try:
+            if key.what == "workflow":
+                await self._workflow(key.namespace, key.name)
+            else:
+                await self._model(key.namespace, key.name)
+        except ApiException as error:
+            # Somebody else was quicker, or everything here is about to go: the watch tells, and asks for another pass.
+            if error.status in (_GONE, _CHANGED) or _NAMESPACE_ENDS in str(error.body):
+                _log.info("the object has changed meanwhile", key=key, status=error.status)
+                return
+            raise
+
+    async def _model(self, namespace: str, name: str) -> None:
+        body = self.store.get("DiffusionModel", namespace, name)
+        if body is None or _is_ours(body):
+            body = await self._owned(namespace, name, body)
+        if body is None or "deletionTimestamp" in body["metadata"]:
+            return
+        spec = ModelSpec.model_validate(body["spec"])
+        for wish in manifests.manifests(
+            name=name, namespace=namespace, uid=body["metadata"]["uid"], spec=spec, settings=self._settings
+        ):
+            await self._ensure(wish)
+        await self._model_status(body, spec)
+
+    async def _owned(self, namespace: str, name: str, body: Manifest | None) -> Manifest | None:
+        """Makes, changes or deletes a model as its workflows say; what it is then."""
+        users = self.store.users(namespace, name)
+        wish = wished(user.owner for user in users if user.owner is not None).get(name)
+        if not users:
+            if body is not None and "deletionTimestamp" not in body["metadata"]:
+                await asyncio.to_thread(self._cluster.delete, body)
+                _log.info("retired a model that no workflow uses", namespace=namespace, model=name)
+            return None
+        if wish is None and body is None:
+            return None
+        if body is not None and "deletionTimestamp" in body["metadata"]:
+            return body
+        current = ModelSpec.model_validate(body["spec"]) if body is not None else None
+        if wish is None:
+            # Changed away from, but it serves until its successor is ready.
+            spec = current
+        else:
+            # Where its pods stand was decided when it was made; moving them would interrupt it.
+            spec = wish.spec if current is None else wish.spec.model_copy(update={"near": current.near})
+        if spec is None:
+            return None
+        owners = [_owner(user) for user in users]
+        return await self._ensure(
+            manifests.model_manifest(name=name, namespace=namespace, spec=spec, owners=sorted(owners))
+        )
+
+    async def _ensure(self, wish: Manifest) -> Manifest:
+        """Applies an object unless it is so already; what it is then."""
+        wish = sealed(wish)
+        live = self.store.get(wish["kind"], *place_of(wish))
+        if live is not None and covered(wish, live):
+            return live
+        return self._written(await asyncio.to_thread(self._cluster.apply, wish))
+
+    def _written(self, body: Manifest) -> Manifest:
+        self.seen(body)
+        return self.store.get(body["kind"], *place_of(body)) or body
+
+    async def _model_status(self, body: Manifest, spec: ModelSpec) -> None:
+        namespace, name = place_of(body)
+        pods = list(self.store.pods(namespace, name))
+        before = conditions.by_type(body)
+        statements = conditions.of_model(
+            wanted=manifests.replicas(spec),
+            deployment=self.store.get("Deployment", namespace, name),
+            pods=pods,
+            before=before,
+        )
+        alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+        status = {
+            "observedGeneration": body["metadata"]["generation"],
+            "conditions": self._stamped(statements, before, body),
+            "replicas": len(alive),
+            "readyReplicas": sum(map(conditions.is_ready, alive)),
+            "selector": f"{MODEL_LABEL}={name}",
+        }
+        await self._say(body, status)
+
+    async def _workflow(self, namespace: str, name: str) -> None:
+        known = self.store.workflow(namespace, name)
+        if known is None or known.owner is None or "deletionTimestamp" in known.body["metadata"]:
+            return
+        body, workflow = known.body, known.owner.workflow
+        models = {model: self.store.get("DiffusionModel", namespace, model) for model in known.uses}
+        bindings = bind(
+            workflow,
+            bound_models(body),
+            is_ready=lambda model: _is_true(models.get(model), ConditionType.READY),
+            has_served=lambda model: _is_true(models.get(model), ConditionType.WEIGHTS_AVAILABLE),
+        )
+        statements = conditions.of_workflow(
+            bindings=bindings, models=models, conflicts=self._conflicts(known, bindings)
+        )
+        before = conditions.by_type(body)
+        entries = [_entry(binding, models.get(binding.model)) for binding in bindings]
+        status: dict[str, Any] = {
+            "observedGeneration": body["metadata"]["generation"],
+            "conditions": self._stamped(statements, before, body),
+            "models": entries,
+            "modelsReady": f"{sum(entry['readyReplicas'] > 0 for entry in entries)}/{len(entries)}",
+        }
+        if self._settings.endpoint is not None:
+            status["endpoint"] = self._settings.endpoint
+        await self._say(body, status)
+
+    def _conflicts(self, known: Known, bindings: tuple[Binding, ...]) -> list[Conflict]:
+        """Where this workflow's word on a shared model does not stand."""
+        namespace = known.body["metadata"]["namespace"]
+        uid = known.body["metadata"]["uid"]
+        found = []
+        for model in sorted({binding.next or binding.model for binding in bindings}):
+            users = self.store.users(namespace, model)
+            if len(users) > 1:
+                wish = wished(user.owner for user in users if user.owner is not None).get(model)
+                found += [conflict for conflict in (wish.conflicts if wish else ()) if conflict.uid == uid]
+        return found
+
+    def _stamped(
+        self, statements: tuple[conditions.Statement, ...], before: Mapping[str, Manifest], body: Manifest
+    ) -> list[Manifest]:
+        now = self._clock().strftime("%Y-%m-%dT%H:%M:%SZ")
+        return conditions.stamped(statements, before=before, now=now, generation=body["metadata"]["generation"])
+
+    async def _say(self, body: Manifest, status: Manifest) -> None:
+        """Writes a status that differs, and an Event where Ready has changed."""
+        old = body.get("status", {})
+        if all(old.get(key) == value for key, value in status.items()):
+            return
+        namespace, name = place_of(body)
+        metadata = {"name": name, "namespace": namespace}
+        wish = {"apiVersion": API_VERSION, "kind": body["kind"], "metadata": metadata, "status": status}
+        self._written(await asyncio.to_thread(self._cluster.apply_status, wish))
+        event = conditions.transition(body, status, now=self._clock())
+        if event is not None:
+            await asyncio.to_thread(self._cluster.create, event)
+
+
+def _is_ours(body: Manifest) -> bool:
+    labels = body["metadata"].get("labels", {})
+    return all(labels.get(key) == value for key, value in MANAGED.items())
+
+
+def _is_true(body: Manifest | None, about: ConditionType) -> bool:
+    return conditions.by_type(body).get(about.value, {}).get("status") == "True"
+
+
+def _owner(known: Known) -> manifests.Owner:
+    return manifests.Owner(name=known.body["metadata"]["name"], uid=known.body["metadata"]["uid"])
+
+
+def _entry(binding: Binding, model: Manifest | None) -> Manifest:
+    status = (model or {}).get("status", {})
+    spec = ModelSpec.model_validate(model["spec"]) if model else None
+    entry = {
+        "name": binding.name,
+        "role": binding.role.value,
+        "model": binding.model,
+        "replicas": manifests.replicas(spec) if spec else 0,
+        "readyReplicas": status.get("readyReplicas", 0),
+    }
+    return entry if binding.next is None else entry | {"next": binding.next}

@@ -1,0 +1,96 @@
+"""Keys that want work: each key is worked on by one worker at a time, again when it is added meanwhile, later when it fails.
+
+What controllers of Kubernetes call a work queue. Many events about one object come to one pass over its present state, and
+a second delivery of an event costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+import structlog
+
+Key = TypeVar("Key", bound=Hashable)
+_log = structlog.get_logger()
+_FIRST_SECONDS, _MOST_SECONDS = 0.2, 60.0
+
+
+class WorkQueue(Generic[Key]):
+    """Hands keys to `work`, which raises to be called again later.
+
+    Args:
+        work: What is to be done about a key, from the present state alone.
+        workers: Keys worked on at a time.
+    """
+
+    def __init__(self, work: Callable[[Key], Awaitable[None]], *, workers: int) -> None:
+        self._work = work
+        self._workers = workers
+        self._ready: asyncio.Queue[Key] = asyncio.Queue()
+        self._waiting: set[Key] = set()
+        self._running: set[Key] = set()
+        self._again: set[Key] = set()
+        self._failures: dict[Key, int] = {}
+        self._timers: dict[Key, asyncio.TimerHandle] = {}
+        self._open = asyncio.Event()
+        self._settled = asyncio.Event()
+
+    def add(self, key: Key) -> None:
+        """Asks for work on a key, soon."""
+        if key in self._running:
+            self._again.add(key)
+        elif key not in self._waiting:
+            self._waiting.add(key)
+            self._ready.put_nowait(key)
+
+    def open(self) -> None:
+        """Lets the workers begin; until then keys are only taken in."""
+        self._open.set()
+
+    async def idle(self) -> None:
+        """Returns when there is nothing to do now; what failed and waits for its time does not count."""
+        while self._waiting or self._running:
+            self._settled.clear()
+            await self._settled.wait()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Works while entered, once opened."""
+        tasks = [asyncio.create_task(self._run()) for _ in range(self._workers)]
+        try:
+            yield
+        finally:
+            for timer in self._timers.values():
+                timer.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self) -> None:
+        await self._open.wait()
+        while True:
+            key = await self._ready.get()
+            self._waiting.discard(key)
+            self._running.add(key)
+            if timer := self._timers.pop(key, None):
+                timer.cancel()
+            try:
+                await self._work(key)
+                self._failures.pop(key, None)
+            except Exception as error:
+                self._retry(key, error)
+            finally:
+                self._running.discard(key)
+                if key in self._again:
+                    self._again.discard(key)
+                    self.add(key)
+                self._settled.set()
+
+    def _retry(self, key: Key, error: Exception) -> None:
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        seconds = min(_MOST_SECONDS, _FIRST_SECONDS * 2 ** (failures - 1))
+        _log.warning("could not reconcile; trying again", key=key, seconds=seconds, failures=failures, error=str(error))
+        self._timers[key] = asyncio.get_running_loop().call_later(seconds, self.add, key)
