@@ -38,7 +38,9 @@ class Cluster:
 
     def apply(self, manifest: Manifest) -> Manifest:
         """Server-side apply of a whole object, except its status; what the server has then."""
-        return self._call("PATCH", _path(manifest), manifest, query=[("fieldManager", self._manager), ("force", "true")])
+        return self._call(
+            "PATCH", _path(manifest), manifest, query=[("fieldManager", self._manager), ("force", "true")]
+        )
 
     def apply_status(self, manifest: Manifest) -> Manifest:
         """Server-side apply of an object's status."""
@@ -64,8 +66,8 @@ class Cluster:
             resource_path=path,
             query_params=query,
             header_params={"Content-Type": kind, "Accept": "application/json"},
-            # Every JSON document is a YAML document.
-            body=json.dumps(body),
+            # The client writes JSON itself but no YAML; every JSON document is a YAML document.
+            body=json.dumps(body) if kind.endswith("yaml") else body,
             auth_settings=["BearerToken"],
         )
         response = self._api.call_api(*request, _request_timeout=_SECONDS)

@@ -184,7 +184,9 @@ def _members(schema: dict[str, Any], definitions: dict[str, Any], type_name: str
     properties = {}
     for name, member in schema["properties"].items():
         translated = _translate(member, definitions)
-        filled = {key: inner["default"] for key, inner in translated.get("properties", {}).items() if "default" in inner}
+        filled = {
+            key: inner["default"] for key, inner in translated.get("properties", {}).items() if "default" in inner
+        }
         if "anyOf" not in member and filled:
             # An absent object whose members have defaults gets them.
             translated["default"] = filled

@@ -15,7 +15,7 @@ import kopf
 from kubernetes import client as kube
 from kubernetes import config
 
-from latentflow_operator.cluster import Cluster
+from latentflow_operator.cluster import MANAGER, Cluster
 from latentflow_operator.manifests import MANAGED, MODEL_LABEL
 from latentflow_operator.reconcile import Reconciler
 from latentflow_operator.settings import OperatorSettings
@@ -42,6 +42,10 @@ def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
         reconciler.queue.open()
         if type == "DELETED":
             reconciler.gone(dict(body))
+
+    @kopf.on.login(registry=handlers)
+    def login(**arguments: Any) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
 
     for group, version, plural, labels in _WATCHED:
         kopf.index(group, version, plural, id=f"index-{plural}", labels=labels, registry=handlers)(index)
@@ -94,4 +98,6 @@ def connect(settings: OperatorSettings) -> Reconciler:
         config.load_incluster_config()  # type: ignore[no-untyped-call]
     except config.ConfigException:
         config.load_kube_config()  # type: ignore[no-untyped-call]
-    return Reconciler(cluster=Cluster(kube.ApiClient()), settings=settings)
+    api = kube.ApiClient()
+    api.user_agent = MANAGER
+    return Reconciler(cluster=Cluster(api), settings=settings)

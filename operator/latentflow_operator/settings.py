@@ -1,32 +1,98 @@
-"""What the operator is told at its start: how the pods it makes are to look."""
+"""What the operator is told at its start: a YAML file, which the chart writes, and the command line."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from latentflow.api.types import Typed
+from latentflow.errors import InvalidRequestError
+from pydantic import Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+
+class OperatorSettings(Typed):
+    """How the pods are to look that the operator makes."""
+
+    node_image: str = Field(min_length=1, description="Image of the model servers.")
+    pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        default="IfNotPresent", description="As Container.imagePullPolicy."
+    )
+    model_root: dict[str, Any] | None = Field(
+        default=None,
+        description="A volume source, as in PodSpec.volumes without the name, that holds what relative URIs name; mounted "
+        "read-only at /models. Absent: relative URIs cannot be served.",
+    )
+    cache: dict[str, Any] = Field(
+        default_factory=lambda: {"emptyDir": {}}, description="A volume source for what is downloaded."
+    )
+    token_secret: str | None = Field(
+        default=None, description="The Secret whose key `token` is the servers' shared secret."
+    )
+    hub_secret: str | None = Field(
+        default=None, description="The Secret whose key `token` opens gated hf:// repositories."
+    )
+    endpoint: str | None = Field(
+        default=None, description="host:port of the gateways in the cluster, told in a workflow's status."
+    )
+    drain_seconds: int = Field(
+        default=600,
+        ge=0,
+        le=86_400,
+        description="How long a server that is told to stop may finish its requests: the longest request allowed.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class OperatorSettings:
-    """Settings of the operator.
+class Command:
+    """The operator's command line.
 
     Attributes:
-        node_image: Image of the model servers.
-        pull_policy: As Container.imagePullPolicy.
-        model_root: A volume source (as in PodSpec.volumes, without the name) that holds what relative URIs name; mounted
-            read-only at /models. None: relative URIs cannot be served.
-        cache: A volume source for what is downloaded; None: a volume of the pod's own.
-        token_secret: Name of the Secret whose key `token` is the servers' shared secret; None: none.
-        hub_secret: Name of the Secret whose key `token` opens gated hf:// repositories; None: none.
-        endpoint: host:port of the gateways in the cluster, told in a workflow's status; None: not told.
-        drain_seconds: How long a server that is told to stop may finish its requests: the longest request allowed.
+        namespaces: Where to work; empty: in all.
+        liveness: Where to answer liveness probes, as an http:// URL; None: nowhere.
     """
 
-    node_image: str
-    pull_policy: str = "IfNotPresent"
-    model_root: dict[str, Any] | None = None
-    cache: dict[str, Any] = field(default_factory=lambda: {"emptyDir": {}})
-    token_secret: str | None = None
-    hub_secret: str | None = None
-    endpoint: str | None = None
-    drain_seconds: int = 600
+    settings: OperatorSettings
+    namespaces: tuple[str, ...]
+    liveness: str | None
+    log_format: Literal["console", "json"]
+
+
+def parse(argv: list[str] | None = None) -> Command:
+    """Settings from a command line; exits with a usage message on nonsense. InvalidRequestError for a bad file."""
+    parser = argparse.ArgumentParser(
+        prog="latentflow-operator",
+        description="Turns DiffusionWorkflows into model servers, in the cluster it runs in or that the kubeconfig names.",
+    )
+    add = parser.add_argument
+    add("--config", type=Path, required=True, help="YAML file: how the model servers' pods are to look")
+    add(
+        "--namespace", action="append", default=[], help="a namespace to work in; several times for more (default: all)"
+    )
+    add("--liveness", help="answer liveness probes at this URL, such as http://0.0.0.0:8080/healthz")
+    add("--log-format", choices=("console", "json"), default="console")
+    args = parser.parse_args(argv)
+    return Command(
+        settings=read(args.config),
+        namespaces=tuple(args.namespace),
+        liveness=args.liveness,
+        log_format=args.log_format,
+    )
+
+
+def read(path: Path) -> OperatorSettings:
+    """Settings from a YAML file. InvalidRequestError, with the field's name, for one that is missing or wrong."""
+    try:
+        data = YAML(typ="safe").load(path.read_text())
+    except OSError as error:
+        raise InvalidRequestError(f"The configuration {path} cannot be read: {error.strerror}.") from None
+    except YAMLError as error:
+        raise InvalidRequestError(f"The configuration {path} is no YAML: {error}") from None
+    try:
+        return OperatorSettings.model_validate(data)
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
+        raise InvalidRequestError(f"The configuration {path} is wrong: {said}.") from None

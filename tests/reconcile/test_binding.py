@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.api import API_VERSION, DiffusionWorkflow, identity
-from latentflow_operator.binding import Owner, wished
+from latentflow_operator.binding import Owner, bind, wished
 
 
 def owner(name: str, *, created: str = "2026-01-01T00:00:00Z", base: dict[str, Any] | None = None) -> Owner:
@@ -101,3 +101,39 @@ def test_every_model_of_every_workflow_is_there_and_owned_by_it(chosen: list[str
     for one in owners:
         for model in one.workflow.spec.models:
             assert one in models[identity(model)].owners
+
+
+def bound(
+    change: dict[str, Any], now: dict[str, str], *, ready: bool, served: bool
+) -> dict[str, tuple[str, str | None]]:
+    workflow = owner("a", base=change).workflow
+    bindings = bind(workflow, now, is_ready=lambda _: ready, has_served=lambda _: served)
+    return {binding.name: (binding.model, binding.next) for binding in bindings}
+
+
+def identities(change: dict[str, Any] | None = None) -> dict[str, str]:
+    return {model.name: identity(model) for model in owner("a", base=change).workflow.spec.models}
+
+
+def test_a_new_workflow_is_bound_to_what_it_names() -> None:
+    assert bound({}, {}, ready=False, served=False) == {name: (model, None) for name, model in identities().items()}
+
+
+def test_what_serves_goes_on_until_its_successor_is_ready() -> None:
+    change = {"dtype": "float16"}
+    now, then = identities(), identities(change)
+    assert bound(change, now, ready=False, served=True)["base"] == (now["base"], then["base"])
+    assert bound(change, now, ready=True, served=True)["base"] == (then["base"], None)
+
+
+def test_what_never_served_is_not_waited_for() -> None:
+    change = {"dtype": "float16"}
+    assert bound(change, identities(), ready=False, served=False)["base"] == (identities(change)["base"], None)
+
+
+@given(st.sets(st.sampled_from(["text", "base", "pixels"])), st.booleans())
+def test_all_that_changed_take_over_at_once_or_not_at_all(changed: set[str], ready: bool) -> None:
+    now = identities() | {name: f"old-{name}" for name in changed}
+    after = bound({}, now, ready=ready, served=True)
+    waiting = {name for name, (_, following) in after.items() if following is not None}
+    assert waiting == (set() if ready else changed)

@@ -7,6 +7,7 @@ not set.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -35,6 +36,30 @@ class ApiServer:
     url: str
     folder: Path
     kubeconfig: Path
+
+    def writes(self, *agents: str) -> list[tuple[str, str, str, str]]:
+        """Writes of those whose user agents start so, from the audit log: verb, namespace, resource, name."""
+        found = []
+        for line in (self.folder / "audit.log").read_text().splitlines():
+            entry = json.loads(line)
+            what = entry.get("objectRef", {})
+            if entry["userAgent"].startswith(agents):
+                resource = "/".join(filter(None, (what.get("resource"), what.get("subresource"))))
+                found.append((entry["verb"], what.get("namespace", ""), resource, what.get("name", "")))
+        return found
+
+    @contextlib.contextmanager
+    def controller_manager(self) -> Iterator[None]:
+        """Kubernetes' own controllers while entered: owners' garbage collection, Deployments, namespaces, accounts."""
+        arguments = [
+            f"--kubeconfig={self.kubeconfig}",
+            f"--service-account-private-key-file={self.folder / 'accounts.key'}",
+            "--use-service-account-credentials=false",
+            "--leader-elect=false",
+            "--secure-port=0",
+        ]
+        with _process(assets() / "kube-controller-manager", arguments, self.folder):
+            yield
 
     def client(self, token: str = ADMIN_TOKEN) -> kube.ApiClient:
         """A client of the API server, as the administrator or whoever the token is for."""

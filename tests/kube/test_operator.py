@@ -1,0 +1,392 @@
+"""The operator over a real API server, with Kubernetes' own controllers; the tests act the scheduler's and kubelet's part."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from latentflow.api import API_VERSION
+from support.apiserver import ApiServer
+from support.kubectl import Body, Namespace, condition, is_ready, new_namespace
+from support.paths import ROOT
+
+CONFIG = {"nodeImage": "latentflow-node:test", "modelRoot": {"hostPath": {"path": "/srv/models"}}, "drainSeconds": 1}
+KINDS = ("DiffusionModel", "Deployment", "Service", "PodDisruptionBudget")
+
+
+class Operator:
+    """The operator's process."""
+
+    def __init__(self, server: ApiServer, folder: Path) -> None:
+        self._environment = os.environ | {"KUBECONFIG": str(server.kubeconfig)}
+        self._config = folder / "operator.yaml"
+        self._config.write_text(yaml.safe_dump(CONFIG))
+        self._log = folder / "operator.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(ROOT / ".venv/bin/latentflow-operator"), f"--config={self._config}"],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
+        assert self._process is not None
+        self._process.send_signal(sign)
+        return self._process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def controllers(api_server: ApiServer) -> Iterator[None]:
+    with api_server.controller_manager():
+        yield
+
+
+@pytest.fixture(scope="module")
+def operator(api_server: ApiServer, controllers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    process = Operator(api_server, tmp_path_factory.mktemp("operator"))
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def namespace(api_server: ApiServer, request: pytest.FixtureRequest) -> Iterator[Namespace]:
+    with new_namespace(api_server, request.node.originalname) as place:
+        yield place
+
+
+@pytest.fixture
+def elsewhere(api_server: ApiServer) -> Iterator[Namespace]:
+    with new_namespace(api_server, "elsewhere") as place:
+        yield place
+
+
+def workflow(name: str = "shapes", **base: Any) -> Body:
+    models = [
+        {"name": "text", "role": "TextEncoder", "source": {"uri": "shapes"}},
+        {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}} | base,
+        {
+            "name": "edges",
+            "role": "ControlNet",
+            "attachTo": "base",
+            "source": {"uri": "shapes", "subfolder": "controlnet-edges"},
+        },
+        {"name": "pixels", "role": "VAE", "source": {"uri": "shapes"}},
+    ]
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "DiffusionWorkflow",
+        "metadata": {"name": name},
+        "spec": {"models": models},
+    }
+
+
+def serve(namespace: Namespace, models: set[str] | None = None) -> None:
+    """Acts the scheduler and the kubelet: every pod (of some models) runs and is ready."""
+    wanted = namespace.until("DiffusionModel", lambda found: bool(found) and (models is None or models <= found.keys()))
+    for model in models if models is not None else wanted:
+        pods = namespace.until("Pod", lambda found, model=model: any(_of(pod, model) for pod in found.values()))
+        for name, pod in pods.items():
+            if _of(pod, model):
+                report(namespace, name, ready=True)
+
+
+def report(namespace: Namespace, pod: str, *, ready: bool, **status: Any) -> None:
+    """Writes a pod's status as the kubelet does."""
+    word = "True" if ready else "False"
+    conditions = [
+        {"type": kind, "status": state}
+        for kind, state in (("PodScheduled", "True"), ("ContainersReady", word), ("Ready", word))
+    ]
+    namespace.patch(
+        "Pod", pod, {"status": {"phase": "Running", "conditions": conditions} | status}, subresource="status"
+    )
+
+
+def _of(pod: Body, model: str) -> bool:
+    return bool(pod["metadata"]["labels"]["latentflow.io/model"] == model)
+
+
+def ready(namespace: Namespace, name: str = "shapes") -> Body:
+    return namespace.until("DiffusionWorkflow", lambda found: is_ready(found[name]))[name]
+
+
+def bound(body: Body) -> dict[str, str]:
+    return {entry["name"]: entry["model"] for entry in body["status"]["models"]}
+
+
+def test_a_workflow_becomes_one_set_of_objects_for_each_model_and_is_ready_when_they_are(
+    operator: Operator, namespace: Namespace
+) -> None:
+    namespace.create(workflow())
+    models = namespace.until("DiffusionModel", lambda found: len(found) == 4)
+    for kind in KINDS:
+        assert namespace.until(kind, lambda found: found.keys() == models.keys())
+    serve(namespace)
+    status = ready(namespace)["status"]
+    assert status["modelsReady"] == "4/4"
+    assert {entry["name"]: entry["readyReplicas"] for entry in status["models"]} == dict.fromkeys(
+        ("text", "base", "edges", "pixels"), 1
+    )
+    assert status["observedGeneration"] == 1
+
+
+def test_a_controlnet_s_pods_would_stand_beside_its_denoiser_s(operator: Operator, namespace: Namespace) -> None:
+    namespace.create(workflow())
+    models = namespace.until("DiffusionModel", lambda found: len(found) == 4)
+    by_role = {model["spec"]["role"]: model for model in models.values()}
+    denoiser = by_role["Denoiser"]["metadata"]["name"]
+    assert by_role["ControlNet"]["spec"]["near"] == denoiser
+    assert "near" not in by_role["VAE"]["spec"]
+    name = by_role["ControlNet"]["metadata"]["name"]
+    deployment = namespace.until("Deployment", lambda found: name in found)[name]
+    (term,) = deployment["spec"]["template"]["spec"]["affinity"]["podAffinity"][
+        "preferredDuringSchedulingIgnoredDuringExecution"
+    ]
+    assert term["podAffinityTerm"]["labelSelector"]["matchLabels"] == {"latentflow.io/model": denoiser}
+
+
+def test_a_second_workflow_adds_only_what_is_new_and_takes_only_that_with_it(
+    operator: Operator, namespace: Namespace
+) -> None:
+    namespace.create(workflow("one"))
+    first = namespace.until("DiffusionModel", lambda found: len(found) == 4)
+    namespace.create(workflow("two", source={"uri": "other"}))
+    both = namespace.until(
+        "DiffusionModel",
+        lambda found: (
+            len(found) == 5 and sorted(len(m["metadata"]["ownerReferences"]) for m in found.values()) == [1, 1, 2, 2, 2]
+        ),
+    )
+    namespace.delete("DiffusionWorkflow", "one")
+    left = namespace.until(
+        "DiffusionModel",
+        lambda found: len(found) == 4 and all(len(m["metadata"]["ownerReferences"]) == 1 for m in found.values()),
+    )
+    assert left.keys() == (both.keys() - first.keys()) | {
+        name for name, model in first.items() if model["spec"]["role"] != "Denoiser"
+    }
+    namespace.delete("DiffusionWorkflow", "two")
+    for kind in (*KINDS, "Pod"):
+        namespace.until(kind, lambda found: not found)
+
+
+def test_a_changed_model_takes_over_when_it_is_ready_and_then_the_old_one_goes(
+    operator: Operator, namespace: Namespace
+) -> None:
+    namespace.create(workflow())
+    serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
+    before = bound(ready(namespace))
+    namespace.apply(workflow(source={"uri": "other"}))
+    models = namespace.until("DiffusionModel", lambda found: len(found) == 5)
+    (new,) = models.keys() - set(before.values())
+    waiting = namespace.until(
+        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Progressing").get("reason") == "RollingOut"
+    )["shapes"]
+    assert is_ready(waiting)
+    assert bound(waiting) == before
+    assert next(e for e in waiting["status"]["models"] if e["name"] == "base")["next"] == new
+    serve(namespace, {new})
+    after = namespace.until("DiffusionWorkflow", lambda found: bound(found["shapes"])["base"] == new)["shapes"]
+    assert is_ready(after)
+    gone = namespace.until("DiffusionModel", lambda found: before["base"] not in found)
+    assert len(gone) == 4
+
+
+def test_a_model_that_never_served_is_not_waited_for_when_it_is_changed(
+    operator: Operator, namespace: Namespace
+) -> None:
+    namespace.create(workflow(source={"uri": "mistyped"}))
+    before = namespace.until("DiffusionModel", lambda found: len(found) == 4)
+    namespace.until("DiffusionWorkflow", lambda found: "status" in found["shapes"])
+    namespace.apply(workflow())
+    after = namespace.until("DiffusionModel", lambda found: len(found) == 4 and found.keys() != before.keys())
+    assert len(after.keys() - before.keys()) == 1
+
+
+TROUBLES = [
+    (
+        "ImagePullBackOff",
+        {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}},
+        "The image latentflow-node:test cannot be pulled",
+    ),
+    (
+        "SecretNotFound",
+        {"state": {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "hub" not found'}}},
+        "The Secret 'hub' does not exist in this namespace; create it.",
+    ),
+    (
+        "OOMKilled",
+        {
+            "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+            "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}},
+        },
+        "raise the model's resources.limits.memory",
+    ),
+    (
+        "CannotLoad",
+        {
+            "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+            "lastState": {
+                "terminated": {"exitCode": 2, "message": "latentflow-node: The folder /models/x is missing."}
+            },
+        },
+        "The folder /models/x is missing.",
+    ),
+    (
+        "CrashLoopBackOff",
+        {
+            "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+            "lastState": {"terminated": {"exitCode": 1, "message": "Traceback"}},
+        },
+        "ended with exit code 1: Traceback",
+    ),
+]
+
+
+@pytest.mark.parametrize(("reason", "state", "words"), TROUBLES, ids=[reason for reason, _, _ in TROUBLES])
+def test_what_ails_a_pod_shows_on_the_workflow_as_itself(
+    operator: Operator, namespace: Namespace, reason: str, state: Body, words: str
+) -> None:
+    namespace.create(workflow())
+    pods = namespace.until("Pod", lambda found: len(found) == 4)
+    name, pod = next(iter(pods.items()))
+    container = {"name": "node", "image": "latentflow-node:test", "imageID": "", "ready": False, "restartCount": 1}
+    report(namespace, name, ready=False, containerStatuses=[container | state])
+    shown = namespace.until(
+        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Degraded").get("reason") == reason, seconds=5
+    )["shapes"]
+    model = pod["metadata"]["labels"]["latentflow.io/model"]
+    for about in ("Ready", "Degraded"):
+        assert words in condition(shown, about)["message"] or about == "Ready"
+    assert words in condition(namespace.get("DiffusionModel", model) or {}, "Ready")["message"]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "words"),
+    [
+        ("0/1 nodes are available: 1 Insufficient cpu.", "Unschedulable", "No node takes the pod: 0/1 nodes"),
+        (
+            '0/1 nodes are available: persistentvolumeclaim "weights" not found.',
+            "PersistentVolumeClaimNotFound",
+            "The PersistentVolumeClaim 'weights' does not exist",
+        ),
+    ],
+)
+def test_why_a_pod_has_no_node_shows_on_the_workflow(
+    operator: Operator, namespace: Namespace, message: str, reason: str, words: str
+) -> None:
+    namespace.create(workflow())
+    name = next(iter(namespace.until("Pod", lambda found: len(found) == 4)))
+    unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+    namespace.patch("Pod", name, {"status": {"conditions": [unscheduled]}}, subresource="status")
+    shown = namespace.until(
+        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Scheduled").get("reason") == reason, seconds=5
+    )["shapes"]
+    assert words in condition(shown, "Scheduled")["message"]
+
+
+def test_what_others_change_or_delete_of_a_model_s_objects_is_put_back(
+    operator: Operator, namespace: Namespace
+) -> None:
+    namespace.create(workflow())
+    name = next(iter(namespace.until("Deployment", lambda found: len(found) == 4)))
+    theirs = {"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 1}}}}
+    namespace.patch("Deployment", name, theirs)
+    namespace.until(
+        "Deployment", lambda found: found[name]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 31
+    )
+    namespace.delete("Service", name)
+    namespace.until("Service", lambda found: name in found)
+
+
+def test_replicas_are_whose_writes_scale_and_reach_the_deployment(operator: Operator, namespace: Namespace) -> None:
+    namespace.create(workflow())
+    models = namespace.until("DiffusionModel", lambda found: len(found) == 4)
+    name = next(iter(models))
+    namespace.patch("DiffusionModel", name, {"spec": {"replicas": 3}}, subresource="scale")
+    namespace.until("Deployment", lambda found: found.get(name, {}).get("spec", {}).get("replicas") == 3)
+    model = namespace.until("DiffusionModel", lambda found: found[name].get("status", {}).get("replicas") == 3)[name]
+    for entry in model["metadata"]["managedFields"]:
+        if entry["manager"] == "latentflow-operator":
+            assert "f:replicas" not in entry["fieldsV1"].get("f:spec", {})
+
+
+def test_each_field_has_the_writer_that_the_design_names(operator: Operator, namespace: Namespace) -> None:
+    namespace.create(workflow())
+    serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
+    ready(namespace)
+
+    def writers(body: Body) -> set[tuple[str, str]]:
+        return {
+            (entry["manager"], top.removeprefix("f:"))
+            for entry in body["metadata"]["managedFields"]
+            for top in entry["fieldsV1"]
+            if top != "f:metadata"
+        }
+
+    (of_workflow,) = namespace.list("DiffusionWorkflow").values()
+    assert ("latentflow-operator", "spec") not in writers(of_workflow)
+    assert ("latentflow-operator", "status") in writers(of_workflow)
+    for model in namespace.list("DiffusionModel").values():
+        assert writers(model) == {("latentflow-operator", "spec"), ("latentflow-operator", "status")}
+        assert "finalizers" not in model["metadata"]
+    for kind in ("Deployment", "Service", "PodDisruptionBudget"):
+        for body in namespace.list(kind).values():
+            assert ("latentflow-operator", "spec") in writers(body)
+
+
+def test_restarted_the_operator_writes_nothing(
+    operator: Operator, namespace: Namespace, elsewhere: Namespace, api_server: ApiServer
+) -> None:
+    namespace.create(workflow())
+    serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
+    ready(namespace)
+    assert operator.stop(signal.SIGKILL) == -signal.SIGKILL
+    before = len(api_server.writes("latentflow-operator", "kopf"))
+    operator.start()
+    # What is asked for after the start is done after whatever the start does.
+    elsewhere.create(workflow())
+    serve(elsewhere, elsewhere.until("DiffusionModel", lambda found: len(found) == 4).keys())
+    ready(elsewhere)
+    after = api_server.writes("latentflow-operator", "kopf")[before:]
+    assert after
+    assert [write for write in after if write[1] != elsewhere.name] == []
+
+
+def test_a_pod_that_flaps_costs_one_write_of_each_object_it_concerns(
+    operator: Operator, namespace: Namespace, api_server: ApiServer
+) -> None:
+    namespace.create(workflow())
+    serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
+    ready(namespace)
+    before = len(api_server.writes("latentflow-operator", "kopf"))
+    name, pod = next(iter(namespace.list("Pod").items()))
+    report(namespace, name, ready=False)
+    namespace.until("DiffusionWorkflow", lambda found: not is_ready(found["shapes"]))
+    model = pod["metadata"]["labels"]["latentflow.io/model"]
+    made = [write for write in api_server.writes("latentflow-operator", "kopf")[before:] if write[1] == namespace.name]
+    statuses = [write[2:] for write in made if write[2] != "events"]
+    assert sorted(statuses) == [("diffusionmodels/status", model), ("diffusionworkflows/status", "shapes")]
+
+
+def test_with_the_operator_down_a_deletion_still_completes(operator: Operator, namespace: Namespace) -> None:
+    namespace.create(workflow())
+    serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
+    operator.stop()
+    try:
+        namespace.delete("DiffusionWorkflow", "shapes")
+        for kind in (*KINDS, "Pod"):
+            namespace.until(kind, lambda found: not found)
+    finally:
+        operator.start()
