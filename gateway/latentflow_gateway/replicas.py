@@ -1,6 +1,6 @@
 """The replicas of every model: which can take a request now, and what their models say of themselves.
 
-Follows the directory file and each replica's health. `acquire` hands a ready replica to one attempt of a stage and
+Follows the directory and each replica's health. `acquire` hands a ready replica to one attempt of a stage and
 counts it as busy; what a model's servers last said of it stays known while they are away.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,12 +18,11 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latentflow import rpc
 from latentflow.directory import Directory
-from latentflow.errors import InvalidRequestError, UnavailableError
+from latentflow.errors import UnavailableError
 from latentflow.metrics import Instruments
 from latentflow.v1 import control_pb2, control_pb2_grpc
 
 _log = structlog.get_logger()
-_DIRECTORY_SECONDS = 0.5
 _RECONNECT_SECONDS = 0.1
 _DESCRIBE_SECONDS = 10.0
 
@@ -55,16 +53,23 @@ class Replica:
 
 
 class Replicas:
-    """Every replica of a directory. Use as an async context manager.
+    """Every replica of a directory. Use as an async context manager, which waits for the directory's first state.
 
     Args:
-        path: The directory file.
+        directories: The directory's states, now and at every change.
         token: Sent to the servers as bearer token.
         tls: How to talk to them; None: without TLS.
     """
 
-    def __init__(self, *, path: Path, token: str | None, tls: rpc.Tls | None, metrics: Instruments) -> None:
-        self._path = path
+    def __init__(
+        self,
+        *,
+        directories: AsyncIterator[Directory],
+        token: str | None,
+        tls: rpc.Tls | None,
+        metrics: Instruments,
+    ) -> None:
+        self._directories = directories
         self._token = token
         self._tls = tls
         self._metrics = metrics
@@ -72,12 +77,11 @@ class Replicas:
         self._replicas: dict[tuple[str, str], Replica] = {}
         self._watchers: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._follower: asyncio.Task[None] | None = None
-        self._stamp: tuple[int, int] = (0, 0)
         self.directory = Directory()
         self.descriptions: dict[str, control_pb2.DescribeResponse] = {}
 
     async def __aenter__(self) -> Replicas:
-        self._read()
+        self._take(await anext(self._directories))
         self._follower = asyncio.create_task(self._follow())
         return self
 
@@ -132,23 +136,11 @@ class Replicas:
                 await self.pick(identity, seconds=seconds)
 
     async def _follow(self) -> None:
-        while True:
-            await asyncio.sleep(_DIRECTORY_SECONDS)
-            try:
-                self._read()
-            except InvalidRequestError as error:
-                _log.warning("the directory cannot be read; what is known stands", problem=error.message)
+        async for directory in self._directories:
+            self._take(directory)
 
-    def _read(self) -> None:
-        try:
-            found = self._path.stat()
-        except OSError as error:
-            raise InvalidRequestError(f"The directory file {self._path} cannot be read: {error.strerror}.") from None
-        stamp = (found.st_mtime_ns, found.st_ino)
-        if stamp == self._stamp:
-            return
-        self.directory = Directory.read(self._path)
-        self._stamp = stamp
+    def _take(self, directory: Directory) -> None:
+        self.directory = directory
         wanted = {(identity, a) for identity, model in self.directory.models.items() for a in model.replicas}
         for key in self._replicas.keys() - wanted:
             self._watchers.pop(key).cancel()

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 import grpc.aio
@@ -17,10 +17,12 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from latentflow import logs, rpc
+from latentflow.directory import Directory
 from latentflow.errors import FailedPreconditionError, LatentflowError
 from latentflow.metrics import GATEWAY, Instruments
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
+from latentflow_gateway import directory_file
 from latentflow_gateway import settings as settings_module
 from latentflow_gateway.replicas import Replicas
 from latentflow_gateway.servicers import GenerationServicer
@@ -67,9 +69,11 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
             f"Choose another port. ({error})",
             reason="PORT_TAKEN",
         ) from None
-    async with Replicas(
-        path=settings.directory, token=settings.token, tls=settings.node_tls, metrics=metrics
-    ) as replicas:
+    directories = _directories(settings)
+    async with (
+        contextlib.aclosing(directories),
+        Replicas(directories=directories, token=settings.token, tls=settings.node_tls, metrics=metrics) as replicas,
+    ):
         servicer = GenerationServicer(settings=settings, replicas=replicas, metrics=metrics)
         checks = health.aio.HealthServicer()
         generation_pb2_grpc.add_GenerationServicer_to_server(servicer, server)
@@ -92,6 +96,15 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         finally:
             await gateway.stop(0)
             metrics.close()
+
+
+def _directories(settings: GatewaySettings) -> AsyncGenerator[Directory, None]:
+    if settings.directory is not None:
+        return directory_file.follow(settings.directory)
+    # Kubernetes' client takes long to import and is not needed elsewhere.
+    from latentflow_gateway import cluster
+
+    return cluster.follow(settings.namespaces)
 
 
 async def run(settings: GatewaySettings) -> None:

@@ -27,7 +27,8 @@ class GatewaySettings:
     """Settings of one gateway.
 
     Attributes:
-        directory: The directory file; read again whenever it changes.
+        directory: The directory file; read again whenever it changes. None: the cluster's own objects are followed.
+        namespaces: Of a cluster, which to serve; empty: all.
         listen: host:port for gRPC.
         metrics: host:port for /metrics.
         max_running: Requests that are worked on at a time.
@@ -41,7 +42,8 @@ class GatewaySettings:
         node_tls: What model servers are called with; None: no TLS.
     """
 
-    directory: Path
+    directory: Path | None
+    namespaces: tuple[str, ...] = ()
     listen: str = "127.0.0.1:8400"
     metrics: str = "127.0.0.1:0"
     limits: Limits = field(default_factory=Limits)
@@ -61,12 +63,15 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
     """Settings from a command line and the environment; exits with a usage message on nonsense."""
     parser = argparse.ArgumentParser(
         prog="latentflow-gateway",
-        description="Serves latentflow's Generation service over the model servers of a directory file.",
+        description="Serves latentflow's Generation service over the model servers of a directory file or of a cluster.",
         epilog="The servers' shared secret is read from the environment variable LATENTFLOW_TOKEN.",
     )
     add = parser.add_argument
     limits = Limits()
-    add("--directory", type=Path, required=True, help="the directory file: workflows and where their models listen")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--directory", type=Path, help="the directory file: workflows and where their models listen")
+    where.add_argument("--kube", action="store_true", help="serve the DiffusionWorkflows of the Kubernetes cluster")
+    add("--namespace", action="append", default=[], help="with --kube: a namespace to serve; several times for more")
     add("--listen", default="127.0.0.1:8400", help="host:port for gRPC (default: 127.0.0.1:8400)")
     add("--metrics", default="127.0.0.1:0", help="host:port for /metrics (default: a free port)")
     add("--max-running", type=int, default=32, help="requests worked on at a time (default: 32)")
@@ -94,6 +99,8 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
     for name in positive:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} has to be at least 1, not {getattr(args, name)}")
+    if args.namespace and not args.kube:
+        parser.error("--namespace goes with --kube")
     tls = node_tls = None
     if args.tls_cert or args.tls_key or args.tls_ca:
         if not (args.tls_cert and args.tls_key):
@@ -105,6 +112,7 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         node_tls = rpc.Tls(ca=args.node_tls_ca, certificate=args.node_tls_cert, key=args.node_tls_key)
     return GatewaySettings(
         directory=args.directory,
+        namespaces=tuple(args.namespace),
         listen=args.listen,
         metrics=args.metrics,
         limits=Limits(

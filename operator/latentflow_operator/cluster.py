@@ -71,7 +71,7 @@ class Cluster:
             auth_settings=["BearerToken"],
         )
         response = self._api.call_api(*request, _request_timeout=_SECONDS)
-        text = response.read().decode()  # type: ignore[no-untyped-call]
+        text = response.read().decode()
         if not 200 <= response.status <= 299:
             raise ApiException.from_response(http_resp=response, body=text, data=None)
         return dict(json.loads(text))

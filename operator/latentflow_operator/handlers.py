@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from typing import Any
 
 import kopf
 from kubernetes import client as kube
 from kubernetes import config
+from latentflow.errors import FailedPreconditionError
 
 from latentflow_operator.cluster import MANAGER, Cluster
 from latentflow_operator.manifests import MANAGED, MODEL_LABEL
@@ -93,11 +95,16 @@ async def operate(
 
 
 def connect(settings: OperatorSettings) -> Reconciler:
-    """A reconciler over the cluster that the environment names: its ServiceAccount's, else the kubeconfig's."""
+    """A reconciler over the cluster it runs in, else the kubeconfig's. FailedPreconditionError where there is none."""
     try:
-        config.load_incluster_config()  # type: ignore[no-untyped-call]
-    except config.ConfigException:
-        config.load_kube_config()  # type: ignore[no-untyped-call]
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            config.load_incluster_config()
+        else:
+            config.load_kube_config(config_file=os.environ.get("KUBECONFIG"))
+    except config.ConfigException as error:
+        raise FailedPreconditionError(
+            f"No cluster to work in: {error} Run in a cluster with a ServiceAccount, or set KUBECONFIG."
+        ) from None
     api = kube.ApiClient()
     api.user_agent = MANAGER
     return Reconciler(cluster=Cluster(api), settings=settings)

@@ -1,0 +1,207 @@
+"""The directory as a cluster's own objects say it: DiffusionWorkflows and the EndpointSlices of their models' Services.
+
+Followed by watches, so that a workflow, a binding or a replica is known as soon as the API server knows it. While the API
+server is away, what is known stands. Which replica takes requests is not asked here: the servers say so themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import structlog
+from kubernetes import client as kube
+from kubernetes import config
+from kubernetes.informer import ADDED, DELETED, ERROR, MODIFIED, SharedInformer
+from latentflow.api import API_VERSION, DiffusionWorkflow, Model
+from latentflow.api.types import Metadata, Role
+from latentflow.directory import Directory, Replicas
+from latentflow.errors import FailedPreconditionError
+from pydantic import ValidationError
+
+Body = dict[str, Any]
+
+_log = structlog.get_logger()
+# What it says with a traceback whenever a watch ends, is said here in a line.
+logging.getLogger("kubernetes.informer").setLevel(logging.CRITICAL)
+_MODEL, _ROLE = "latentflow.io/model", "latentflow.io/role"
+# A watch that has silently died is noticed by then; a quiet one is renewed.
+_RENEW_SECONDS = 300
+_RETRY_SECONDS = 1.0
+
+
+def directory(workflows: Iterable[Body], slices: Iterable[Body]) -> Directory:
+    """What a cluster's objects come to: pure.
+
+    A workflow's models are named by what serves them now, as its status says, so that a changed model is asked for only
+    once it has taken over.
+    """
+    read = [found for body in workflows if (found := _workflow(body)) is not None]
+    replicas: dict[str, set[str]] = {}
+    roles: dict[str, Role] = {}
+    for body in slices:
+        labels = body["metadata"].get("labels", {})
+        if _MODEL not in labels or labels.get(_ROLE) not in set(Role):
+            continue
+        model = labels[_MODEL]
+        roles[model] = Role(labels[_ROLE])
+        replicas.setdefault(model, set()).update(_addresses(body))
+    return Directory(
+        workflows=tuple(sorted(read, key=lambda workflow: workflow.full_name)),
+        models={model: Replicas(role=roles[model], replicas=tuple(sorted(found))) for model, found in replicas.items()},
+    )
+
+
+async def follow(namespaces: tuple[str, ...]) -> AsyncGenerator[Directory, None]:
+    """The directory, when everything has been listed and at every change. FailedPreconditionError without a cluster.
+
+    Args:
+        namespaces: Which to look at; empty: all.
+    """
+    try:
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            config.load_incluster_config()
+        else:
+            config.load_kube_config(config_file=os.environ.get("KUBECONFIG"))
+    except config.ConfigException as error:
+        raise FailedPreconditionError(
+            f"No cluster to follow: {error} Run in a cluster with a ServiceAccount, or set KUBECONFIG."
+        ) from None
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+    def told() -> None:
+        loop.call_soon_threadsafe(changed.set)
+
+    def followers(kind: _Kind) -> list[_Follower]:
+        return [_Follower(kind, namespace, told) for namespace in namespaces or ("",)]
+
+    workflows = followers(_Kind(f"/apis/{API_VERSION}", "diffusionworkflows", None))
+    slices = followers(_Kind("/apis/discovery.k8s.io/v1", "endpointslices", _MODEL))
+    try:
+        for one in (*workflows, *slices):
+            one.start()
+        while True:
+            await changed.wait()
+            changed.clear()
+            if all(one.listed.is_set() for one in (*workflows, *slices)):
+                yield directory(_bodies(workflows), _bodies(slices))
+    finally:
+        await asyncio.gather(*(asyncio.to_thread(one.end) for one in (*workflows, *slices)))
+
+
+def _bodies(followers: Iterable[_Follower]) -> list[Body]:
+    return [body for one in followers for body in one.cache.list()]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    prefix: str
+    plural: str
+    label: str | None
+
+
+class _Follower(SharedInformer):
+    """One kind in one namespace ("" for all), bodies as dicts. `listed` is set once all there is is known."""
+
+    def __init__(self, kind: _Kind, namespace: str, changed: Callable[[], None]) -> None:
+        super().__init__(self._call, resync_period=_RENEW_SECONDS, key_func=_key)
+        self.listed = threading.Event()
+        self._kind, self._changed = kind, changed
+        self._inside = f"/namespaces/{namespace}" if namespace else ""
+        self._api = kube.ApiClient()
+        self._stopping = threading.Event()
+        for event in (ADDED, MODIFIED, DELETED):
+            self.add_event_handler(event, lambda _: changed())
+        self.add_event_handler(ERROR, self._failed)
+
+    def end(self) -> None:
+        """Stops following; blocks until it has."""
+        self._stopping.set()
+        self.stop()
+
+    def _initial_list(self) -> None:
+        super()._initial_list()
+        self.listed.set()
+        self._changed()
+
+    def _failed(self, error: object) -> None:
+        _log.warning(
+            "the API server cannot be followed; what is known stands", kind=self._kind.plural, error=str(error)
+        )
+        # The informer tries again at once, which would be a busy loop while the server is away.
+        self._stopping.wait(_RETRY_SECONDS)
+
+    def _call(
+        self,
+        *,
+        watch: bool = False,
+        resource_version: str | None = None,
+        timeout_seconds: int | None = None,
+        _preload_content: bool = True,
+    ) -> object:
+        """As the generated list calls, which the informer is made for, are."""
+        wanted = {
+            "watch": "true" if watch else None,
+            "resourceVersion": resource_version,
+            "timeoutSeconds": timeout_seconds,
+            "labelSelector": self._kind.label,
+        }
+        request = self._api.param_serialize(
+            method="GET",
+            resource_path=f"{self._kind.prefix}{self._inside}/{self._kind.plural}",
+            query_params=[(key, str(value)) for key, value in wanted.items() if value is not None],
+            header_params={"Accept": "application/json"},
+            auth_settings=["BearerToken"],
+        )
+        response = self._api.call_api(*request, _request_timeout=(10, _RENEW_SECONDS + 30))
+        if not 200 <= response.status <= 299:
+            raise kube.ApiException(status=response.status, reason=response.reason)
+        if watch:
+            return response.response
+        body = json.loads(response.read())
+        return SimpleNamespace(
+            items=body["items"],
+            metadata=SimpleNamespace(resource_version=body["metadata"]["resourceVersion"]),
+        )
+
+
+def _key(body: Body) -> str:
+    return f"{body['metadata']['namespace']}/{body['metadata']['name']}"
+
+
+def _workflow(body: Body) -> DiffusionWorkflow | None:
+    metadata = body["metadata"]
+    if "deletionTimestamp" in metadata:
+        return None
+    try:
+        read = DiffusionWorkflow(
+            api_version=API_VERSION,
+            kind="DiffusionWorkflow",
+            metadata=Metadata(name=metadata["name"], namespace=metadata["namespace"]),
+            spec=body["spec"],
+        )
+    except (ValidationError, KeyError) as error:
+        _log.warning("a workflow cannot be read; it is not served", workflow=_key(body), error=str(error))
+        return None
+    bound = {entry["name"]: entry["model"] for entry in body.get("status", {}).get("models", ())}
+    models = [_bound(model, bound.get(model.name)) for model in read.spec.models]
+    return read.model_copy(update={"spec": read.spec.model_copy(update={"models": models})})
+
+
+def _bound(model: Model, serves: str | None) -> Model:
+    return model if serves is None else model.model_copy(update={"source": None, "model_ref": serves})
+
+
+def _addresses(body: Body) -> set[str]:
+    ports = [port["port"] for port in body.get("ports") or () if port.get("name") == "grpc"]
+    hosts = [address for endpoint in body.get("endpoints") or () for address in endpoint["addresses"]]
+    if body.get("addressType") == "IPv6":
+        hosts = [f"[{host}]" for host in hosts]
+    return {f"{host}:{port}" for host in hosts for port in ports}

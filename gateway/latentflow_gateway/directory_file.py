@@ -1,0 +1,38 @@
+"""The directory as a file, which the embedded runtime writes: its states, for the replicas to follow."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import structlog
+from latentflow.directory import Directory
+from latentflow.errors import InvalidRequestError
+
+_log = structlog.get_logger()
+_SECONDS = 0.5
+
+
+async def follow(path: Path) -> AsyncGenerator[Directory, None]:
+    """The file's content, now and at every change. InvalidRequestError where it cannot be read at first."""
+    seen = _stamp(path)
+    yield Directory.read(path)
+    while True:
+        await asyncio.sleep(_SECONDS)
+        try:
+            stamp = _stamp(path)
+            if stamp != seen:
+                directory = Directory.read(path)
+                seen = stamp
+                yield directory
+        except InvalidRequestError as error:
+            _log.warning("the directory cannot be read; what is known stands", problem=error.message)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InvalidRequestError(f"The directory file {path} cannot be read: {error.strerror}.") from None
+    return found.st_mtime_ns, found.st_ino

@@ -1,0 +1,125 @@
+"""The gateway over a cluster's objects: what it learns by watching, and that it serves from it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from gateway.test_servers import PROMPT, WORKFLOW, served
+from kube.test_operator import workflow
+from latentflow import AsyncClient
+from latentflow.api import Role, identity
+from latentflow.directory import Directory
+from latentflow_gateway import cluster
+from latentflow_gateway.server import serve as serve_gateway
+from latentflow_gateway.settings import GatewaySettings
+from latentflow_nodes.server import Node
+from latentflow_nodes.server import serve as serve_node
+from latentflow_nodes.settings import NodeSettings
+from support.apiserver import ApiServer
+from support.kubectl import Body, Namespace, new_namespace
+from support.packs import MODELS
+
+
+@pytest.fixture
+def namespace(api_server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> Namespace:
+    monkeypatch.setenv("KUBECONFIG", str(api_server.kubeconfig))
+    with new_namespace(api_server, "gateway") as place:
+        yield place
+
+
+def endpoints(model: str, role: str, address: str) -> Body:
+    """As Kubernetes makes them of a model's Service."""
+    host, _, port = address.rpartition(":")
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": model,
+            "labels": {"latentflow.io/model": model, "latentflow.io/role": role, "kubernetes.io/service-name": model},
+        },
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [host], "conditions": {"ready": True}}],
+        "ports": [{"name": "grpc", "port": int(port)}],
+    }
+
+
+def bind(namespace: Namespace, **models: str) -> None:
+    """Writes a workflow's bindings as the operator does."""
+    roles = {model["name"]: model["role"] for model in workflow()["spec"]["models"]}
+    entries = [{"name": name, "role": roles[name], "model": model} for name, model in models.items()]
+    namespace.patch("DiffusionWorkflow", "shapes", {"status": {"models": entries}}, subresource="status")
+
+
+@contextlib.asynccontextmanager
+async def following(namespace: Namespace) -> AsyncIterator[Callable[..., object]]:
+    """Waits for a state of the directory, as the gateway sees it."""
+    async with contextlib.aclosing(cluster.follow((namespace.name,))) as states:
+
+        async def until(condition: Callable[[Directory], bool]) -> Directory:
+            async with asyncio.timeout(30):
+                async for state in states:
+                    if condition(state):
+                        return state
+            raise AssertionError("the directory has ended")
+
+        yield until
+
+
+async def test_workflows_bindings_and_replicas_are_known_as_they_come_change_and_go(namespace: Namespace) -> None:
+    async with following(namespace) as until:
+        assert (await until(lambda state: True)).workflows == ()
+        await asyncio.to_thread(namespace.create, workflow())
+        state = await until(lambda state: len(state.workflows) == 1)
+        named = {model.name: identity(model) for model in state.workflows[0].spec.models}
+        assert named["base"].startswith("denoiser-")
+        # What a changed workflow names serves only once its status says so.
+        await asyncio.to_thread(bind, namespace, base="denoiser-old")
+        await until(lambda state: identity(state.workflows[0].of_role(Role.DENOISER)[0]) == "denoiser-old")
+        await asyncio.to_thread(namespace.create, endpoints("denoiser-old", "Denoiser", "192.0.2.9:8500"))
+        state = await until(lambda state: "denoiser-old" in state.models)
+        assert state.models["denoiser-old"].replicas == ("192.0.2.9:8500",)
+        await asyncio.to_thread(namespace.delete, "EndpointSlice", "denoiser-old")
+        await until(lambda state: not state.models)
+        await asyncio.to_thread(namespace.delete, "DiffusionWorkflow", "shapes")
+        await until(lambda state: not state.workflows)
+
+
+async def test_a_gateway_serves_a_cluster_s_workflow_with_the_pixels_of_the_embedded_one(
+    namespace: Namespace, tmp_path: Path
+) -> None:
+    async with served(tmp_path) as servers, AsyncClient(servers.gateway.address) as client:
+        wanted = (await client.generate(PROMPT, steps=2, seed=3, timeout=60)).image
+    async with contextlib.AsyncExitStack() as stack:
+        body = WORKFLOW.model_dump(mode="json", by_alias=True, exclude_none=True)
+        body["metadata"] = {"name": WORKFLOW.name}
+        await asyncio.to_thread(namespace.create, body)
+        for model in WORKFLOW.spec.models:
+            settings = NodeSettings(
+                role=model.role.value,  # type: ignore[arg-type]
+                uri="shapes",
+                model_root=MODELS,
+                identity=identity(model),
+                listen=f"{_own_address()}:0",
+            )
+            node: Node = await stack.enter_async_context(serve_node(settings))
+            await asyncio.to_thread(namespace.create, endpoints(identity(model), model.role.value, node.address))
+        gateway = await stack.enter_async_context(
+            serve_gateway(GatewaySettings(directory=None, namespaces=(namespace.name,), listen="127.0.0.1:0"))
+        )
+        client = await stack.enter_async_context(AsyncClient(gateway.address))
+        result = await client.generate(
+            PROMPT, workflow=f"{namespace.name}/{WORKFLOW.name}", steps=2, seed=3, timeout=60
+        )
+        assert result.image.tobytes() == wanted.tobytes()
+
+
+def _own_address() -> str:
+    """One of this machine's that an EndpointSlice may name, which those of the loopback may not."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))
+        return str(probe.getsockname()[0])
