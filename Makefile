@@ -81,6 +81,10 @@ lock: setup ## Resolve requirements.lock anew from pyproject.toml
 bench: setup ## Measure what the servers add to plain diffusers (needs an idle machine)
 	$(PY) bench/overhead.py
 
+.PHONY: bench-operator
+bench-operator: setup ## Measure what the operator costs a cluster, on a real API server
+	KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build)} $(PY) bench/reconciling.py
+
 .PHONY: pack
 pack: setup ## Train the shapes pack from nothing (hours on a CPU, minutes on a GPU; goes on where it was)
 	PYTHONPATH=models $(PY) -m latentflow_pack train
