@@ -1,7 +1,7 @@
 """What to say of a model and of a workflow: pure, from what the cluster shows to the statuses that users read.
 
 A pod's own words (why it is not scheduled, its image not pulled, its container ended) become one reason and one sentence;
-the worst pod speaks for its model, the first model that is not ready for its workflow. `docs/status.md` is the contract.
+the worst pod speaks for its model, the first model in trouble for its workflow. `docs/status.md` is the contract.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def of_workflow(
         models: The DiffusionModels that are bound or to be bound, by name; None for one that does not exist.
     """
     waiting = [_blame(binding, models.get(binding.model)) for binding in bindings]
-    first = next((blame for blame in waiting if blame is not None), None)
+    blames = [blame for blame in waiting if blame is not None]
+    # What somebody has to act on speaks before what only takes its time.
+    first = min(blames, key=lambda blame: blame.reason in _EXPECTED, default=None)
     ready = sum(blame is None for blame in waiting)
     count = f"{ready} of {len(bindings)} models take requests."
     changing = [binding for binding in bindings if binding.next is not None]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def elsewhere(api_server: ApiServer) -> Iterator[Namespace]:
 def workflow(name: str = "shapes", **base: Any) -> Body:
     models = [
         {"name": "text", "role": "TextEncoder", "source": {"uri": "shapes"}},
-        {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}} | base,
+        {k: v for k, v in ({"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}} | base).items() if v},
         {
             "name": "edges",
             "role": "ControlNet",
@@ -268,7 +270,8 @@ def test_what_ails_a_pod_shows_on_the_workflow_as_itself(
     )["shapes"]
     model = pod["metadata"]["labels"]["latentflow.io/model"]
     for about in ("Ready", "Degraded"):
-        assert words in condition(shown, about)["message"] or about == "Ready"
+        assert condition(shown, about)["reason"] == reason
+        assert words in condition(shown, about)["message"]
     assert words in condition(namespace.get("DiffusionModel", model) or {}, "Ready")["message"]
 
 
@@ -353,13 +356,13 @@ def test_restarted_the_operator_writes_nothing(
     serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
     ready(namespace)
     assert operator.stop(signal.SIGKILL) == -signal.SIGKILL
-    before = len(api_server.writes("latentflow-operator", "kopf"))
+    restarted = datetime.now(UTC)
     operator.start()
     # What is asked for after the start is done after whatever the start does.
     elsewhere.create(workflow())
     serve(elsewhere, elsewhere.until("DiffusionModel", lambda found: len(found) == 4).keys())
     ready(elsewhere)
-    after = api_server.writes("latentflow-operator", "kopf")[before:]
+    after = api_server.writes("latentflow-operator", "kopf", since=restarted)
     assert after
     assert [write for write in after if write[1] != elsewhere.name] == []
 
@@ -370,14 +373,24 @@ def test_a_pod_that_flaps_costs_one_write_of_each_object_it_concerns(
     namespace.create(workflow())
     serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
     ready(namespace)
-    before = len(api_server.writes("latentflow-operator", "kopf"))
     name, pod = next(iter(namespace.list("Pod").items()))
+    flapped = datetime.now(UTC)
     report(namespace, name, ready=False)
     namespace.until("DiffusionWorkflow", lambda found: not is_ready(found["shapes"]))
+    report(namespace, name, ready=True)
+    ready(namespace)
+    # Another change of the same objects, so that the log has everything that came before.
+    namespace.create(workflow("later"))
+    namespace.until(
+        "DiffusionModel", lambda found: all(len(m["metadata"]["ownerReferences"]) == 2 for m in found.values())
+    )
     model = pod["metadata"]["labels"]["latentflow.io/model"]
-    made = [write for write in api_server.writes("latentflow-operator", "kopf")[before:] if write[1] == namespace.name]
-    statuses = [write[2:] for write in made if write[2] != "events"]
-    assert sorted(statuses) == [("diffusionmodels/status", model), ("diffusionworkflows/status", "shapes")]
+    made = Counter(write[1:] for write in api_server.writes("latentflow-operator", "kopf", since=flapped))
+    # Down and up again.
+    assert made[namespace.name, "diffusionmodels/status", model] == 2
+    assert made[namespace.name, "diffusionworkflows/status", "shapes"] == 2
+    others = {write for write in made if write[0] == namespace.name and write[2] not in (model, "shapes", "later")}
+    assert not {write for write in others if write[1] in ("deployments", "services", "poddisruptionbudgets")}
 
 
 def test_with_the_operator_down_a_deletion_still_completes(operator: Operator, namespace: Namespace) -> None:
@@ -390,3 +403,72 @@ def test_with_the_operator_down_a_deletion_still_completes(operator: Operator, n
             namespace.until(kind, lambda found: not found)
     finally:
         operator.start()
+
+
+@pytest.mark.parametrize("up", [True, False], ids=["operator up", "operator down"])
+def test_a_namespace_goes_with_all_that_is_in_it(operator: Operator, namespace: Namespace, up: bool) -> None:
+    namespace.create(workflow())
+    namespace.until("PodDisruptionBudget", lambda found: len(found) == 4)
+    if not up:
+        operator.stop()
+    try:
+        namespace.call("DELETE", f"/api/v1/namespaces/{namespace.name}")
+        for kind in ("DiffusionWorkflow", *KINDS, "Pod"):
+            namespace.until(kind, lambda found: not found)
+        namespace.until("Namespace", lambda found: namespace.name not in found)
+    finally:
+        if not up:
+            operator.start()
+
+
+def test_a_model_that_somebody_deletes_while_it_is_in_use_is_made_again(
+    operator: Operator, namespace: Namespace
+) -> None:
+    namespace.create(workflow())
+    before = namespace.until("DiffusionModel", lambda found: len(found) == 4)
+    name, body = next(iter(before.items()))
+    namespace.delete("DiffusionModel", name)
+    namespace.until(
+        "DiffusionModel", lambda found: name in found and found[name]["metadata"]["uid"] != body["metadata"]["uid"]
+    )
+    namespace.until(
+        "Deployment",
+        lambda found: name in found and found[name]["metadata"]["ownerReferences"][0]["uid"] != body["metadata"]["uid"],
+    )
+
+
+def test_a_model_by_reference_is_served_once_it_exists_and_outlives_its_workflows(
+    operator: Operator, namespace: Namespace
+) -> None:
+    namespace.create(workflow(source=None, modelRef="theirs"))
+    missing = namespace.until(
+        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Ready").get("reason") == "ModelNotFound"
+    )["shapes"]
+    assert "'base': DiffusionModel theirs does not exist" in condition(missing, "Ready")["message"]
+    namespace.create(
+        {
+            "apiVersion": API_VERSION,
+            "kind": "DiffusionModel",
+            "metadata": {"name": "theirs"},
+            "spec": {"role": "Denoiser", "source": {"uri": "shapes"}},
+        }
+    )
+    serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
+    assert bound(ready(namespace))["base"] == "theirs"
+    namespace.delete("DiffusionWorkflow", "shapes")
+    left = namespace.until("DiffusionModel", lambda found: len(found) == 1)
+    assert left.keys() == {"theirs"}
+    assert "theirs" in namespace.until("Deployment", lambda found: len(found) == 1)
+
+
+def test_a_change_of_readiness_is_told_once_as_an_event(operator: Operator, namespace: Namespace) -> None:
+    namespace.create(workflow())
+    serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
+    ready(namespace)
+
+    def told(found: dict[str, Body]) -> list[str]:
+        about = [event for event in found.values() if event.get("regarding", {}).get("kind") == "DiffusionWorkflow"]
+        return [event["reason"] for event in sorted(about, key=lambda event: event["eventTime"])]
+
+    found = namespace.until("Event", lambda found: "AllModelsReady" in told(found))
+    assert told(found) == ["Starting", "AllModelsReady"]

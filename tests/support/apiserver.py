@@ -16,6 +16,7 @@ import subprocess
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import trustme
@@ -37,13 +38,18 @@ class ApiServer:
     folder: Path
     kubeconfig: Path
 
-    def writes(self, *agents: str) -> list[tuple[str, str, str, str]]:
-        """Writes of those whose user agents start so, from the audit log: verb, namespace, resource, name."""
+    def writes(self, *agents: str, since: datetime | None = None) -> list[tuple[str, str, str, str]]:
+        """Writes of those whose user agents start so, from the audit log: verb, namespace, resource, name.
+
+        A write is logged after it is answered, so one that was just seen to happen may not stand here yet.
+        """
         found = []
         for line in (self.folder / "audit.log").read_text().splitlines():
             entry = json.loads(line)
             what = entry.get("objectRef", {})
-            if entry["userAgent"].startswith(agents):
+            if entry["userAgent"].startswith(agents) and (
+                since is None or datetime.fromisoformat(entry["requestReceivedTimestamp"]) >= since
+            ):
                 resource = "/".join(filter(None, (what.get("resource"), what.get("subresource"))))
                 found.append((entry["verb"], what.get("namespace", ""), resource, what.get("name", "")))
         return found

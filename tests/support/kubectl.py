@@ -24,6 +24,7 @@ PLURALS = {
     "Service": "/api/v1/namespaces/{}/services",
     "PodDisruptionBudget": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",
     "Pod": "/api/v1/namespaces/{}/pods",
+    "Namespace": "/api/v1/namespaces",
     "EndpointSlice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
     "Event": "/apis/events.k8s.io/v1/namespaces/{}/events",
 }
