@@ -21,7 +21,7 @@ from kubernetes import client as kube
 from kubernetes import config
 from kubernetes.informer import ADDED, DELETED, ERROR, MODIFIED, SharedInformer
 from latentflow.api import API_VERSION, DiffusionWorkflow, Model
-from latentflow.api.types import Metadata, Role
+from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Role
 from latentflow.directory import Directory, Replicas
 from latentflow.errors import FailedPreconditionError
 from pydantic import ValidationError
@@ -31,7 +31,6 @@ Body = dict[str, Any]
 _log = structlog.get_logger()
 # What it says with a traceback whenever a watch ends, is said here in a line.
 logging.getLogger("kubernetes.informer").setLevel(logging.CRITICAL)
-_MODEL, _ROLE = "latentflow.io/model", "latentflow.io/role"
 # A watch that has silently died is noticed by then; a quiet one is renewed.
 _RENEW_SECONDS = 300
 _RETRY_SECONDS = 1.0
@@ -48,10 +47,10 @@ def directory(workflows: Iterable[Body], slices: Iterable[Body]) -> Directory:
     roles: dict[str, Role] = {}
     for body in slices:
         labels = body["metadata"].get("labels", {})
-        if _MODEL not in labels or labels.get(_ROLE) not in set(Role):
+        if MODEL_LABEL not in labels or labels.get(ROLE_LABEL) not in set(Role):
             continue
-        model = labels[_MODEL]
-        roles[model] = Role(labels[_ROLE])
+        model = labels[MODEL_LABEL]
+        roles[model] = Role(labels[ROLE_LABEL])
         replicas.setdefault(model, set()).update(_addresses(body))
     return Directory(
         workflows=tuple(sorted(read, key=lambda workflow: workflow.full_name)),
@@ -83,7 +82,7 @@ async def follow(namespaces: tuple[str, ...]) -> AsyncGenerator[Directory, None]
         return [_Follower(kind, namespace, told) for namespace in namespaces or ("",)]
 
     workflows = followers(_Kind(f"/apis/{API_VERSION}", "diffusionworkflows", None))
-    slices = followers(_Kind("/apis/discovery.k8s.io/v1", "endpointslices", _MODEL))
+    slices = followers(_Kind("/apis/discovery.k8s.io/v1", "endpointslices", MODEL_LABEL))
     try:
         for one in (*workflows, *slices):
             one.start()
@@ -181,12 +180,7 @@ def _workflow(body: Body) -> DiffusionWorkflow | None:
     if "deletionTimestamp" in metadata:
         return None
     try:
-        read = DiffusionWorkflow(
-            api_version=API_VERSION,
-            kind="DiffusionWorkflow",
-            metadata=Metadata(name=metadata["name"], namespace=metadata["namespace"]),
-            spec=body["spec"],
-        )
+        read = DiffusionWorkflow.of_object(body)
     except (ValidationError, KeyError) as error:
         _log.warning("a workflow cannot be read; it is not served", workflow=_key(body), error=str(error))
         return None

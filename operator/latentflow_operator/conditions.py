@@ -82,8 +82,8 @@ def of_model(
         _model_ready(wanted, ready, problem),
         _weights(loaded, problem),
         _scheduled(alive, problem),
-        _degraded(wanted, ready, problem),
-        _progressing(wanted, ready, problem),
+        _degraded(problem),
+        _progressing(wanted, ready),
     )
 
 
@@ -298,14 +298,14 @@ def _scheduled(pods: Sequence[Body], problem: Trouble | None) -> Statement:
     return Statement(type=about, status="Unknown", reason="Starting", message="Its pods have no node yet.")
 
 
-def _degraded(wanted: int, ready: int, problem: Trouble | None) -> Statement:
+def _degraded(problem: Trouble | None) -> Statement:
     about = ConditionType.DEGRADED
     if problem is not None:
         return Statement(type=about, status="True", reason=problem.reason, message=problem.message)
     return Statement(type=about, status="False", reason="AsExpected")
 
 
-def _progressing(wanted: int, ready: int, problem: Trouble | None) -> Statement:
+def _progressing(wanted: int, ready: int) -> Statement:
     about = ConditionType.PROGRESSING
     if ready < wanted:
         return Statement(

@@ -7,18 +7,17 @@ is has been listed, so no pass is made on half of the facts.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 from typing import Any
 
 import kopf
 from kubernetes import client as kube
 from kubernetes import config
+from latentflow.api.types import MODEL_LABEL
 from latentflow.errors import FailedPreconditionError
 
 from latentflow_operator.cluster import MANAGER, Cluster
-from latentflow_operator.manifests import MANAGED, MODEL_LABEL
+from latentflow_operator.manifests import MANAGED
 from latentflow_operator.reconcile import Reconciler
 from latentflow_operator.settings import OperatorSettings
 
@@ -59,37 +58,25 @@ async def operate(
     reconciler: Reconciler,
     *,
     namespaces: tuple[str, ...] = (),
-    stop: asyncio.Event | None = None,
-    ready: asyncio.Event | None = None,
     liveness: str | None = None,
 ) -> None:
-    """Runs until `stop`, or a signal.
+    """Runs until a signal.
 
     Args:
         namespaces: Where to work; empty: in all.
-        ready: Set when watching has begun.
         liveness: Where to answer liveness probes, as http://host:port/path.
     """
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.scanning.disabled = True
     settings.watching.server_timeout = 600
-    handlers = registry(reconciler)
-
-    @kopf.on.startup(registry=handlers)
-    async def _(**_: Any) -> None:
-        if ready is not None:
-            ready.set()
-
-    async with contextlib.AsyncExitStack() as stack:
-        await stack.enter_async_context(reconciler.queue.running())
+    async with reconciler.queue.running():
         await kopf.operator(
-            registry=handlers,
+            registry=registry(reconciler),
             settings=settings,
             clusterwide=not namespaces,
             namespaces=namespaces,
             standalone=True,
-            stop_flag=stop,
             liveness_endpoint=liveness,
         )
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-from latentflow.api import Role, Source
-from latentflow.api.types import Engine, ModelSpec, Pod
+from latentflow.api import API_VERSION, Role, Source
+from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Engine, ModelSpec, Pod
 
 from latentflow_operator.settings import OperatorSettings
 
@@ -25,11 +25,9 @@ class Owner(NamedTuple):
     uid: str
 
 
-API_VERSION = "latentflow.io/v1alpha1"
 MANAGED = {"app.kubernetes.io/managed-by": "latentflow-operator"}
 
 GRPC_PORT, METRICS_PORT = 8500, 8501
-MODEL_LABEL, ROLE_LABEL = "latentflow.io/model", "latentflow.io/role"
 _MODEL_ROOT, _CACHE, _CLAIM = "/models", "/cache", "/source"
 # After the drain: time for what others still fetch, and for the process to end.
 _GRACE_BEYOND_DRAIN = 30

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import structlog
 from kubernetes.client import ApiException
 from latentflow.api.status import ConditionType
-from latentflow.api.types import ModelSpec
+from latentflow.api.types import API_VERSION, MODEL_LABEL, ModelSpec
 
 from latentflow_operator import conditions, manifests
 from latentflow_operator.binding import Binding, Conflict, bind, wished
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.comparison import covered, sealed
-from latentflow_operator.manifests import API_VERSION, MANAGED, MODEL_LABEL, Manifest
+from latentflow_operator.manifests import MANAGED, Manifest
 from latentflow_operator.settings import OperatorSettings
 from latentflow_operator.store import Known, Store, bound_models, place_of
 from latentflow_operator.workqueue import WorkQueue

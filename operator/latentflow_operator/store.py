@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentflow.api import DiffusionWorkflow, identity
-from latentflow.api.types import Metadata
+from latentflow.api.types import MODEL_LABEL
 from pydantic import ValidationError
 
 from latentflow_operator.binding import Owner
-from latentflow_operator.manifests import MODEL_LABEL
 
 Body = dict[str, Any]
 Place = tuple[str, str]
@@ -108,12 +107,7 @@ def _read(body: Body) -> Known:
     metadata = body["metadata"]
     bound = frozenset(bound_models(body).values())
     try:
-        workflow = DiffusionWorkflow(
-            api_version=body["apiVersion"],
-            kind=body["kind"],
-            metadata=Metadata(name=metadata["name"], namespace=metadata["namespace"]),
-            spec=body["spec"],
-        )
+        workflow = DiffusionWorkflow.of_object(body)
     except ValidationError:
         # Of another version's schema; the API server would have refused it today. What serves it stays.
         return Known(body=body, owner=None, uses=bound)

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic.alias_generators import to_camel
 
 API_VERSION = "latentflow.io/v1alpha1"
+# On everything that serves a model in a cluster.
+MODEL_LABEL, ROLE_LABEL = "latentflow.io/model", "latentflow.io/role"
 SCHEMES = ("", "file", "pvc", "hf", "s3", "oci")
 _DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 
@@ -269,6 +271,12 @@ class DiffusionWorkflow(Typed):
     kind: Literal["DiffusionWorkflow"] = Field(description="DiffusionWorkflow.")
     metadata: Metadata = Field(description="Name and namespace.")
     spec: WorkflowSpec = Field(description="The workflow.")
+
+    @classmethod
+    def of_object(cls, body: dict[str, Any]) -> DiffusionWorkflow:
+        """As an API server has it, whose metadata says more than ours. pydantic's ValidationError for another schema."""
+        metadata = Metadata(name=body["metadata"]["name"], namespace=body["metadata"]["namespace"])
+        return cls(api_version=API_VERSION, kind="DiffusionWorkflow", metadata=metadata, spec=body["spec"])
 
     @property
     def name(self) -> str:
