@@ -9,18 +9,25 @@ from latentflow import logs
 from latentflow.errors import LatentflowError
 
 from latentflow_operator import handlers, settings
+from latentflow_operator.cluster import Cluster
+from latentflow_operator.leadership import Lease, LeaseLostError
+from latentflow_operator.reconcile import Reconciler
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs until a signal. Exits 2 with one line where the settings are wrong."""
+    """Runs until a signal. Exits 2 with one line where the settings are wrong, 1 where the lease was lost."""
     try:
         command = settings.parse(argv)
         logs.configure(process="operator", form=command.log_format)
+        api = handlers.connect()
         asyncio.run(
             handlers.operate(
-                handlers.connect(command.settings), namespaces=command.namespaces, liveness=command.liveness
+                Reconciler(cluster=Cluster(api), settings=command.settings),
+                namespaces=command.namespaces,
+                liveness=command.liveness,
+                lease=Lease(api, command.lease) if command.lease else None,
             )
         )
     except LatentflowError as error:
         print(f"latentflow-operator: {error.message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, LeaseLostError) else 2)

@@ -7,7 +7,9 @@ is has been listed, so no pass is made on half of the facts.
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable
 from typing import Any
 
 import kopf
@@ -16,10 +18,10 @@ from kubernetes import config
 from latentflow.api.types import MODEL_LABEL
 from latentflow.errors import FailedPreconditionError
 
-from latentflow_operator.cluster import MANAGER, Cluster
+from latentflow_operator.cluster import MANAGER
+from latentflow_operator.leadership import Lease
 from latentflow_operator.manifests import MANAGED
 from latentflow_operator.reconcile import Reconciler
-from latentflow_operator.settings import OperatorSettings
 
 _WATCHED: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     ("latentflow.io", "v1alpha1", "diffusionworkflows", None),
@@ -31,8 +33,12 @@ _WATCHED: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
 )
 
 
-def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
-    """kopf's handlers for a reconciler."""
+def registry(reconciler: Reconciler, *, listed: Callable[[], object]) -> kopf.OperatorRegistry:
+    """kopf's handlers for a reconciler.
+
+    Args:
+        listed: Called, again and again, when everything there is has been seen.
+    """
     handlers = kopf.OperatorRegistry()
 
     def index(body: kopf.Body, **_: Any) -> None:
@@ -40,7 +46,7 @@ def registry(reconciler: Reconciler) -> kopf.OperatorRegistry:
         reconciler.seen(dict(body))
 
     async def event(type: str | None, body: kopf.Body, **_: Any) -> None:
-        reconciler.queue.open()
+        listed()
         if type == "DELETED":
             reconciler.gone(dict(body))
 
@@ -59,30 +65,56 @@ async def operate(
     *,
     namespaces: tuple[str, ...] = (),
     liveness: str | None = None,
+    lease: Lease | None = None,
 ) -> None:
     """Runs until a signal.
 
     Args:
         namespaces: Where to work; empty: in all.
         liveness: Where to answer liveness probes, as http://host:port/path.
+        lease: What to hold while writing; without one, nobody else may work in the same namespaces.
+
+    Raises:
+        LeaseLostError: Another operator may work now.
     """
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.scanning.disabled = True
     settings.watching.server_timeout = 600
+    listed, stop = asyncio.Event(), asyncio.Event()
+
+    async def lead() -> None:
+        await listed.wait()
+        if lease is not None:
+            await lease.acquire()
+        reconciler.queue.open()
+        if lease is not None:
+            try:
+                await lease.hold()
+            finally:
+                stop.set()
+
+    leading = asyncio.create_task(lead())
     async with reconciler.queue.running():
         await kopf.operator(
-            registry=registry(reconciler),
+            registry=registry(reconciler, listed=listed.set),
             settings=settings,
             clusterwide=not namespaces,
             namespaces=namespaces,
             standalone=True,
             liveness_endpoint=liveness,
+            stop_flag=stop,
         )
+    leading.cancel()
+    (outcome,) = await asyncio.gather(leading, return_exceptions=True)
+    if lease is not None:
+        await lease.release()
+    if isinstance(outcome, Exception):
+        raise outcome
 
 
-def connect(settings: OperatorSettings) -> Reconciler:
-    """A reconciler over the cluster it runs in, else the kubeconfig's. FailedPreconditionError where there is none."""
+def connect() -> kube.ApiClient:
+    """A client of the cluster it runs in, else of the kubeconfig's. FailedPreconditionError where there is none."""
     try:
         if "KUBERNETES_SERVICE_HOST" in os.environ:
             config.load_incluster_config()
@@ -94,4 +126,4 @@ def connect(settings: OperatorSettings) -> Reconciler:
         ) from None
     api = kube.ApiClient()
     api.user_agent = MANAGER
-    return Reconciler(cluster=Cluster(api), settings=settings)
+    return api

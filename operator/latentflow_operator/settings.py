@@ -53,11 +53,13 @@ class Command:
     Attributes:
         namespaces: Where to work; empty: in all.
         liveness: Where to answer liveness probes, as an http:// URL; None: nowhere.
+        lease: Namespace and name of the Lease to hold while writing; None: no other operator works there.
     """
 
     settings: OperatorSettings
     namespaces: tuple[str, ...]
     liveness: str | None
+    lease: tuple[str, str] | None
     log_format: Literal["console", "json"]
 
 
@@ -73,14 +75,28 @@ def parse(argv: list[str] | None = None) -> Command:
         "--namespace", action="append", default=[], help="a namespace to work in; several times for more (default: all)"
     )
     add("--liveness", help="answer liveness probes at this URL, such as http://0.0.0.0:8080/healthz")
+    add(
+        "--lease",
+        type=_place,
+        metavar="NAMESPACE/NAME",
+        help="the Lease to hold while writing, so that of several operators one works (default: none, there is one)",
+    )
     add("--log-format", choices=("console", "json"), default="console")
     args = parser.parse_args(argv)
     return Command(
         settings=read(args.config),
         namespaces=tuple(args.namespace),
         liveness=args.liveness,
+        lease=args.lease,
         log_format=args.log_format,
     )
+
+
+def _place(text: str) -> tuple[str, str]:
+    namespace, slash, name = text.partition("/")
+    if not (namespace and slash and name) or "/" in name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAMESPACE/NAME")
+    return namespace, name
 
 
 def read(path: Path) -> OperatorSettings:

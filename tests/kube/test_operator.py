@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from latentflow.api import API_VERSION
 from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, condition, is_ready, new_namespace
-from support.paths import ROOT
+from support.operating import Operator
 
-CONFIG = {"nodeImage": "latentflow-node:test", "modelRoot": {"hostPath": {"path": "/srv/models"}}, "drainSeconds": 1}
 KINDS = ("DiffusionModel", "Deployment", "Service", "PodDisruptionBudget")
-
-
-class Operator:
-    """The operator's process."""
-
-    def __init__(self, server: ApiServer, folder: Path) -> None:
-        self._environment = os.environ | {"KUBECONFIG": str(server.kubeconfig)}
-        self._config = folder / "operator.yaml"
-        self._config.write_text(yaml.safe_dump(CONFIG))
-        self._log = folder / "operator.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [str(ROOT / ".venv/bin/latentflow-operator"), f"--config={self._config}"],
-                env=self._environment,
-                stdout=log,
-                stderr=log,
-            )
-
-    def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
-        assert self._process is not None
-        self._process.send_signal(sign)
-        return self._process.wait(30)
 
 
 @pytest.fixture(scope="module")

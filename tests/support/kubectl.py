@@ -26,6 +26,7 @@ PLURALS = {
     "Pod": "/api/v1/namespaces/{}/pods",
     "Namespace": "/api/v1/namespaces",
     "EndpointSlice": "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices",
+    "Lease": "/apis/coordination.k8s.io/v1/namespaces/{}/leases",
     "Event": "/apis/events.k8s.io/v1/namespaces/{}/events",
 }
 SECONDS = 60

@@ -1,0 +1,110 @@
+"""Of several operators one writes; another goes on when it stops, dies, or cannot renew its lease."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from kube.test_operator import KINDS, workflow
+from latentflow_operator import leadership
+from support.apiserver import ApiServer
+from support.kubectl import Namespace, new_namespace
+from support.operating import Operator
+
+LEASE = "latentflow-operator"
+
+
+@pytest.fixture
+def namespace(api_server: ApiServer) -> Iterator[Namespace]:
+    with new_namespace(api_server, "leadership") as place:
+        yield place
+
+
+@pytest.fixture
+def operators(api_server: ApiServer, namespace: Namespace, tmp_path: Path) -> Iterator[tuple[Operator, Operator]]:
+    """Two operators: the first has served a workflow, the second has started since."""
+    options = (f"--namespace={namespace.name}", f"--lease={namespace.name}/{LEASE}")
+    first, second = (Operator(api_server, tmp_path / name, *options) for name in ("first", "second"))
+    first.start()
+    namespace.create(workflow())
+    namespace.until("PodDisruptionBudget", lambda found: len(found) == 4)
+    second.start()
+    yield first, second
+    for operator in (first, second):
+        operator.stop(signal.SIGKILL)
+
+
+def holder(namespace: Namespace) -> str:
+    found = namespace.until("Lease", lambda found: bool(found.get(LEASE, {}).get("spec", {}).get("holderIdentity")))
+    return str(found[LEASE]["spec"]["holderIdentity"])
+
+
+def another(namespace: Namespace, before: str, *, seconds: int) -> None:
+    """Waits for somebody else to hold the lease, and to serve a second workflow."""
+    namespace.until(
+        "Lease",
+        lambda found: found[LEASE]["spec"].get("holderIdentity") not in (None, "", before),
+        seconds=seconds,
+    )
+    namespace.create(workflow("second", source={"uri": "other"}))
+    for kind in KINDS:
+        namespace.until(kind, lambda found: len(found) == 5)
+
+
+def test_while_one_operator_works_another_only_watches(
+    operators: tuple[Operator, Operator], namespace: Namespace, api_server: ApiServer
+) -> None:
+    operators[1].says("another operator works")
+    namespace.create(workflow("second", source={"uri": "other"}))
+    namespace.until("PodDisruptionBudget", lambda found: len(found) == 5)
+    # A later write of the same operator, so that the audit log has everything before it.
+    namespace.create(workflow("third", source={"uri": "third"}))
+    namespace.until("PodDisruptionBudget", lambda found: len(found) == 6)
+    made = Counter(
+        write[2:]
+        for write in api_server.writes("latentflow-operator")
+        if write[1] == namespace.name and write[2] in ("deployments", "services", "poddisruptionbudgets")
+    )
+    assert len(made) >= 15
+    assert set(made.values()) == {1}
+
+
+def test_an_operator_that_stops_lets_the_next_begin_at_once(
+    operators: tuple[Operator, Operator], namespace: Namespace
+) -> None:
+    operators[1].says("another operator works")
+    before = holder(namespace)
+    assert operators[0].stop() == 0
+    another(namespace, before, seconds=leadership.RETRY_SECONDS + 3)
+
+
+def test_an_operator_that_was_killed_is_followed_when_its_lease_has_run_out(
+    operators: tuple[Operator, Operator], namespace: Namespace
+) -> None:
+    operators[1].says("another operator works")
+    before = holder(namespace)
+    operators[0].stop(signal.SIGKILL)
+    another(namespace, before, seconds=leadership.DURATION_SECONDS + 10)
+
+
+def test_an_operator_that_lost_its_lease_ends_and_says_so(
+    operators: tuple[Operator, Operator], namespace: Namespace
+) -> None:
+    operators[1].stop(signal.SIGKILL)
+    holder(namespace)
+    namespace.patch("Lease", LEASE, {"spec": {"holderIdentity": "somebody-else", "leaseDurationSeconds": 3600}})
+    assert operators[0].wait(leadership.RENEW_SECONDS + 20) == 1
+    assert "could not be renewed" in operators[0].log.read_text()
+
+
+@pytest.mark.parametrize("lease", ["latentflow-operator", "a/b/c", "/b", "a/"])
+def test_a_lease_that_is_no_namespace_and_name_is_refused_at_the_start(
+    lease: str, api_server: ApiServer, tmp_path: Path
+) -> None:
+    operator = Operator(api_server, tmp_path, f"--lease={lease}")
+    operator.start()
+    assert operator.wait(30) == 2
+    assert f"'{lease}' is not NAMESPACE/NAME" in operator.log.read_text()

@@ -1,0 +1,59 @@
+"""The operator as a process, over a real API server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import yaml
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from support.apiserver import ApiServer
+from support.paths import ROOT
+
+CONFIG = {"nodeImage": "latentflow-node:test", "modelRoot": {"hostPath": {"path": "/srv/models"}}, "drainSeconds": 1}
+
+
+class Operator:
+    """The operator's process; its log is `log`.
+
+    Args:
+        folder: Where its configuration and its log lie.
+        options: More of its command line.
+    """
+
+    def __init__(self, server: ApiServer, folder: Path, *options: str) -> None:
+        folder.mkdir(exist_ok=True)
+        self.log = folder / "operator.log"
+        self._environment = os.environ | {"KUBECONFIG": str(server.kubeconfig)}
+        self._options = options
+        self._config = folder / "operator.yaml"
+        self._config.write_text(yaml.safe_dump(CONFIG))
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(ROOT / ".venv/bin/latentflow-operator"), f"--config={self._config}", *self._options],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
+        """Ends it; its exit code."""
+        assert self._process is not None
+        self._process.send_signal(sign)
+        return self._process.wait(30)
+
+    def wait(self, seconds: float) -> int:
+        """Its exit code when it ends by itself."""
+        assert self._process is not None
+        return self._process.wait(seconds)
+
+    @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(30), wait=wait_fixed(0.1), reraise=True)
+    def says(self, words: str) -> None:
+        """Returns when its log has these words."""
+        assert words in self.log.read_text()
