@@ -8,7 +8,9 @@ PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
 PROTOS := $(wildcard protos/latentflow/v1/*.proto)
-TEST ?= tests --ignore=tests/kube
+TEST ?= tests --ignore=tests/kube --ignore=tests/chart
+# Programs of Kubernetes: built once, unless KUBEBUILDER_ASSETS says where they are.
+KUBE = KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build etcd kubernetes)} PATH=$$(tools/build helm kubeconform):$$PATH
 
 ##@ Use
 .PHONY: help
@@ -39,7 +41,15 @@ test: setup ## Run the tests (one file: make test TEST=tests/api)
 
 .PHONY: test-api
 test-api: setup ## Run the tests against a real Kubernetes API server (builds it once, with Go; or set KUBEBUILDER_ASSETS)
-	KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build)} $(PY) -m pytest tests/kube
+	$(KUBE) $(PY) -m pytest tests/kube
+
+.PHONY: chart
+chart: setup ## Check the Helm chart: lint, values, golden files, its objects' schemas, what an API server says of them
+	$(KUBE) $(PY) -m pytest tests/chart
+
+.PHONY: golden
+golden: setup ## Write anew what the chart renders to, for the tests to compare
+	$(KUBE) PYTHONPATH=tests $(PY) -m support.chart
 
 .PHONY: lint
 lint: setup ## Check style, types, import directions and protos
@@ -70,7 +80,7 @@ docs: setup ## Generate docs/workflow-reference.md and docs/metrics.md
 
 .PHONY: crds
 crds: setup ## Generate the CustomResourceDefinitions from the typed API
-	$(PY) -m latentflow_operator.crds crds
+	$(PY) -m latentflow_operator.crds crds charts/latentflow/files/crds
 
 .PHONY: lock
 lock: setup ## Resolve requirements.lock anew from pyproject.toml
@@ -83,7 +93,7 @@ bench: setup ## Measure what the servers add to plain diffusers (needs an idle m
 
 .PHONY: bench-operator
 bench-operator: setup ## Measure what the operator costs a cluster, on a real API server
-	KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build)} $(PY) bench/reconciling.py
+	$(KUBE) $(PY) bench/reconciling.py
 
 .PHONY: pack
 pack: setup ## Train the shapes pack from nothing (hours on a CPU, minutes on a GPU; goes on where it was)

@@ -1,4 +1,4 @@
-"""The CustomResourceDefinitions, made from the typed API: `python -m latentflow_operator.crds FOLDER` writes them.
+"""The CustomResourceDefinitions, made from the typed API: `python -m latentflow_operator.crds FOLDER…` writes them.
 
 Structural OpenAPI schemas with every field's description and default, CEL rules, list-maps, printer columns and
 subresources. The types stand in `latentflow.api.types`, the rules in `rules`; here is only the translation.
@@ -217,4 +217,5 @@ def _summary(model: type[BaseModel]) -> str:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    for folder in sys.argv[1:]:
+        write(Path(folder))

@@ -1,0 +1,200 @@
+"""The Helm chart: what it renders to, what it refuses, and what a real API server says of its objects."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import schemas
+from support.apiserver import ApiServer, assets
+from support.chart import CHART, GOLDEN, cases, golden, helm, objects, template
+from support.kubectl import Namespace, new_namespace
+from support.paths import ROOT
+
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def schema_location(api_server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return schemas.write(api_server, tmp_path_factory.mktemp("schemas"))
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.stem)
+def test_helm_finds_nothing_to_complain_of(case: Path) -> None:
+    done = helm("lint", "--strict", str(CHART), f"--values={case}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.stem)
+def test_the_chart_renders_to_its_golden_file(case: Path) -> None:
+    assert golden(case) == (GOLDEN / case.name).read_text(), "run `make golden`, and look at the difference"
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.stem)
+def test_every_object_is_as_its_schema_says(case: Path, schema_location: str) -> None:
+    # Of the kinds of other projects there is no schema here.
+    command = ["kubeconform", "-strict", "-summary", "-output=json", "-skip=PodMonitor,GRPCRoute"]
+    done = subprocess.run(
+        [*command, f"-schema-location={schema_location}"],
+        input=template(f"--values={case}"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    outcome = json.loads(done.stdout)
+    assert done.returncode == 0, outcome.get("resources", done.stderr)
+    assert outcome["summary"]["valid"] > 15
+
+
+def test_a_schema_refuses_what_it_does_not_know(schema_location: str) -> None:
+    wrong = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "x"}, "dat": {}}
+    command = ["kubeconform", "-strict", f"-schema-location={schema_location}"]
+    done = subprocess.run(command, input=yaml.safe_dump(wrong), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "dat" in done.stdout
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.stem)
+def test_an_api_server_takes_every_object(case: Path, api_server: ApiServer) -> None:
+    with new_namespace(api_server, "chart") as namespace:
+        rendered = template(f"--values={case}", "--set=namespaces=null", namespace=namespace.name)
+        kept = [
+            body for body in yaml.safe_load_all(rendered) if body and body["kind"] not in ("PodMonitor", "GRPCRoute")
+        ]
+        _apply(api_server, kept, "--dry-run=server")
+
+
+def test_the_namespace_that_enforces_restricted_pod_security_takes_the_pods(api_server: ApiServer) -> None:
+    with new_namespace(api_server, "restricted") as namespace:
+        _restrict(namespace)
+        templates = [body for body in objects(namespace=namespace.name) if body["kind"] == "Deployment"]
+        assert len(templates) == 2
+        for body in templates:
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": body["metadata"]["name"]}}
+            spec = body["spec"]["template"]["spec"] | {"serviceAccountName": "default"}
+            namespace.create(pod | {"spec": spec})
+
+
+def _restrict(namespace: Namespace) -> None:
+    label = {"pod-security.kubernetes.io/enforce": "restricted"}
+    namespace.call("PATCH", f"/api/v1/namespaces/{namespace.name}", {"metadata": {"labels": label}}, merge=True)
+
+
+def _apply(server: ApiServer, bodies: list[dict[str, Any]], *options: str) -> None:
+    done = subprocess.run(
+        [
+            str(assets() / "kubectl"),
+            f"--kubeconfig={server.kubeconfig}",
+            "apply",
+            "--server-side",
+            "--filename=-",
+            *options,
+        ],
+        input=yaml.safe_dump_all(bodies),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_definitions_are_those_of_the_repository_and_stay_when_the_chart_goes() -> None:
+    definitions = {body["metadata"]["name"]: body for body in objects() if body["kind"] == "CustomResourceDefinition"}
+    assert len(definitions) == 2
+    for path in (ROOT / "crds").glob("*.yaml"):
+        wanted = yaml.safe_load(path.read_text())
+        made = definitions[wanted["metadata"]["name"]]
+        assert made["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
+        assert made == wanted
+
+
+def test_the_definitions_go_with_the_chart_or_are_left_out_where_that_is_wished() -> None:
+    kinds = [body["kind"] for body in objects("--set=crds.install=false")]
+    assert "CustomResourceDefinition" not in kinds
+    for body in objects("--set=crds.keep=false"):
+        if body["kind"] == "CustomResourceDefinition":
+            assert "annotations" not in body["metadata"]
+
+
+REFUSED = [
+    ("opertor.replicas=1", "opertor"),
+    ("operator.replicas=-1", "/operator/replicas"),
+    ("operator.logFormat=xml", "/operator/logFormat"),
+    ("gateway.maxRunning=0", "/gateway/maxRunning"),
+    ("gateway.limits.pixels=many", "/gateway/limits/pixels"),
+    ("gateway.service.type=Cluster", "/gateway/service/type"),
+    ("gateway.service.port=70000", "/gateway/service/port"),
+    ("gateway.ingress.enabled=true", "/gateway/ingress/host"),
+    ("gateway.grpcRoute.enabled=true", "/gateway/grpcRoute/parentRefs"),
+    ("images.node.pullPolicy=Sometimes", "/images/node/pullPolicy"),
+    ("models.drainSeconds=-1", "/models/drainSeconds"),
+    ("namespaces[0]=Not_A_Name", "/namespaces/0"),
+    ("auth.tokenSecret=Not_A_Name", "/auth/tokenSecret"),
+    ("podMonitor.interval=soon", "/podMonitor/interval"),
+    ("models.cache.emptyDir.sizeLimit=1Gi,models.cache.hostPath.path=/x", "/models/cache"),
+    (
+        "gateway.podDisruptionBudget.minAvailable=1,gateway.podDisruptionBudget.maxUnavailable=1",
+        "/gateway/podDisruptionBudget",
+    ),
+]
+
+
+@pytest.mark.parametrize(("setting", "where"), REFUSED, ids=[setting for setting, _ in REFUSED])
+def test_a_wrong_value_is_refused_with_its_name(setting: str, where: str) -> None:
+    done = helm("template", "latentflow", str(CHART), f"--set={setting}")
+    assert done.returncode != 0
+    assert where in done.stderr
+
+
+def test_the_schema_knows_every_value_and_no_other() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+
+    def compare(values: Any, part: Any, path: str) -> None:
+        if "properties" not in part:
+            return
+        assert part["additionalProperties"] is False, path
+        optional = {"global"} if path == "" else {"maxUnavailable", "minAvailable"} & part["properties"].keys()
+        assert part["properties"].keys() - optional == values.keys(), path
+        for name, value in values.items():
+            compare(value, part["properties"][name], f"{path}/{name}")
+
+    compare(VALUES, schema, "")
+
+
+def test_with_a_list_of_namespaces_nothing_is_allowed_beyond_them() -> None:
+    made = objects("--set=namespaces={art,photos}", namespace="flow")
+    bindings = [body for body in made if body["kind"] in ("ClusterRoleBinding", "RoleBinding")]
+    assert {body["kind"] for body in bindings} == {"RoleBinding"}
+    assert {body["metadata"]["namespace"] for body in bindings} == {"art", "photos", "flow"}
+    for component in ("operator", "gateway"):
+        (deployment,) = (
+            body
+            for body in made
+            if body["kind"] == "Deployment" and body["metadata"]["name"] == f"latentflow-{component}"
+        )
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        assert {"--namespace=art", "--namespace=photos"} <= set(container["args"])
+
+
+def test_the_components_take_the_command_lines_and_the_configuration_that_the_chart_writes(tmp_path: Path) -> None:
+    from latentflow_gateway import settings as gateway
+    from latentflow_operator import settings as operator
+
+    for case, body in itertools.product(cases(), ("operator", "gateway")):
+        made = objects(f"--values={case}")
+        (deployment,) = (
+            found for found in made if found["kind"] == "Deployment" and found["metadata"]["name"].endswith(body)
+        )
+        arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+        if body == "gateway":
+            assert gateway.parse(arguments).directory is None
+            continue
+        (config,) = (found for found in made if found["kind"] == "ConfigMap")
+        (tmp_path / "operator.yaml").write_text(config["data"]["operator.yaml"])
+        arguments[0] = f"--config={tmp_path / 'operator.yaml'}"
+        assert operator.parse(arguments).settings.node_image

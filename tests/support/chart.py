@@ -1,0 +1,49 @@
+"""The Helm chart, rendered by helm itself; `python -m support.chart` writes the golden files anew."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from support.paths import ROOT
+
+CHART = ROOT / "charts/latentflow"
+CASES = ROOT / "tests/chart/values"
+GOLDEN = ROOT / "tests/chart/golden"
+RELEASE = "latentflow"
+
+
+def helm(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """A helm command's outcome."""
+    return subprocess.run(["helm", *arguments], capture_output=True, text=True, check=False, **settings)
+
+
+def template(*options: str, namespace: str = RELEASE) -> str:
+    """What the chart renders to. AssertionError, with helm's words, where it refuses."""
+    done = helm("template", RELEASE, str(CHART), f"--namespace={namespace}", *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def objects(*options: str, namespace: str = RELEASE) -> list[dict[str, Any]]:
+    """The objects that the chart renders to."""
+    return [body for body in yaml.safe_load_all(template(*options, namespace=namespace)) if body]
+
+
+def cases() -> list[Path]:
+    """Values that have a golden file."""
+    return sorted(CASES.glob("*.yaml"))
+
+
+def golden(case: Path) -> str:
+    """What the golden file of a case has to be; without the definitions, which are compared with their source."""
+    return template(f"--values={case}", "--set=crds.install=false")
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for case in cases():
+        (GOLDEN / case.name).write_text(golden(case))
