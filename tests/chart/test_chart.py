@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from support import schemas
-from support.apiserver import ApiServer, assets
+from support.apiserver import ApiServer
 from support.chart import CHART, GOLDEN, cases, golden, helm, objects, template
 from support.kubectl import Namespace, new_namespace
 from support.paths import ROOT
@@ -66,7 +66,7 @@ def test_an_api_server_takes_every_object(case: Path, api_server: ApiServer) -> 
         kept = [
             body for body in yaml.safe_load_all(rendered) if body and body["kind"] not in ("PodMonitor", "GRPCRoute")
         ]
-        _apply(api_server, kept, "--dry-run=server")
+        api_server.apply(kept, "--dry-run=server")
 
 
 def test_the_namespace_that_enforces_restricted_pod_security_takes_the_pods(api_server: ApiServer) -> None:
@@ -83,24 +83,6 @@ def test_the_namespace_that_enforces_restricted_pod_security_takes_the_pods(api_
 def _restrict(namespace: Namespace) -> None:
     label = {"pod-security.kubernetes.io/enforce": "restricted"}
     namespace.call("PATCH", f"/api/v1/namespaces/{namespace.name}", {"metadata": {"labels": label}}, merge=True)
-
-
-def _apply(server: ApiServer, bodies: list[dict[str, Any]], *options: str) -> None:
-    done = subprocess.run(
-        [
-            str(assets() / "kubectl"),
-            f"--kubeconfig={server.kubeconfig}",
-            "apply",
-            "--server-side",
-            "--filename=-",
-            *options,
-        ],
-        input=yaml.safe_dump_all(bodies),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_definitions_are_those_of_the_repository_and_stay_when_the_chart_goes() -> None:

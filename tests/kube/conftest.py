@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
 from kubernetes import client as kube
 from support.apiserver import ApiServer, running
+from support.chart import install_accounts
+from support.kubectl import new_namespace
 from support.paths import ROOT
 
 
@@ -15,6 +18,17 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     with running(tmp_path_factory.mktemp("api-server")) as server:
         install_crds(server)
         yield server
+
+
+@pytest.fixture(scope="session")
+def accounts(api_server: ApiServer) -> Iterator[dict[str, Path]]:
+    """Kubeconfigs of the chart's ServiceAccounts, which may do what its RBAC says: "operator" and "gateway"."""
+    with new_namespace(api_server, "accounts") as namespace:
+        install_accounts(api_server, namespace.name)
+        yield {
+            component: api_server.kubeconfig_of(namespace.name, f"latentflow-{component}")
+            for component in ("operator", "gateway")
+        }
 
 
 def install_crds(server: ApiServer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,8 @@ from support.packs import MODELS
 
 
 @pytest.fixture
-def namespace(api_server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> Namespace:
-    monkeypatch.setenv("KUBECONFIG", str(api_server.kubeconfig))
+def namespace(api_server: ApiServer, accounts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
+    monkeypatch.setenv("KUBECONFIG", str(accounts["gateway"]))
     with new_namespace(api_server, "gateway") as place:
         yield place
 

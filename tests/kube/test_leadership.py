@@ -11,6 +11,7 @@ import pytest
 from kube.test_operator import KINDS, workflow
 from latentflow_operator import leadership
 from support.apiserver import ApiServer
+from support.chart import install_accounts
 from support.kubectl import Namespace, new_namespace
 from support.operating import Operator
 
@@ -25,9 +26,11 @@ def namespace(api_server: ApiServer) -> Iterator[Namespace]:
 
 @pytest.fixture
 def operators(api_server: ApiServer, namespace: Namespace, tmp_path: Path) -> Iterator[tuple[Operator, Operator]]:
-    """Two operators: the first has served a workflow, the second has started since."""
+    """Two operators that may work in one namespace alone: the first has served a workflow, the second has started since."""
+    install_accounts(api_server, namespace.name, f"--set=namespaces={{{namespace.name}}}")
+    kubeconfig = api_server.kubeconfig_of(namespace.name, "latentflow-operator")
     options = (f"--namespace={namespace.name}", f"--lease={namespace.name}/{LEASE}")
-    first, second = (Operator(api_server, tmp_path / name, *options) for name in ("first", "second"))
+    first, second = (Operator(kubeconfig, tmp_path / name, *options) for name in ("first", "second"))
     first.start()
     namespace.create(workflow())
     namespace.until("PodDisruptionBudget", lambda found: len(found) == 4)
@@ -104,7 +107,7 @@ def test_an_operator_that_lost_its_lease_ends_and_says_so(
 def test_a_lease_that_is_no_namespace_and_name_is_refused_at_the_start(
     lease: str, api_server: ApiServer, tmp_path: Path
 ) -> None:
-    operator = Operator(api_server, tmp_path, f"--lease={lease}")
+    operator = Operator(api_server.kubeconfig, tmp_path, f"--lease={lease}")
     operator.start()
     assert operator.wait(30) == 2
     assert f"'{lease}' is not NAMESPACE/NAME" in operator.log.read_text()

@@ -6,6 +6,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +25,10 @@ def controllers(api_server: ApiServer) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def operator(api_server: ApiServer, controllers: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
-    process = Operator(api_server, tmp_path_factory.mktemp("operator"))
+def operator(
+    accounts: dict[str, Path], controllers: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Operator]:
+    process = Operator(accounts["operator"], tmp_path_factory.mktemp("operator"))
     process.start()
     yield process
     process.stop()

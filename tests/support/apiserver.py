@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import trustme
 import yaml
@@ -66,6 +67,27 @@ class ApiServer:
         ]
         with _process(assets() / "kube-controller-manager", arguments, self.folder):
             yield
+
+    def apply(self, bodies: list[dict[str, Any]], *options: str) -> None:
+        """As an administrator's `kubectl apply --server-side`; AssertionError, with its words, where it refuses."""
+        done = subprocess.run(
+            [str(assets() / "kubectl"), f"--kubeconfig={self.kubeconfig}", "apply", "--server-side", "-f-", *options],
+            input=yaml.safe_dump_all(bodies),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def kubeconfig_of(self, namespace: str, account: str) -> Path:
+        """A kubeconfig of a ServiceAccount, good for an hour."""
+        request = kube.AuthenticationV1TokenRequest(
+            spec=kube.V1TokenRequestSpec(audiences=[self.url], expiration_seconds=3600)
+        )
+        made = kube.CoreV1Api(self.client()).create_namespaced_service_account_token(account, namespace, request)
+        path = self.folder / f"{namespace}-{account}.yaml"
+        path.write_text(yaml.safe_dump(_kubeconfig(self.url, self.folder / "ca.pem", made.status.token)))
+        return path
 
     def client(self, token: str = ADMIN_TOKEN) -> kube.ApiClient:
         """A client of the API server, as the administrator or whoever the token is for."""

@@ -8,12 +8,14 @@ from typing import Any
 
 import yaml
 
+from support.apiserver import ApiServer
 from support.paths import ROOT
 
 CHART = ROOT / "charts/latentflow"
 CASES = ROOT / "tests/chart/values"
 GOLDEN = ROOT / "tests/chart/golden"
 RELEASE = "latentflow"
+_ACCOUNTS = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
 
 
 def helm(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
@@ -31,6 +33,11 @@ def template(*options: str, namespace: str = RELEASE) -> str:
 def objects(*options: str, namespace: str = RELEASE) -> list[dict[str, Any]]:
     """The objects that the chart renders to."""
     return [body for body in yaml.safe_load_all(template(*options, namespace=namespace)) if body]
+
+
+def install_accounts(server: ApiServer, namespace: str, *options: str) -> None:
+    """Makes the chart's ServiceAccounts, with what they may do; the namespace must exist."""
+    server.apply([body for body in objects(*options, namespace=namespace) if body["kind"] in _ACCOUNTS])
 
 
 def cases() -> list[Path]:

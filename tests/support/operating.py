@@ -1,4 +1,4 @@
-"""The operator as a process, over a real API server."""
+"""The operator as a process, over a real API server, as the ServiceAccount that the chart makes for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import yaml
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from support.apiserver import ApiServer
 from support.paths import ROOT
 
 CONFIG = {"nodeImage": "latentflow-node:test", "modelRoot": {"hostPath": {"path": "/srv/models"}}, "drainSeconds": 1}
@@ -20,14 +19,15 @@ class Operator:
     """The operator's process; its log is `log`.
 
     Args:
+        kubeconfig: Who it is.
         folder: Where its configuration and its log lie.
         options: More of its command line.
     """
 
-    def __init__(self, server: ApiServer, folder: Path, *options: str) -> None:
+    def __init__(self, kubeconfig: Path, folder: Path, *options: str) -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder / "operator.log"
-        self._environment = os.environ | {"KUBECONFIG": str(server.kubeconfig)}
+        self._environment = os.environ | {"KUBECONFIG": str(kubeconfig)}
         self._options = options
         self._config = folder / "operator.yaml"
         self._config.write_text(yaml.safe_dump(CONFIG))
