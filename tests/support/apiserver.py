@@ -62,10 +62,11 @@ class ApiServer:
             f"--kubeconfig={self.kubeconfig}",
             f"--service-account-private-key-file={self.folder / 'accounts.key'}",
             "--use-service-account-credentials=false",
+            f"--root-ca-file={self.folder / 'ca.pem'}",
             "--leader-elect=false",
             "--secure-port=0",
         ]
-        with _process(assets() / "kube-controller-manager", arguments, self.folder):
+        with process(assets() / "kube-controller-manager", arguments, self.folder):
             yield
 
     def apply(self, bodies: list[dict[str, Any]], *options: str) -> None:
@@ -107,16 +108,23 @@ def assets() -> Path:
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[ApiServer]:
-    """Starts etcd and the API server in `folder`; ready when entered, gone when left."""
+def running(folder: Path, *, address: str = "127.0.0.1", node: bool = False) -> Iterator[ApiServer]:
+    """Starts etcd and the API server in `folder`; ready when entered, gone when left.
+
+    Args:
+        address: Where to listen.
+        node: Whether kubelets will join: pods then run as ServiceAccounts, and the server speaks to kubelets.
+    """
     programs = assets()
     etcd_port, peer_port, api_port = _free_ports(3)
-    authority, server = trustme.CA(), None
+    authority = trustme.CA()
     authority.cert_pem.write_to_path(folder / "ca.pem")
-    server = authority.issue_cert("127.0.0.1", "localhost", "10.0.0.1", "kubernetes.default.svc")
-    server.private_key_pem.write_to_path(folder / "server.key")
-    for pem in server.cert_chain_pems:
-        pem.write_to_path(folder / "server.pem", append=True)
+    server = authority.issue_cert(address, "127.0.0.1", "localhost", "10.0.0.1", "kubernetes.default.svc")
+    _write(server, folder / "server")
+    _write(
+        authority.issue_cert("kube-apiserver", common_name="kube-apiserver", organization_name="system:masters"),
+        folder / "kubelet-client",
+    )
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     (folder / "accounts.key").write_bytes(
         key.private_bytes(
@@ -128,7 +136,7 @@ def running(folder: Path) -> Iterator[ApiServer]:
         "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\n"
         "rules: [{level: Metadata, verbs: [create, update, patch, delete, deletecollection]}, {level: None}]\n"
     )
-    url = f"https://127.0.0.1:{api_port}"
+    url = f"https://{address}:{api_port}"
     etcd = [
         f"--data-dir={folder / 'etcd'}",
         f"--listen-client-urls=http://127.0.0.1:{etcd_port}",
@@ -140,8 +148,7 @@ def running(folder: Path) -> Iterator[ApiServer]:
     api = [
         f"--etcd-servers=http://127.0.0.1:{etcd_port}",
         f"--secure-port={api_port}",
-        "--bind-address=127.0.0.1",
-        "--endpoint-reconciler-type=none",
+        f"--bind-address={address}",
         "--service-cluster-ip-range=10.0.0.0/16",
         f"--tls-cert-file={folder / 'server.pem'}",
         f"--tls-private-key-file={folder / 'server.key'}",
@@ -149,17 +156,33 @@ def running(folder: Path) -> Iterator[ApiServer]:
         f"--service-account-key-file={folder / 'accounts.key'}",
         f"--service-account-signing-key-file={folder / 'accounts.key'}",
         f"--service-account-issuer={url}",
-        "--authorization-mode=RBAC",
-        "--disable-admission-plugins=ServiceAccount",
+        "--authorization-mode=Node,RBAC",
         f"--audit-policy-file={folder / 'audit.yaml'}",
         f"--audit-log-path={folder / 'audit.log'}",
     ]
-    with _process(programs / "etcd", etcd, folder), _process(programs / "kube-apiserver", api, folder):
+    if node:
+        api += [
+            f"--advertise-address={address}",
+            "--allow-privileged=true",
+            "--kubelet-preferred-address-types=InternalIP",
+            f"--kubelet-client-certificate={folder / 'kubelet-client.pem'}",
+            f"--kubelet-client-key={folder / 'kubelet-client.key'}",
+        ]
+    else:
+        # Nobody serves on a node, and pods that never run need no ServiceAccount.
+        api += ["--endpoint-reconciler-type=none", "--disable-admission-plugins=ServiceAccount"]
+    with process(programs / "etcd", etcd, folder), process(programs / "kube-apiserver", api, folder):
         kubeconfig = folder / "kubeconfig.yaml"
         kubeconfig.write_text(yaml.safe_dump(_kubeconfig(url, folder / "ca.pem", ADMIN_TOKEN)))
         server_ = ApiServer(url=url, folder=folder, kubeconfig=kubeconfig)
         _ready(server_)
         yield server_
+
+
+def _write(certificate: trustme.LeafCert, path: Path) -> None:
+    certificate.private_key_pem.write_to_path(path.with_suffix(".key"))
+    for pem in certificate.cert_chain_pems:
+        pem.write_to_path(path.with_suffix(".pem"), append=True)
 
 
 def _kubeconfig(url: str, authority: Path, token: str) -> dict[str, object]:
@@ -174,18 +197,19 @@ def _kubeconfig(url: str, authority: Path, token: str) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _process(program: Path, arguments: list[str], folder: Path) -> Iterator[None]:
+def process(program: Path, arguments: list[str], folder: Path) -> Iterator[None]:
+    """Runs a program while entered; its log lies in the folder, under its name."""
     with (folder / f"{program.name}.log").open("w") as log:
-        process = subprocess.Popen([str(program), *arguments], stdout=log, stderr=log, cwd=folder)
+        child = subprocess.Popen([str(program), *arguments], stdout=log, stderr=log, cwd=folder)
     try:
         yield
     finally:
-        process.send_signal(signal.SIGTERM)
+        child.send_signal(signal.SIGTERM)
         try:
-            process.wait(10)
+            child.wait(10)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            child.kill()
+            child.wait()
 
 
 @retry(

@@ -32,7 +32,7 @@ def generate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="PNG to write; several images get -0, -1, … before the suffix.")
     ] = Path("out.png"),
-    negative: Annotated[str | None, typer.Option("--negative", "-n", help="What not to draw.")] = None,
+    negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
     size: Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, such as 64x64.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 or less: none.")] = None,
@@ -58,6 +58,8 @@ def generate(
         bool, typer.Option("--strict-prompt", help="Refuse a prompt that is too long instead of cutting it.")
     ] = False,
     target: options.Target = None,
+    kube: options.Kube = False,
+    namespace: options.Namespace = None,
     timeout: options.Timeout = 600.0,
     token: options.Token = None,
     tls_ca: options.TlsCa = None,
@@ -68,7 +70,6 @@ def generate(
     arguments: dict[str, Any] = recipe.arguments() if recipe else {}
     width, height = _size(size)
     given = {
-        "workflow": workflow,
         "negative_prompt": negative,
         "width": width,
         "height": height,
@@ -83,10 +84,15 @@ def generate(
     text = prompt if prompt is not None else (recipe.prompt if recipe else None)
     if text is None:
         raise InvalidRequestError("Say what to draw: latentflow generate PROMPT, or --like an image made before.")
-    request = requests.build(text, images=images, strict_prompt=strict_prompt, **arguments)
+    recorded = arguments.pop("workflow", None)
+    wanted = workflow if workflow is not None else recorded
+    request = requests.build(text, workflow=wanted, images=images, strict_prompt=strict_prompt, **arguments)
     if not output.parent.is_dir():
         raise InvalidRequestError(f"The folder {output.parent} does not exist; create it or choose another --output.")
-    with options.client(target, timeout=timeout, token=token, tls_ca=tls_ca) as client:
+    with options.client(
+        target, timeout=timeout, token=token, tls_ca=tls_ca, kube=kube, namespace=namespace, workflow=wanted
+    ) as (client, named):
+        request.workflow = named or ""
         result = _run(client, request, quiet=as_json)
     files = []
     for ready in result.ready:

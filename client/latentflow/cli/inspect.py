@@ -23,14 +23,18 @@ _stderr = Console(stderr=True)
 def describe(
     workflow: Annotated[str | None, typer.Argument(help="Workflow; not needed where one is served.")] = None,
     target: options.Target = None,
+    kube: options.Kube = False,
+    namespace: options.Namespace = None,
     timeout: options.Timeout = 30.0,
     token: options.Token = None,
     tls_ca: options.TlsCa = None,
     as_json: options.Json = False,
 ) -> None:
     """Tell a workflow's inputs: models to name, defaults, samplers, limits."""
-    with options.client(target, timeout=timeout, token=token, tls_ca=tls_ca) as client:
-        found = client.describe(workflow)
+    with options.client(
+        target, timeout=timeout, token=token, tls_ca=tls_ca, kube=kube, namespace=namespace, workflow=workflow
+    ) as (client, named):
+        found = client.describe(named)
     if as_json:
         print(json.dumps(asdict(found)))
         return
@@ -58,7 +62,7 @@ def models(
     as_json: options.Json = False,
 ) -> None:
     """List the distinct models that are served, and the workflows that share them."""
-    with options.client(target, timeout=timeout, token=token, tls_ca=tls_ca) as client:
+    with options.client(target, timeout=timeout, token=token, tls_ca=tls_ca) as (client, _):
         found = [client.describe(name) for name in client.workflows()]
     shared: dict[str, dict[str, object]] = {}
     for workflow in found:

@@ -1,0 +1,228 @@
+"""A real cluster of one node on this machine: control plane, kubelet, containerd, kube-proxy, DNS. Needs root.
+
+For where neither a cluster nor Docker can be had. `python e2e/node.py` keeps one up until Ctrl-C. Everything lies in one
+folder and on two bridges, and is gone afterwards; only containerd's store of images is kept, under ~/.cache/latentflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from support.apiserver import ApiServer, assets, process, running
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+ADDRESS, BRIDGE = "10.210.0.1", "latentflow0"
+PODS, POD_BRIDGE = "10.211.0.0/16", "latentflow1"
+SERVICES_DNS = "10.0.0.10"
+NAME = "node"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentflow"
+_NEEDED = ("containerd", "runc", "ctr", "conntrack", "ip", "nft")
+_CNI = Path("/usr/lib/cni")
+PACKAGES = "containerd runc containernetworking-plugins conntrack socat iproute2 iptables nftables"
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, *, sandbox_image: str) -> Iterator[ApiServer]:
+    """One node, Ready when entered.
+
+    Args:
+        sandbox_image: The image that holds a pod's namespaces, already in the store.
+    """
+    _check()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_bridge())
+        server = stack.enter_context(running(folder, address=ADDRESS, node=True))
+        stack.enter_context(server.controller_manager())
+        programs, kubeconfig = assets(), f"--kubeconfig={server.kubeconfig}"
+        scheduler = [kubeconfig, "--leader-elect=false", "--secure-port=0"]
+        stack.enter_context(process(programs / "kube-scheduler", scheduler, folder))
+        socket = stack.enter_context(container_runtime(folder, sandbox_image=sandbox_image))
+        stack.callback(_remove_containers, socket)
+        config = _written(folder / "kubelet.yaml", _kubelet(folder, socket))
+        kubelet = [f"--config={config}", kubeconfig, f"--node-ip={ADDRESS}", f"--hostname-override={NAME}"]
+        stack.callback(_unmount, folder / "kubelet")
+        stack.enter_context(process(programs / "kubelet", [*kubelet, f"--root-dir={folder / 'kubelet'}"], folder))
+        proxy = _written(folder / "kube-proxy.yaml", _proxy(server))
+        stack.callback(subprocess.run, ["nft", "delete", "table", "ip", "kube-proxy"], capture_output=True)
+        stack.enter_context(process(programs / "kube-proxy", [f"--config={proxy}"], folder))
+        _ready(server)
+        yield server
+
+
+@contextlib.contextmanager
+def container_runtime(folder: Path, *, sandbox_image: str = "none") -> Iterator[Path]:
+    """containerd alone while entered; its socket. Images are kept from one time to the next."""
+    socket = folder / "containerd.sock"
+    config = folder / "containerd.toml"
+    config.write_text(_containerd(folder, socket, sandbox_image))
+    (folder / "cni").mkdir(exist_ok=True)
+    _written(folder / "cni/10-pods.conflist", _network())
+    with process(Path(shutil.which("containerd") or ""), [f"--config={config}"], folder):
+        _answers(socket)
+        yield socket
+
+
+def ctr(socket: Path, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """A command to containerd, about what Kubernetes runs."""
+    command = ["ctr", f"--address={socket}", "--namespace=k8s.io", *arguments]
+    return subprocess.run(command, text=True, check=True, **({"capture_output": True} | settings))
+
+
+def _check() -> None:
+    missing = [name for name in _NEEDED if shutil.which(name) is None]
+    if os.geteuid() != 0:
+        sys.exit("A node on this machine needs root. Elsewhere: make e2e CLUSTER=kind.")
+    if missing or not _CNI.exists():
+        sys.exit(f"Not installed: {', '.join(missing) or _CNI}. On Debian: apt-get install {PACKAGES}")
+
+
+@contextlib.contextmanager
+def _bridge() -> Iterator[None]:
+    """The node's address, on a bridge of its own."""
+    for name in (BRIDGE, POD_BRIDGE):
+        subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False)
+    _run("ip", "link", "add", BRIDGE, "type", "bridge")
+    _run("ip", "address", "add", f"{ADDRESS}/24", "dev", BRIDGE)
+    _run("ip", "link", "set", BRIDGE, "up")
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    try:
+        yield
+    finally:
+        for name in (BRIDGE, POD_BRIDGE):
+            subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _written(path: Path, body: dict[str, Any]) -> Path:
+    path.write_text(json.dumps(body))
+    return path
+
+
+def _containerd(folder: Path, socket: Path, sandbox_image: str) -> str:
+    # oom_score_adj cannot be lowered where the machine itself is a container.
+    return f"""
+version = 2
+root = "{CACHE / "containerd"}"
+state = "{folder / "containerd"}"
+[grpc]
+  address = "{socket}"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{sandbox_image}"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "overlayfs"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{_CNI}"
+    conf_dir = "{folder / "cni"}"
+"""
+
+
+def _network() -> dict[str, Any]:
+    bridge = {
+        "type": "bridge",
+        "bridge": POD_BRIDGE,
+        "isGateway": True,
+        "ipMasq": True,
+        "hairpinMode": True,
+        "ipam": {"type": "host-local", "ranges": [[{"subnet": PODS}]], "routes": [{"dst": "0.0.0.0/0"}]},
+    }
+    portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
+    return {"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge, portmap]}
+
+
+def _kubelet(folder: Path, socket: Path) -> dict[str, Any]:
+    return {
+        "apiVersion": "kubelet.config.k8s.io/v1beta1",
+        "kind": "KubeletConfiguration",
+        "address": ADDRESS,
+        "authentication": {
+            "anonymous": {"enabled": False},
+            "webhook": {"enabled": True},
+            "x509": {"clientCAFile": str(folder / "ca.pem")},
+        },
+        "authorization": {"mode": "Webhook"},
+        "cgroupDriver": "cgroupfs",
+        "clusterDNS": [SERVICES_DNS],
+        "clusterDomain": "cluster.local",
+        "containerRuntimeEndpoint": f"unix://{socket}",
+        # The disk is the machine's own and its fullness not the cluster's business.
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+        "imageGCHighThresholdPercent": 100,
+        "failCgroupV1": False,
+        "failSwapOn": False,
+    }
+
+
+def _proxy(server: ApiServer) -> dict[str, Any]:
+    return {
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
+        "kind": "KubeProxyConfiguration",
+        "clientConnection": {"kubeconfig": str(server.kubeconfig)},
+        "hostnameOverride": NAME,
+        "mode": "nftables",
+        "clusterCIDR": PODS,
+        "conntrack": {"maxPerCore": 0},
+        "metricsBindAddress": f"{ADDRESS}:0",
+    }
+
+
+@retry(retry=retry_if_exception_type(subprocess.CalledProcessError), stop=stop_after_delay(60), wait=wait_fixed(0.2))
+def _answers(socket: Path) -> None:
+    ctr(socket, "version")
+
+
+@retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(120), wait=wait_fixed(0.5), reraise=True)
+def _ready(server: ApiServer) -> None:
+    command = [str(assets() / "kubectl"), f"--kubeconfig={server.kubeconfig}", "get", "nodes", "-o", "yaml"]
+    nodes = yaml.safe_load(subprocess.run(command, capture_output=True, text=True, check=False).stdout) or {}
+    said = [c for node in nodes.get("items", ()) for c in node["status"].get("conditions", ()) if c["type"] == "Ready"]
+    assert [c["status"] for c in said] == ["True"], f"the node is not ready: {said}"
+
+
+def _remove_containers(socket: Path) -> None:
+    """Ends what the kubelet has left running: it lets pods live when it stops."""
+    for task in ctr(socket, "tasks", "list", "--quiet").stdout.split():
+        with contextlib.suppress(subprocess.CalledProcessError):
+            ctr(socket, "tasks", "delete", "--force", task)
+    for container in ctr(socket, "containers", "list", "--quiet").stdout.split():
+        with contextlib.suppress(subprocess.CalledProcessError):
+            ctr(socket, "containers", "delete", container)
+
+
+def _unmount(folder: Path) -> None:
+    """The volumes of pods that were there to the end."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        place = line.split()[1]
+        if place.startswith(str(folder)):
+            subprocess.run(["umount", "--lazy", place], check=False)
+
+
+def main() -> None:
+    import images
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with container_runtime(folder) as socket:
+            pause = images.provide(socket)
+        with cluster(folder, sandbox_image=pause) as server:
+            print(f"export KUBECONFIG={server.kubeconfig}", flush=True)
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+module latentflow/tools/pause
+
+go 1.26.0
