@@ -1,7 +1,7 @@
 # latentflow's two images, for one or the other of
 #   docker build --target control --tag latentflow-control:0.1.0 .    (operator and gateway; no torch)
 #   docker build --target node --tag latentflow-node:0.1.0 .          (model servers)
-# What is installed is what requirements.lock says. Our own code is the last layer, and small: a change of it pulls no
+# What is installed is what their lock files say. Our own code is the last layer, and small: a change of it pulls no
 # libraries. BASE is any image with Python 3.11 to 3.13 and its venv module.
 ARG BASE=python:3.11-slim-bookworm
 
@@ -9,15 +9,16 @@ FROM ${BASE} AS base
 RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir --quiet uv==0.13.9 && python3 -m venv /opt/latentflow
 ENV PATH=/app/bin:/opt/latentflow/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1
 WORKDIR /src
-COPY pyproject.toml requirements.lock ./
 
 FROM base AS control-libraries
+COPY requirements-control.lock ./
 RUN /opt/uv/bin/uv pip install --system-certs --python /opt/latentflow/bin/python --no-cache --quiet --compile-bytecode \
-      --constraint requirements.lock --requirement pyproject.toml --extra gateway --extra operator
+      --requirement requirements-control.lock
 
 FROM base AS node-libraries
+COPY requirements-node.lock ./
 RUN /opt/uv/bin/uv pip install --system-certs --python /opt/latentflow/bin/python --no-cache --quiet --compile-bytecode \
-      --constraint requirements.lock --requirement pyproject.toml --extra nodes
+      --requirement requirements-node.lock
 
 FROM base AS code
 COPY . .

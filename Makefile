@@ -8,6 +8,7 @@ PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 READY := $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
 PROTOS := $(wildcard protos/latentflow/v1/*.proto)
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate pyproject.toml
 TEST ?= tests --ignore=tests/kube --ignore=tests/chart
 # Programs of Kubernetes: built once, unless KUBEBUILDER_ASSETS says where they are.
 KUBE = KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build etcd kubernetes)} PATH=$$(tools/build helm kubeconform):$$PATH
@@ -47,6 +48,14 @@ test-api: setup ## Run the tests against a real Kubernetes API server (builds it
 chart: setup ## Check the Helm chart: lint, values, golden files, its objects' schemas, what an API server says of them
 	$(KUBE) $(PY) -m pytest tests/chart
 
+.PHONY: e2e
+e2e: setup ## Run the tests on a real cluster of one node, made on this machine (Linux, root, Go, containerd, buildah)
+	KUBEBUILDER_ASSETS=$$(tools/build etcd kubernetes kubernetes-node) PATH=$$(tools/build helm):$$PATH $(PY) -m pytest e2e
+
+.PHONY: images
+images: setup ## Build the images latentflow-control and latentflow-node (docker or buildah; BASE=… to build on)
+	tools/images
+
 .PHONY: golden
 golden: setup ## Write anew what the chart renders to, for the tests to compare
 	$(KUBE) PYTHONPATH=tests $(PY) -m support.chart
@@ -83,8 +92,10 @@ crds: setup ## Generate the CustomResourceDefinitions from the typed API
 	$(PY) -m latentflow_operator.crds crds charts/latentflow/files/crds
 
 .PHONY: lock
-lock: setup ## Resolve requirements.lock anew from pyproject.toml
-	$(UV) pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header --no-annotate pyproject.toml -o requirements.lock
+lock: setup ## Resolve requirements.lock anew from pyproject.toml, and from it those of the images
+	$(COMPILE) --extra dev -o requirements.lock
+	$(COMPILE) --constraint requirements.lock --extra gateway --extra operator -o requirements-control.lock
+	$(COMPILE) --constraint requirements.lock --extra nodes -o requirements-node.lock
 
 ##@ Measure
 .PHONY: bench

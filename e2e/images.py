@@ -1,6 +1,6 @@
 """The images that the one-node cluster runs: built by `tools/images` and `tools/build`, put into containerd's store.
 
-A layer that is there already is not unpacked again, so after a change of our own code this takes seconds.
+An image that is there already is not imported again: that of the model servers takes a minute or two.
 """
 
 from __future__ import annotations
@@ -10,24 +10,22 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from node import CACHE, ctr
+from node import PAUSE, ctr
 from support.paths import ROOT
 
 TAG = "e2e"
 CONTROL, NODE = f"localhost/latentflow-control:{TAG}", f"localhost/latentflow-node:{TAG}"
-PAUSE, DNS = "localhost/latentflow-pause:e2e", "localhost/latentflow-coredns:e2e"
-_STORE = CACHE / "images"
+DNS = f"localhost/latentflow-coredns:{TAG}"
 
 
-def provide(socket: Path) -> str:
-    """Builds what is not built, and brings it into the store; the name of the image that holds pods' namespaces."""
+def provide(socket: Path) -> None:
+    """Builds what is not built, and brings it into containerd's store."""
     programs = Path(_output(str(ROOT / "tools/build"), "pause", "coredns"))
     _wrap(programs / "pause", PAUSE)
     _wrap(programs / "coredns", DNS)
     subprocess.run([str(ROOT / "tools/images"), TAG], check=True, env={"BASE": "debootstrap"} | os.environ)
     for image in (PAUSE, DNS, CONTROL, NODE):
         _import(socket, image)
-    return PAUSE
 
 
 def _output(*command: str) -> str:
@@ -46,10 +44,13 @@ def _wrap(program: Path, image: str) -> None:
 
 
 def _import(socket: Path, image: str) -> None:
-    # Uncompressed, so that what has not changed is recognised without being read.
-    folder = _STORE / image.rpartition("/")[2].partition(":")[0]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    push = ["buildah", "push", "--quiet", "--disable-compression", image, f"oci:{folder}:{image}"]
-    subprocess.run(push, check=True)
-    with subprocess.Popen(["tar", "-C", str(folder), "-c", "."], stdout=subprocess.PIPE) as archive:
-        ctr(socket, "images", "import", f"--index-name={image}", "-", stdin=archive.stdout)
+    built = _output("buildah", "inspect", "--type=image", "--format={{.FromImageID}}", image)
+    # By this name the store knows which build it has.
+    known = f"{image.rpartition(':')[0]}:{built[:12]}"
+    if known in ctr(socket, "images", "list", "--quiet").stdout.split():
+        return
+    with tempfile.TemporaryDirectory() as name:
+        archive = f"{name}/image.tar"
+        subprocess.run(["buildah", "push", "--quiet", image, f"oci-archive:{archive}:{image}"], check=True)
+        ctr(socket, "images", "import", f"--index-name={image}", archive)
+    ctr(socket, "images", "tag", "--force", image, known)

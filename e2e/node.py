@@ -14,11 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from support.apiserver import ApiServer, assets, process, running
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
@@ -26,28 +25,33 @@ ADDRESS, BRIDGE = "10.210.0.1", "latentflow0"
 PODS, POD_BRIDGE = "10.211.0.0/16", "latentflow1"
 SERVICES_DNS = "10.0.0.10"
 NAME = "node"
+# Holds a pod's namespaces.
+PAUSE = "localhost/latentflow-pause:e2e"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentflow"
+# Always the same, so that what a killed run has left is found and removed.
+_STATE = Path("/run/latentflow/containerd")
 _NEEDED = ("containerd", "runc", "ctr", "conntrack", "ip", "nft")
 _CNI = Path("/usr/lib/cni")
 PACKAGES = "containerd runc containernetworking-plugins conntrack socat iproute2 iptables nftables"
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, *, sandbox_image: str) -> Iterator[ApiServer]:
+def cluster(folder: Path, *, provide: Callable[[Path], None]) -> Iterator[ApiServer]:
     """One node, Ready when entered.
 
     Args:
-        sandbox_image: The image that holds a pod's namespaces, already in the store.
+        provide: Brings the images into the store, of which it gets the socket.
     """
     _check()
     with contextlib.ExitStack() as stack:
+        socket = stack.enter_context(_container_runtime(folder))
+        provide(socket)
         stack.enter_context(_bridge())
         server = stack.enter_context(running(folder, address=ADDRESS, node=True))
         stack.enter_context(server.controller_manager())
         programs, kubeconfig = assets(), f"--kubeconfig={server.kubeconfig}"
         scheduler = [kubeconfig, "--leader-elect=false", "--secure-port=0"]
         stack.enter_context(process(programs / "kube-scheduler", scheduler, folder))
-        socket = stack.enter_context(container_runtime(folder, sandbox_image=sandbox_image))
         stack.callback(_remove_containers, socket)
         config = _written(folder / "kubelet.yaml", _kubelet(folder, socket))
         kubelet = [f"--config={config}", kubeconfig, f"--node-ip={ADDRESS}", f"--hostname-override={NAME}"]
@@ -61,15 +65,16 @@ def cluster(folder: Path, *, sandbox_image: str) -> Iterator[ApiServer]:
 
 
 @contextlib.contextmanager
-def container_runtime(folder: Path, *, sandbox_image: str = "none") -> Iterator[Path]:
-    """containerd alone while entered; its socket. Images are kept from one time to the next."""
+def _container_runtime(folder: Path) -> Iterator[Path]:
+    """containerd while entered; its socket. Images are kept from one time to the next."""
     socket = folder / "containerd.sock"
     config = folder / "containerd.toml"
-    config.write_text(_containerd(folder, socket, sandbox_image))
+    config.write_text(_containerd(folder, socket))
     (folder / "cni").mkdir(exist_ok=True)
     _written(folder / "cni/10-pods.conflist", _network())
     with process(Path(shutil.which("containerd") or ""), [f"--config={config}"], folder):
         _answers(socket)
+        _remove_containers(socket)
         yield socket
 
 
@@ -112,16 +117,16 @@ def _written(path: Path, body: dict[str, Any]) -> Path:
     return path
 
 
-def _containerd(folder: Path, socket: Path, sandbox_image: str) -> str:
+def _containerd(folder: Path, socket: Path) -> str:
     # oom_score_adj cannot be lowered where the machine itself is a container.
     return f"""
 version = 2
 root = "{CACHE / "containerd"}"
-state = "{folder / "containerd"}"
+state = "{_STATE}"
 [grpc]
   address = "{socket}"
 [plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "{sandbox_image}"
+  sandbox_image = "{PAUSE}"
   restrict_oom_score_adj = true
   disable_apparmor = true
   [plugins."io.containerd.grpc.v1.cri".containerd]
@@ -177,7 +182,7 @@ def _proxy(server: ApiServer) -> dict[str, Any]:
         "mode": "nftables",
         "clusterCIDR": PODS,
         "conntrack": {"maxPerCore": 0},
-        "metricsBindAddress": f"{ADDRESS}:0",
+        "metricsBindAddress": f"{ADDRESS}:10249",
     }
 
 
@@ -188,9 +193,8 @@ def _answers(socket: Path) -> None:
 
 @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(120), wait=wait_fixed(0.5), reraise=True)
 def _ready(server: ApiServer) -> None:
-    command = [str(assets() / "kubectl"), f"--kubeconfig={server.kubeconfig}", "get", "nodes", "-o", "yaml"]
-    nodes = yaml.safe_load(subprocess.run(command, capture_output=True, text=True, check=False).stdout) or {}
-    said = [c for node in nodes.get("items", ()) for c in node["status"].get("conditions", ()) if c["type"] == "Ready"]
+    nodes = json.loads(server.kubectl("get", "nodes", "--output=json"))["items"]
+    said = [c for node in nodes for c in node["status"].get("conditions", ()) if c["type"] == "Ready"]
     assert [c["status"] for c in said] == ["True"], f"the node is not ready: {said}"
 
 
@@ -217,9 +221,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with container_runtime(folder) as socket:
-            pause = images.provide(socket)
-        with cluster(folder, sandbox_image=pause) as server:
+        with cluster(folder, provide=images.provide) as server:
             print(f"export KUBECONFIG={server.kubeconfig}", flush=True)
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
 

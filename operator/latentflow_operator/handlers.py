@@ -102,6 +102,8 @@ async def operate(
             clusterwide=not namespaces,
             namespaces=namespaces,
             standalone=True,
+            # Else kopf asks for the user's name, and in a container the user has none.
+            identity=MANAGER,  # type: ignore[arg-type]
             liveness_endpoint=liveness,
             stop_flag=stop,
         )

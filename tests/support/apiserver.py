@@ -69,16 +69,21 @@ class ApiServer:
         with process(assets() / "kube-controller-manager", arguments, self.folder):
             yield
 
-    def apply(self, bodies: list[dict[str, Any]], *options: str) -> None:
-        """As an administrator's `kubectl apply --server-side`; AssertionError, with its words, where it refuses."""
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        """What an administrator's kubectl prints; AssertionError, with its words, where it fails."""
         done = subprocess.run(
-            [str(assets() / "kubectl"), f"--kubeconfig={self.kubeconfig}", "apply", "--server-side", "-f-", *options],
-            input=yaml.safe_dump_all(bodies),
+            [str(assets() / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments],
+            input=stdin,
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def apply(self, bodies: list[dict[str, Any]], *options: str) -> None:
+        """As `kubectl apply --server-side`."""
+        self.kubectl("apply", "--server-side", "--filename=-", *options, stdin=yaml.safe_dump_all(bodies))
 
     def kubeconfig_of(self, namespace: str, account: str) -> Path:
         """A kubeconfig of a ServiceAccount, good for an hour."""
@@ -200,7 +205,8 @@ def _kubeconfig(url: str, authority: Path, token: str) -> dict[str, object]:
 def process(program: Path, arguments: list[str], folder: Path) -> Iterator[None]:
     """Runs a program while entered; its log lies in the folder, under its name."""
     with (folder / f"{program.name}.log").open("w") as log:
-        child = subprocess.Popen([str(program), *arguments], stdout=log, stderr=log, cwd=folder)
+        # In a session of its own: Ctrl-C is for the tests, which end the programs in their order.
+        child = subprocess.Popen([str(program), *arguments], stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
         yield
     finally:

@@ -6,7 +6,8 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from kubernetes import client as kube
@@ -139,11 +140,13 @@ def is_ready(body: Body) -> bool:
 
 
 @contextlib.contextmanager
-def new_namespace(server: ApiServer, purpose: str) -> Iterator[Namespace]:
+def new_namespace(
+    server: ApiServer, purpose: str, *, labels: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Namespace]:
     """A namespace of one's own; its workflows go when left."""
     words = purpose.removeprefix("test_").replace("_", "-")[:45].strip("-")
     place = Namespace(server, f"{words}-{uuid.uuid4().hex[:6]}")
-    place.call("POST", "/api/v1/namespaces", {"metadata": {"name": place.name}})
+    place.call("POST", "/api/v1/namespaces", {"metadata": {"name": place.name, "labels": dict(labels)}})
     yield place
     for name in place.list("DiffusionWorkflow"):
         place.delete("DiffusionWorkflow", name)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import images
+import node
+import pytest
+import yaml
+from support.apiserver import ApiServer
+from support.chart import CHART, helm
+from support.kubectl import Namespace, new_namespace
+from support.paths import ROOT
+
+RELEASE_NAMESPACE = "latentflow"
+VALUES = {
+    "images": {
+        "control": {"repository": images.CONTROL.rpartition(":")[0], "tag": images.TAG, "pullPolicy": "Never"},
+        "node": {"repository": images.NODE.rpartition(":")[0], "tag": images.TAG, "pullPolicy": "Never"},
+    },
+    "models": {"modelRoot": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}, "drainSeconds": 60},
+    "gateway": {"drainSeconds": 60},
+}
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """A real cluster with DNS."""
+    with node.cluster(tmp_path_factory.mktemp("cluster"), provide=images.provide) as server:
+        server.apply(list(yaml.safe_load_all((ROOT / "e2e/dns.yaml").read_text())))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def release(cluster: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
+    """The cluster with the chart installed, in a namespace that enforces restricted Pod Security."""
+    values = tmp_path_factory.mktemp("release") / "values.yaml"
+    values.write_text(yaml.safe_dump(VALUES))
+    cluster.apply(
+        [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": RELEASE_NAMESPACE, "labels": RESTRICTED}}]
+    )
+    done = helm(
+        "install",
+        "latentflow",
+        str(CHART),
+        f"--kubeconfig={cluster.kubeconfig}",
+        f"--namespace={RELEASE_NAMESPACE}",
+        f"--values={values}",
+        "--wait",
+        "--timeout=5m",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + cluster.kubectl("get", "events", "-A")
+    return cluster
+
+
+@pytest.fixture
+def namespace(release: ApiServer) -> Iterator[Namespace]:
+    """A namespace for workflows, restricted too, with the repository's models in a claim."""
+    with new_namespace(release, "art", labels=RESTRICTED) as place:
+        volume = f"models-{place.name}"
+        spec = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
+        size = {"storage": "1Gi"}
+        release.apply(
+            [
+                {
+                    "apiVersion": "v1",
+                    "kind": "PersistentVolume",
+                    "metadata": {"name": volume},
+                    "spec": spec | {"capacity": size, "hostPath": {"path": str(ROOT / "models")}},
+                },
+                {
+                    "apiVersion": "v1",
+                    "kind": "PersistentVolumeClaim",
+                    "metadata": {"name": "models", "namespace": place.name},
+                    "spec": spec | {"volumeName": volume, "resources": {"requests": size}},
+                },
+            ]
+        )
+        yield place

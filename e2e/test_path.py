@@ -1,0 +1,157 @@
+"""The way of somebody who installs the chart and applies a workflow, on a real cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import images
+import pytest
+import yaml
+from conftest import RELEASE_NAMESPACE
+from latentflow.api import load_workflows
+from latentflow.client import Client
+from latentflow_local.runtime import run
+from PIL import Image, ImageChops
+from support.apiserver import ApiServer, assets
+from support.kubectl import Body, Namespace
+from support.paths import EXAMPLES, ROOT
+
+PROMPT, SEED = "a large red circle on the left and a small blue star on the right, white background", 7
+LORA = "outline:0.8"
+MARK = "-----image-----"
+
+
+def threaded(example: str) -> Body:
+    """An example whose models use one thread each, so that the arithmetic is everywhere the same."""
+    body = dict(yaml.safe_load((EXAMPLES / example).read_text()))
+    for model in body["spec"]["models"]:
+        model["engine"] = {"threads": 1}
+    return body
+
+
+def generate(release: ApiServer, namespace: Namespace, output: Path) -> Image.Image:
+    """What `latentflow generate --kube` makes on this machine."""
+    latentflow = Path(sys.executable).parent / "latentflow"
+    command = [str(latentflow), "generate", PROMPT, "--kube", f"--namespace={namespace.name}", f"--output={output}"]
+    done = subprocess.run(
+        [*command, f"--seed={SEED}", f"--lora={LORA}"],
+        env=os.environ | {"KUBECONFIG": str(release.kubeconfig), "PATH": f"{assets()}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Image.open(output)
+
+
+def generate_in_a_pod(release: ApiServer, namespace: Namespace) -> Image.Image:
+    """What the client makes in a pod that only knows the gateways' name."""
+    endpoint = f"latentflow-gateway.{RELEASE_NAMESPACE}.svc:8400"
+    workflow = f"--workflow={namespace.name}/shapes"
+    make = f"latentflow generate '{PROMPT}' {workflow} --target={endpoint} --seed={SEED} --lora={LORA} -o /tmp/out.png"
+    script = f"{make} && echo {MARK} && base64 /tmp/out.png"
+    security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    namespace.create(
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "client"},
+            "spec": {
+                "restartPolicy": "Never",
+                "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+                "containers": [
+                    {
+                        "name": "client",
+                        "image": images.CONTROL,
+                        "imagePullPolicy": "Never",
+                        "command": ["sh", "-c", script],
+                        "securityContext": security,
+                    }
+                ],
+            },
+        }
+    )
+    pod = namespace.until("Pod", lambda found: found["client"]["status"].get("phase") in ("Succeeded", "Failed"))
+    logs = release.kubectl("logs", f"--namespace={namespace.name}", "client")
+    assert pod["client"]["status"]["phase"] == "Succeeded", logs
+    return Image.open(io.BytesIO(base64.b64decode(logs.partition(MARK)[2])))
+
+
+async def embedded(workflow: Body, folder: Path) -> Image.Image:
+    """What the embedded runtime makes of the same file."""
+    path = folder / "workflow.yaml"
+    path.write_text(yaml.safe_dump(workflow))
+    async with run(load_workflows(path), model_root=ROOT / "models", listen="127.0.0.1:0", log_level="WARNING") as up:
+        await up.supervisor.ready(240)
+
+        def ask() -> Image.Image:
+            with Client(up.target, timeout=120) as client:
+                return client.generate(PROMPT, seed=SEED, loras={"outline": 0.8}).image
+
+        return await asyncio.to_thread(ask)
+
+
+def wait_until_ready(release: ApiServer, namespace: Namespace, *names: str) -> None:
+    for name in names:
+        try:
+            release.kubectl(
+                "wait", f"--namespace={namespace.name}", "--for=condition=Ready", f"dwf/{name}", "--timeout=5m"
+            )
+        except AssertionError as error:
+            told = release.kubectl("describe", "dwf,dm,pods", f"--namespace={namespace.name}")
+            raise AssertionError(f"{error}\n{told}") from None
+
+
+def models(namespace: Namespace) -> set[str]:
+    return {pod["metadata"]["labels"]["latentflow.io/model"] for pod in namespace.list("Pod").values()}
+
+
+@pytest.mark.timeout(900)
+async def test_a_workflow_becomes_ready_and_its_image_is_everywhere_the_same(
+    release: ApiServer, namespace: Namespace, tmp_path: Path
+) -> None:
+    workflow = threaded("shapes.yaml")
+    namespace.apply(workflow)
+    wait_until_ready(release, namespace, "shapes")
+    outside = generate(release, namespace, tmp_path / "outside.png")
+    inside = generate_in_a_pod(release, namespace)
+    here = await embedded(workflow, tmp_path)
+    assert ImageChops.difference(outside.convert("RGB"), here.convert("RGB")).getbbox() is None
+    assert ImageChops.difference(outside.convert("RGB"), inside.convert("RGB")).getbbox() is None
+
+
+@pytest.mark.timeout(900)
+def test_a_second_workflow_adds_only_what_is_new_and_deleting_both_leaves_nothing(
+    release: ApiServer, namespace: Namespace
+) -> None:
+    namespace.apply(threaded("shapes.yaml"))
+    wait_until_ready(release, namespace, "shapes")
+    before = namespace.list("Pod").keys()
+    assert len(before) == 6
+    second = threaded("shapes.yaml")
+    second["metadata"]["name"] = "half"
+    for model in second["spec"]["models"]:
+        if model["name"] == "base":
+            model["dtype"] = "bfloat16"
+    namespace.apply(second)
+    wait_until_ready(release, namespace, "shapes", "half")
+    both = namespace.list("Pod").keys()
+    assert before < both
+    assert len(both - before) == 1
+    for name in ("shapes", "half"):
+        namespace.delete("DiffusionWorkflow", name)
+    for kind in ("DiffusionModel", "Deployment", "Service", "PodDisruptionBudget", "Pod"):
+        namespace.until(kind, lambda found: not found, seconds=120)
+
+
+def test_the_release_s_pods_run_as_the_restricted_standard_asks(release: ApiServer) -> None:
+    pods = json.loads(release.kubectl("get", "pods", f"--namespace={RELEASE_NAMESPACE}", "--output=json"))["items"]
+    assert {pod["status"]["phase"] for pod in pods} == {"Running"}
+    assert len(pods) == 3
