@@ -16,7 +16,7 @@ KUBE = KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build etcd kubernetes)
 ##@ Use
 .PHONY: help
 help: ## Say what there is
-	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(READY) ## Install everything into .venv (once; again when the lock changes)
@@ -51,6 +51,10 @@ chart: setup ## Check the Helm chart: lint, values, golden files, its objects' s
 .PHONY: e2e
 e2e: setup ## Run the tests on a real cluster of one node, made on this machine (Linux, root, Go, containerd, buildah)
 	KUBEBUILDER_ASSETS=$$(tools/build etcd kubernetes kubernetes-node) PATH=$$(tools/build helm):$$PATH $(PY) -m pytest e2e
+
+.PHONY: cluster
+cluster: setup ## Keep that cluster up until Ctrl-C, to look at
+	@KUBEBUILDER_ASSETS=$$(tools/build etcd kubernetes kubernetes-node) PYTHONPATH=tests $(PY) e2e/node.py
 
 .PHONY: images
 images: setup ## Build the images latentflow-control and latentflow-node (docker or buildah; BASE=… to build on)

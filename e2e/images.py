@@ -47,10 +47,10 @@ def _import(socket: Path, image: str) -> None:
     built = _output("buildah", "inspect", "--type=image", "--format={{.FromImageID}}", image)
     # By this name the store knows which build it has.
     known = f"{image.rpartition(':')[0]}:{built[:12]}"
-    if known in ctr(socket, "images", "list", "--quiet").stdout.split():
+    if known in ctr(socket, "images", "list", "--quiet").split():
         return
     with tempfile.TemporaryDirectory() as name:
         archive = f"{name}/image.tar"
         subprocess.run(["buildah", "push", "--quiet", image, f"oci-archive:{archive}:{image}"], check=True)
-        ctr(socket, "images", "import", f"--index-name={image}", archive)
+        ctr(socket, "images", "import", archive)
     ctr(socket, "images", "tag", "--force", image, known)

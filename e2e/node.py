@@ -1,6 +1,6 @@
 """A real cluster of one node on this machine: control plane, kubelet, containerd, kube-proxy, DNS. Needs root.
 
-For where neither a cluster nor Docker can be had. `python e2e/node.py` keeps one up until Ctrl-C. Everything lies in one
+For where neither a cluster nor Docker can be had. `make cluster` keeps one up until Ctrl-C. Everything lies in one
 folder and on two bridges, and is gone afterwards; only containerd's store of images is kept, under ~/.cache/latentflow.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from support.apiserver import ApiServer, assets, process, running
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
@@ -32,7 +33,6 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latent
 _STATE = Path("/run/latentflow/containerd")
 _NEEDED = ("containerd", "runc", "ctr", "conntrack", "ip", "nft")
 _CNI = Path("/usr/lib/cni")
-PACKAGES = "containerd runc containernetworking-plugins conntrack socat iproute2 iptables nftables"
 
 
 @contextlib.contextmanager
@@ -72,24 +72,33 @@ def _container_runtime(folder: Path) -> Iterator[Path]:
     config.write_text(_containerd(folder, socket))
     (folder / "cni").mkdir(exist_ok=True)
     _written(folder / "cni/10-pods.conflist", _network())
-    with process(Path(shutil.which("containerd") or ""), [f"--config={config}"], folder):
+    with contextlib.ExitStack() as stack:
+        stack.callback(_unmount, _STATE)
+        stack.enter_context(process(Path(shutil.which("containerd") or ""), [f"--config={config}"], folder))
         _answers(socket)
         _remove_containers(socket)
         yield socket
 
 
-def ctr(socket: Path, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """A command to containerd, about what Kubernetes runs."""
+class CtrError(Exception):
+    """A command to containerd has failed, with its words."""
+
+
+def ctr(socket: Path, *arguments: str) -> str:
+    """What a command to containerd prints, about what Kubernetes runs. CtrError where it fails."""
     command = ["ctr", f"--address={socket}", "--namespace=k8s.io", *arguments]
-    return subprocess.run(command, text=True, check=True, **({"capture_output": True} | settings))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise CtrError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _check() -> None:
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     if os.geteuid() != 0:
-        sys.exit("A node on this machine needs root. Elsewhere: make e2e CLUSTER=kind.")
+        sys.exit("A node on this machine needs root.")
     if missing or not _CNI.exists():
-        sys.exit(f"Not installed: {', '.join(missing) or _CNI}. On Debian: apt-get install {PACKAGES}")
+        sys.exit(f"Not installed: {', '.join(missing) or _CNI}. On Debian: tools/debian")
 
 
 @contextlib.contextmanager
@@ -186,7 +195,7 @@ def _proxy(server: ApiServer) -> dict[str, Any]:
     }
 
 
-@retry(retry=retry_if_exception_type(subprocess.CalledProcessError), stop=stop_after_delay(60), wait=wait_fixed(0.2))
+@retry(retry=retry_if_exception_type(CtrError), stop=stop_after_delay(60), wait=wait_fixed(0.2))
 def _answers(socket: Path) -> None:
     ctr(socket, "version")
 
@@ -200,11 +209,11 @@ def _ready(server: ApiServer) -> None:
 
 def _remove_containers(socket: Path) -> None:
     """Ends what the kubelet has left running: it lets pods live when it stops."""
-    for task in ctr(socket, "tasks", "list", "--quiet").stdout.split():
-        with contextlib.suppress(subprocess.CalledProcessError):
+    for task in ctr(socket, "tasks", "list", "--quiet").split():
+        with contextlib.suppress(CtrError):
             ctr(socket, "tasks", "delete", "--force", task)
-    for container in ctr(socket, "containers", "list", "--quiet").stdout.split():
-        with contextlib.suppress(subprocess.CalledProcessError):
+    for container in ctr(socket, "containers", "list", "--quiet").split():
+        with contextlib.suppress(CtrError):
             ctr(socket, "containers", "delete", container)
 
 
@@ -222,7 +231,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with cluster(folder, provide=images.provide) as server:
-            print(f"export KUBECONFIG={server.kubeconfig}", flush=True)
+            server.apply(list(yaml.safe_load_all((Path(__file__).parent / "dns.yaml").read_text())))
+            print(f"export KUBECONFIG={server.kubeconfig} PATH={assets()}:$PATH", flush=True)
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 

@@ -12,14 +12,10 @@ from pathlib import Path
 import pytest
 from latentflow_local.runtime import Runtime
 from PIL import Image, ImageDraw
+from support.documents import blocks
 from support.paths import EXAMPLES, ROOT
 
 BIN = Path(sys.executable).parent
-
-
-def blocks(document: str, language: str) -> list[str]:
-    """The code blocks of a language in a document."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
 def commands(document: str) -> list[list[str]]:
