@@ -57,23 +57,28 @@ def release(cluster: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> Api
 def namespace(release: ApiServer) -> Iterator[Namespace]:
     """A namespace for workflows, restricted too, with the repository's models in a claim."""
     with new_namespace(release, "art", labels=RESTRICTED) as place:
-        volume = f"models-{place.name}"
-        spec = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
-        size = {"storage": "1Gi"}
-        release.apply(
-            [
-                {
-                    "apiVersion": "v1",
-                    "kind": "PersistentVolume",
-                    "metadata": {"name": volume},
-                    "spec": spec | {"capacity": size, "hostPath": {"path": str(ROOT / "models")}},
-                },
-                {
-                    "apiVersion": "v1",
-                    "kind": "PersistentVolumeClaim",
-                    "metadata": {"name": "models", "namespace": place.name},
-                    "spec": spec | {"volumeName": volume, "resources": {"requests": size}},
-                },
-            ]
-        )
+        models_claim(release, place)
         yield place
+
+
+def models_claim(release: ApiServer, place: Namespace) -> None:
+    """A claim with the repository's models."""
+    volume = f"models-{place.name}"
+    spec = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
+    size = {"storage": "1Gi"}
+    release.apply(
+        [
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolume",
+                "metadata": {"name": volume},
+                "spec": spec | {"capacity": size, "hostPath": {"path": str(ROOT / "models")}},
+            },
+            {
+                "apiVersion": "v1",
+                "kind": "PersistentVolumeClaim",
+                "metadata": {"name": "models", "namespace": place.name},
+                "spec": spec | {"volumeName": volume, "resources": {"requests": size}},
+            },
+        ]
+    )

@@ -20,7 +20,7 @@ import structlog
 from kubernetes import client as kube
 from kubernetes import config
 from kubernetes.informer import ADDED, DELETED, ERROR, MODIFIED, SharedInformer
-from latentflow.api import API_VERSION, DiffusionWorkflow, Model
+from latentflow.api import API_VERSION, DiffusionWorkflow, Model, identity
 from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Role
 from latentflow.directory import Directory, Replicas
 from latentflow.errors import FailedPreconditionError
@@ -40,7 +40,7 @@ def directory(workflows: Iterable[Body], slices: Iterable[Body]) -> Directory:
     """What a cluster's objects come to: pure.
 
     A workflow's models are named by what serves them now, as its status says, so that a changed model is asked for only
-    once it has taken over.
+    once it has taken over; with its namespace, because what a URI means is a namespace's own affair.
     """
     read = [found for body in workflows if (found := _workflow(body)) is not None]
     replicas: dict[str, set[str]] = {}
@@ -49,7 +49,7 @@ def directory(workflows: Iterable[Body], slices: Iterable[Body]) -> Directory:
         labels = body["metadata"].get("labels", {})
         if MODEL_LABEL not in labels or labels.get(ROLE_LABEL) not in set(Role):
             continue
-        model = labels[MODEL_LABEL]
+        model = f"{body['metadata']['namespace']}/{labels[MODEL_LABEL]}"
         roles[model] = Role(labels[ROLE_LABEL])
         replicas.setdefault(model, set()).update(_addresses(body))
     return Directory(
@@ -185,12 +185,12 @@ def _workflow(body: Body) -> DiffusionWorkflow | None:
         _log.warning("a workflow cannot be read; it is not served", workflow=_key(body), error=str(error))
         return None
     bound = {entry["name"]: entry["model"] for entry in body.get("status", {}).get("models", ())}
-    models = [_bound(model, bound.get(model.name)) for model in read.spec.models]
+    models = [_bound(model, metadata["namespace"], bound.get(model.name)) for model in read.spec.models]
     return read.model_copy(update={"spec": read.spec.model_copy(update={"models": models})})
 
 
-def _bound(model: Model, serves: str | None) -> Model:
-    return model if serves is None else model.model_copy(update={"source": None, "model_ref": serves})
+def _bound(model: Model, namespace: str, serves: str | None) -> Model:
+    return model.model_copy(update={"source": None, "model_ref": f"{namespace}/{serves or identity(model)}"})
 
 
 def _addresses(body: Body) -> set[str]:

@@ -76,17 +76,32 @@ async def test_workflows_bindings_and_replicas_are_known_as_they_come_change_and
         await asyncio.to_thread(namespace.create, workflow())
         state = await until(lambda state: len(state.workflows) == 1)
         named = {model.name: identity(model) for model in state.workflows[0].spec.models}
-        assert named["base"].startswith("denoiser-")
+        assert named["base"].startswith(f"{namespace.name}/denoiser-")
+        old = f"{namespace.name}/denoiser-old"
         # What a changed workflow names serves only once its status says so.
         await asyncio.to_thread(bind, namespace, base="denoiser-old")
-        await until(lambda state: identity(state.workflows[0].of_role(Role.DENOISER)[0]) == "denoiser-old")
+        await until(lambda state: identity(state.workflows[0].of_role(Role.DENOISER)[0]) == old)
         await asyncio.to_thread(namespace.create, endpoints("denoiser-old", "Denoiser", "192.0.2.9:8500"))
-        state = await until(lambda state: "denoiser-old" in state.models)
-        assert state.models["denoiser-old"].replicas == ("192.0.2.9:8500",)
+        state = await until(lambda state: old in state.models)
+        assert state.models[old].replicas == ("192.0.2.9:8500",)
         await asyncio.to_thread(namespace.delete, "EndpointSlice", "denoiser-old")
         await until(lambda state: not state.models)
         await asyncio.to_thread(namespace.delete, "DiffusionWorkflow", "shapes")
         await until(lambda state: not state.workflows)
+
+
+def test_models_of_one_name_in_two_namespaces_are_two() -> None:
+    """A relative URI means another claim's folder in another namespace."""
+    slices = [
+        endpoints("denoiser-1", "Denoiser", f"192.0.2.{number}:8500") for number, _ in enumerate(("art", "photos"))
+    ]
+    for body, place in zip(slices, ("art", "photos"), strict=True):
+        body["metadata"]["namespace"] = place
+    found = cluster.directory([], slices).models
+    assert {name: model.replicas for name, model in found.items()} == {
+        "art/denoiser-1": ("192.0.2.0:8500",),
+        "photos/denoiser-1": ("192.0.2.1:8500",),
+    }
 
 
 async def test_a_gateway_serves_a_cluster_s_workflow_with_the_pixels_of_the_embedded_one(

@@ -38,6 +38,7 @@ class ApiServer:
     url: str
     folder: Path
     kubeconfig: Path
+    program: Program
 
     def writes(self, *agents: str, since: datetime | None = None) -> list[tuple[str, str, str, str]]:
         """Writes of those whose user agents start so, from the audit log: verb, namespace, resource, name.
@@ -176,11 +177,11 @@ def running(folder: Path, *, address: str = "127.0.0.1", node: bool = False) -> 
     else:
         # Nobody serves on a node, and pods that never run need no ServiceAccount.
         api += ["--endpoint-reconciler-type=none", "--disable-admission-plugins=ServiceAccount"]
-    with process(programs / "etcd", etcd, folder), process(programs / "kube-apiserver", api, folder):
+    with process(programs / "etcd", etcd, folder), process(programs / "kube-apiserver", api, folder) as program:
         kubeconfig = folder / "kubeconfig.yaml"
         kubeconfig.write_text(yaml.safe_dump(_kubeconfig(url, folder / "ca.pem", ADMIN_TOKEN)))
-        server_ = ApiServer(url=url, folder=folder, kubeconfig=kubeconfig)
-        _ready(server_)
+        server_ = ApiServer(url=url, folder=folder, kubeconfig=kubeconfig, program=program)
+        ready(server_)
         yield server_
 
 
@@ -201,21 +202,40 @@ def _kubeconfig(url: str, authority: Path, token: str) -> dict[str, object]:
     }
 
 
-@contextlib.contextmanager
-def process(program: Path, arguments: list[str], folder: Path) -> Iterator[None]:
-    """Runs a program while entered; its log lies in the folder, under its name."""
-    with (folder / f"{program.name}.log").open("w") as log:
-        # In a session of its own: Ctrl-C is for the tests, which end the programs in their order.
-        child = subprocess.Popen([str(program), *arguments], stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    try:
-        yield
-    finally:
-        child.send_signal(signal.SIGTERM)
+class Program:
+    """A program that runs; its log lies in the folder, under its name."""
+
+    def __init__(self, path: Path, arguments: list[str], folder: Path) -> None:
+        self._command = [str(path), *arguments]
+        self._folder = folder
+        self._log = folder / f"{path.name}.log"
+        self.start()
+
+    def start(self) -> None:
+        with self._log.open("a") as log:
+            # In a session of its own: Ctrl-C is for the tests, which end the programs in their order.
+            self._child = subprocess.Popen(
+                self._command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True
+            )
+
+    def stop(self, sign: signal.Signals = signal.SIGTERM) -> None:
+        """Ends it: with a signal, and where that does not help within ten seconds, by force."""
+        self._child.send_signal(sign)
         try:
-            child.wait(10)
+            self._child.wait(10)
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            self._child.kill()
+            self._child.wait()
+
+
+@contextlib.contextmanager
+def process(path: Path, arguments: list[str], folder: Path) -> Iterator[Program]:
+    """Runs a program while entered."""
+    program = Program(path, arguments, folder)
+    try:
+        yield program
+    finally:
+        program.stop()
 
 
 @retry(
@@ -224,7 +244,8 @@ def process(program: Path, arguments: list[str], folder: Path) -> Iterator[None]
     wait=wait_fixed(0.1),
     reraise=True,
 )
-def _ready(server: ApiServer) -> None:
+def ready(server: ApiServer) -> None:
+    """Returns when the server answers."""
     context = ssl.create_default_context(cafile=str(server.folder / "ca.pem"))
     request = urllib.request.Request(f"{server.url}/readyz", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"})
     with urllib.request.urlopen(request, timeout=5, context=context) as response:
