@@ -148,6 +148,34 @@ GATEWAY: tuple[Metric, ...] = (
         labels=("model",),
         help="Replicas of a model that this gateway may send requests to.",
     ),
+    Metric(
+        name="latentflow_gateway_held",
+        kind="gauge",
+        labels=("model",),
+        help="Requests that wait because no replica of a model takes any.",
+    ),
+)
+
+# The operator, with its scheduler.
+OPERATOR: tuple[Metric, ...] = (
+    Metric(
+        name="latentflow_scheduler_demand",
+        kind="gauge",
+        labels=("namespace", "model"),
+        help="What is asked of a model, in replicas that compute all the time.",
+    ),
+    Metric(
+        name="latentflow_scheduler_replicas",
+        kind="gauge",
+        labels=("namespace", "model"),
+        help="Replicas that the scheduler has decided on.",
+    ),
+    Metric(
+        name="latentflow_scheduler_decisions_total",
+        kind="counter",
+        labels=("namespace", "model", "direction"),
+        help="Decisions for another number of replicas, by direction (up, down).",
+    ),
 )
 
 # The embedded runtime.
@@ -166,7 +194,12 @@ LOCAL: tuple[Metric, ...] = (
     ),
 )
 
-TABLES: dict[str, tuple[Metric, ...]] = {"Model servers": NODE, "Gateways": GATEWAY, "Embedded runtime": LOCAL}
+TABLES: dict[str, tuple[Metric, ...]] = {
+    "Model servers": NODE,
+    "Gateways": GATEWAY,
+    "Operator": OPERATOR,
+    "Embedded runtime": LOCAL,
+}
 
 
 class Instruments:

@@ -106,9 +106,12 @@ class Replicas:
 
     async def pick(self, identity: str, *, seconds: float) -> Replica:
         """The least busy ready replica; waits for one. UnavailableError when none is ready in time."""
+        held = self._metrics.of("latentflow_gateway_held", model=identity)
         try:
             async with asyncio.timeout(seconds), self._changed:
-                await self._changed.wait_for(lambda: self.ready(identity))
+                if not self.ready(identity):
+                    with held.track_inprogress():
+                        await self._changed.wait_for(lambda: self.ready(identity))
         except TimeoutError:
             raise UnavailableError(
                 f"No replica of the model {identity} has been ready for {seconds:.0f} s; it is starting, or its servers "

@@ -54,13 +54,21 @@ class Cluster:
         options = {"preconditions": preconditions, "propagationPolicy": "Background"}
         self._call("DELETE", _path(body), options, query=[])
 
+    def scale(self, body: Manifest, replicas: int) -> None:
+        """Sets an object's replicas by its scale subresource."""
+        # A custom resource's scale takes no server-side apply, and who patched it stands in no managedFields.
+        query, change = [("fieldManager", self._manager)], {"spec": {"replicas": replicas}}
+        self._call("PATCH", f"{_path(body)}/scale", change, query, kind="application/merge-patch+json")
+
     def create(self, manifest: Manifest) -> Manifest:
         """Creates an object, such as an Event."""
         path = _path(manifest).rpartition("/")[0]
         return self._call("POST", path, manifest, query=[("fieldManager", self._manager)])
 
-    def _call(self, method: str, path: str, body: Manifest, query: list[tuple[str, str]]) -> Manifest:
-        kind = "application/apply-patch+yaml" if method == "PATCH" else "application/json"
+    def _call(
+        self, method: str, path: str, body: Manifest, query: list[tuple[str, str]], *, kind: str | None = None
+    ) -> Manifest:
+        kind = kind or ("application/apply-patch+yaml" if method == "PATCH" else "application/json")
         request = self._api.param_serialize(
             method=method,
             resource_path=path,

@@ -7,11 +7,13 @@ import sys
 
 from latentflow import logs
 from latentflow.errors import LatentflowError
+from latentflow.metrics import OPERATOR, Instruments
 
 from latentflow_operator import handlers, settings
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.leadership import Lease, LeaseLostError
 from latentflow_operator.reconcile import Reconciler
+from latentflow_operator.scaling import MANAGER, Scaler
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,12 +22,26 @@ def main(argv: list[str] | None = None) -> None:
         command = settings.parse(argv)
         logs.configure(process="operator", form=command.log_format)
         api = handlers.connect()
+        metrics = Instruments(OPERATOR)
+        if command.metrics is not None:
+            host, _, port = command.metrics.rpartition(":")
+            metrics.serve(host=host, port=int(port))
+        reconciler = Reconciler(cluster=Cluster(api), settings=command.settings)
+        scaling = command.settings.scaling
         asyncio.run(
             handlers.operate(
-                Reconciler(cluster=Cluster(api), settings=command.settings),
+                reconciler,
                 namespaces=command.namespaces,
                 liveness=command.liveness,
                 lease=Lease(api, command.lease) if command.lease else None,
+                scaler=Scaler(
+                    store=reconciler.store,
+                    cluster=Cluster(api, manager=MANAGER),
+                    settings=scaling,
+                    metrics=metrics,
+                )
+                if scaling is not None
+                else None,
             )
         )
     except LatentflowError as error:

@@ -149,23 +149,32 @@ def transition(body: Body, status: Body, *, now: datetime) -> Body | None:
     after = by_type({"status": status})[ConditionType.READY.value]
     if (before.get("status"), before.get("reason")) == (after["status"], after["reason"]):
         return None
-    metadata = body["metadata"]
     good = after["status"] == "True" or after["reason"] in _EXPECTED
+    return event(body, reason=after["reason"], note=after["message"], warning=not good, action="Reconcile", now=now)
+
+
+def event(body: Body, *, reason: str, note: str, warning: bool, action: str, now: datetime) -> Body:
+    """An Event about an object.
+
+    Args:
+        action: What was done: Reconcile or Scale.
+    """
+    metadata = body["metadata"]
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
         # Named after the change itself, so that telling it twice makes one Event.
         "metadata": {
-            "name": f"{metadata['name']}.{metadata['uid'][:8]}-{metadata['resourceVersion']}",
+            "name": f"{metadata['name']}.{metadata['uid'][:8]}-{action.lower()}-{metadata['resourceVersion']}",
             "namespace": metadata["namespace"],
         },
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": "latentflow.io/operator",
         "reportingInstance": "latentflow-operator",
-        "action": "Reconcile",
-        "type": "Normal" if good else "Warning",
-        "reason": after["reason"],
-        "note": after["message"],
+        "action": action,
+        "type": "Warning" if warning else "Normal",
+        "reason": reason,
+        "note": note[:1024],
         "regarding": {
             "apiVersion": body["apiVersion"],
             "kind": body["kind"],

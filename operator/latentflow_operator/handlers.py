@@ -22,6 +22,7 @@ from latentflow_operator.cluster import MANAGER
 from latentflow_operator.leadership import Lease
 from latentflow_operator.manifests import MANAGED
 from latentflow_operator.reconcile import Reconciler
+from latentflow_operator.scaling import Scaler
 
 _WATCHED: tuple[tuple[str, str, str, dict[str, Any] | None], ...] = (
     ("latentflow.io", "v1alpha1", "diffusionworkflows", None),
@@ -66,12 +67,14 @@ async def operate(
     namespaces: tuple[str, ...] = (),
     liveness: str | None = None,
     lease: Lease | None = None,
+    scaler: Scaler | None = None,
 ) -> None:
     """Runs until a signal.
 
     Args:
         namespaces: Where to work; empty: in all.
         liveness: Where to answer liveness probes, as http://host:port/path.
+        scaler: Scales models; None: nobody does here.
         lease: What to hold while writing; without one, nobody else may work in the same namespaces.
 
     Raises:
@@ -88,10 +91,13 @@ async def operate(
         if lease is not None:
             await lease.acquire()
         reconciler.queue.open()
-        if lease is not None:
-            try:
-                await lease.hold()
-            finally:
+        tasks = [asyncio.create_task(lease.hold())] if lease is not None else []
+        tasks += [asyncio.create_task(scaler.run())] if scaler is not None else []
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
                 stop.set()
 
     leading = asyncio.create_task(lead())

@@ -9,9 +9,39 @@ from typing import Any, Literal
 
 from latentflow.api.types import Typed
 from latentflow.errors import InvalidRequestError
+from latentflow_scheduler import policy
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+
+
+class ScalingSettings(Typed):
+    """What the scheduler reads, how often, and how it turns a load into replicas."""
+
+    prometheus: str = Field(pattern="^https?://[^ ]+[^/ ]$", description="URL of the Prometheus server.")
+    interval_seconds: float = Field(default=10.0, gt=0, description="Between two decisions.")
+    window_seconds: int = Field(
+        default=60, ge=1, description="Over which rates are taken; at least four scrape intervals."
+    )
+    full: float = Field(default=0.7, gt=0, le=1, description="Share of its time that a replica should compute.")
+    backlog_seconds: float = Field(default=20.0, gt=0, description="In which those that wait should be worked off.")
+    up_seconds: float = Field(default=30.0, ge=0, description="Least time between two additions of replicas.")
+    down_seconds: float = Field(
+        default=120.0, ge=0, description="For how long fewer replicas have to do before some go."
+    )
+    idle_seconds: float = Field(
+        default=300.0, ge=0, description="For how long nobody has asked before a model with minReplicas 0 has none."
+    )
+
+    def policy(self) -> policy.Settings:
+        """What of it the policy takes."""
+        return policy.Settings(
+            full=self.full,
+            backlog_seconds=self.backlog_seconds,
+            up_seconds=self.up_seconds,
+            down_seconds=self.down_seconds,
+            idle_seconds=self.idle_seconds,
+        )
 
 
 class OperatorSettings(Typed):
@@ -44,6 +74,9 @@ class OperatorSettings(Typed):
         le=86_400,
         description="How long a server that is told to stop may finish its requests: the longest request allowed.",
     )
+    scaling: ScalingSettings | None = Field(
+        default=None, description="Scaling from Prometheus. Absent: nothing is scaled by itself."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +86,7 @@ class Command:
     Attributes:
         namespaces: Where to work; empty: in all.
         liveness: Where to answer liveness probes, as an http:// URL; None: nowhere.
+        metrics: host:port for /metrics; None: nowhere.
         lease: Namespace and name of the Lease to hold while writing; None: no other operator works there.
     """
 
@@ -60,6 +94,7 @@ class Command:
     namespaces: tuple[str, ...]
     liveness: str | None
     lease: tuple[str, str] | None
+    metrics: str | None
     log_format: Literal["console", "json"]
 
 
@@ -75,6 +110,7 @@ def parse(argv: list[str] | None = None) -> Command:
         "--namespace", action="append", default=[], help="a namespace to work in; several times for more (default: all)"
     )
     add("--liveness", help="answer liveness probes at this URL, such as http://0.0.0.0:8080/healthz")
+    add("--metrics", help="host:port for /metrics (default: nowhere)")
     add(
         "--lease",
         type=_place,
@@ -88,6 +124,7 @@ def parse(argv: list[str] | None = None) -> Command:
         namespaces=tuple(args.namespace),
         liveness=args.liveness,
         lease=args.lease,
+        metrics=args.metrics,
         log_format=args.log_format,
     )
 

@@ -70,6 +70,10 @@ class Store:
         """What is known of an object; None where there is none."""
         return self._bodies[kind].get((namespace, name))
 
+    def all(self, kind: str) -> list[Body]:
+        """Every object of a kind."""
+        return list(self._bodies[kind].values())
+
     def workflow(self, namespace: str, name: str) -> Known | None:
         """A workflow."""
         return self._workflows.get((namespace, name))

@@ -117,6 +117,8 @@ REFUSED = [
     ("models.drainSeconds=-1", "/models/drainSeconds"),
     ("namespaces[0]=Not_A_Name", "/namespaces/0"),
     ("auth.tokenSecret=Not_A_Name", "/auth/tokenSecret"),
+    ("scaling.prometheus=prometheus:9090", "/scaling/prometheus"),
+    ("scaling.full=70", "/scaling/full"),
     ("podMonitor.interval=soon", "/podMonitor/interval"),
     ("models.cache.emptyDir.sizeLimit=1Gi,models.cache.hostPath.path=/x", "/models/cache"),
     (

@@ -28,13 +28,13 @@ class Mortal(Cluster):
         self._dies_at = dies_at
         self._heard = heard
 
-    def _call(self, method: str, path: str, body: Any, query: list[tuple[str, str]]) -> Any:
+    def _call(self, method: str, path: str, body: Any, query: list[tuple[str, str]], **kind: Any) -> Any:
         self.writes += 1
         if self._dies_at is not None and self.writes >= self._dies_at:
             if self._heard and self.writes == self._dies_at:
-                super()._call(method, path, body, query)
+                super()._call(method, path, body, query, **kind)
             raise ConnectionError("dead")
-        return super()._call(method, path, body, query)
+        return super()._call(method, path, body, query, **kind)
 
 
 def live(namespace: Namespace, cluster: Mortal, *, twice: bool = False) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
@@ -22,15 +23,16 @@ class Operator:
         kubeconfig: Who it is.
         folder: Where its configuration and its log lie.
         options: More of its command line.
+        config: More of its configuration.
     """
 
-    def __init__(self, kubeconfig: Path, folder: Path, *options: str) -> None:
+    def __init__(self, kubeconfig: Path, folder: Path, *options: str, **config: Any) -> None:
         folder.mkdir(exist_ok=True)
         self.log = folder / "operator.log"
         self._environment = os.environ | {"KUBECONFIG": str(kubeconfig)}
         self._options = options
         self._config = folder / "operator.yaml"
-        self._config.write_text(yaml.safe_dump(CONFIG))
+        self._config.write_text(yaml.safe_dump(CONFIG | config))
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

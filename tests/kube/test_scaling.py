@@ -1,0 +1,178 @@
+"""Scaling from a real Prometheus, over a real API server; the model servers' metrics are moved by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from kube.test_operator import workflow
+from latentflow.metrics import GATEWAY, NODE, Instruments
+from support.apiserver import ApiServer
+from support.kubectl import Body, Namespace, new_namespace
+from support.operating import Operator
+from support.prometheus import Prometheus, scraping
+
+# Fast, so that a test does not wait; the scrape interval is a second.
+SCALING = {"intervalSeconds": 0.5, "windowSeconds": 5, "upSeconds": 1, "downSeconds": 4, "idleSeconds": 4}
+MOST = 5
+SCALE = "diffusionmodels/scale"
+
+
+class Servers:
+    """The metrics of a model's servers, all of which together do some requests per second."""
+
+    def __init__(self, model: str) -> None:
+        self._nodes = [Instruments(NODE, model=model, role="Denoiser") for _ in range(MOST)]
+        self.addresses = [f"127.0.0.1:{node.serve(host='127.0.0.1', port=0)}" for node in self._nodes]
+        for node in self._nodes:
+            node.of("latentflow_ready").set(1)
+        self.rate, self.seconds = 0.0, 0.5
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        pause = 0.1
+        while not self._stopped.wait(pause):
+            done = self.rate * pause
+            self._nodes[0].of("latentflow_requests_total", call="Denoise", code="OK").inc(done)
+            self._nodes[0].of("latentflow_step_seconds").observe(done * self.seconds)
+
+    def close(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+        for node in self._nodes:
+            node.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled:
+    """A workflow whose denoiser may have up to five replicas, and what it is scaled by."""
+
+    namespace: Namespace
+    servers: Servers
+    gateway: Instruments
+    prometheus: Prometheus
+    model: str
+
+    def until(self, replicas: int) -> Body:
+        """The denoiser once it shall have so many."""
+        return self.namespace.until(
+            "DiffusionModel", lambda found: found[self.model]["spec"].get("replicas", 1) == replicas
+        )[self.model]
+
+    def says(self, words: str) -> Body:
+        """The denoiser once its scheduler says this."""
+        return self.namespace.until("DiffusionModel", lambda found: words in _said(found[self.model]))[self.model]
+
+
+def _said(body: Body) -> str:
+    return str(body.get("status", {}).get("scheduling", {}).get("reason", ""))
+
+
+def expected(scaled: Scaled) -> int:
+    """What rate × service time says."""
+    return math.ceil(scaled.servers.rate * scaled.servers.seconds / 0.7)
+
+
+@pytest.fixture
+def scaled(
+    api_server: ApiServer, accounts: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[Scaled]:
+    scaling = getattr(request, "param", {"minReplicas": 1, "maxReplicas": MOST})
+    with new_namespace(api_server, "scaling") as namespace:
+        namespace.create(workflow(scaling=scaling))
+        operator = Operator(accounts["operator"], tmp_path / "first", f"--namespace={namespace.name}")
+        operator.start()
+        models = namespace.until("DiffusionModel", lambda found: len(found) == 4)
+        operator.stop()
+        (model,) = (name for name, body in models.items() if body["spec"]["role"] == "Denoiser")
+        servers, gateway = Servers(model), Instruments(GATEWAY)
+        addresses = [*servers.addresses, f"127.0.0.1:{gateway.serve(host='127.0.0.1', port=0)}"]
+        with scraping(tmp_path, addresses, namespace=namespace.name) as prometheus:
+            operator = Operator(
+                accounts["operator"],
+                tmp_path / "second",
+                f"--namespace={namespace.name}",
+                scaling=SCALING | {"prometheus": prometheus.url},
+            )
+            operator.start()
+            yield Scaled(namespace=namespace, servers=servers, gateway=gateway, prometheus=prometheus, model=model)
+            operator.stop()
+        gateway.close()
+        servers.close()
+
+
+def test_a_model_gets_the_replicas_that_rate_times_service_time_asks_for_and_loses_them_afterwards(
+    scaled: Scaled,
+) -> None:
+    scaled.servers.rate = 3.4
+    scaled.until(expected(scaled))
+    body = scaled.says("replicas' work")
+    assert body["status"]["scheduling"]["replicas"] == 3
+    assert re.match(r"up to 3: \d\.\d\d/s × 0\.50 s = \d\.\d\d replicas' work", _said(body))
+    scaled.servers.rate = 0.4
+    assert scaled.until(1)
+    scaled.says("down to 1")
+
+
+def test_the_models_that_are_not_asked_stay_as_they_are(scaled: Scaled, api_server: ApiServer) -> None:
+    scaled.servers.rate = 3.4
+    scaled.until(3)
+    scaled.says("up to 3")
+    written = {
+        write[3] for write in api_server.writes("latentflow") if write[:3] == ("patch", scaled.namespace.name, SCALE)
+    }
+    assert written == {scaled.model}
+    for body in scaled.namespace.list("DiffusionModel").values():
+        for entry in body["metadata"]["managedFields"]:
+            assert "f:replicas" not in entry["fieldsV1"].get("f:spec", {})
+
+
+def test_a_decision_is_told_as_an_event_with_its_reason(scaled: Scaled) -> None:
+    scaled.servers.rate = 3.4
+    scaled.until(3)
+    events = scaled.namespace.until(
+        "Event", lambda found: any(event["note"].startswith("up to 3: ") for event in found.values())
+    )
+    told = [event for event in events.values() if event["reason"] == "ScaledUp"]
+    assert {event["regarding"]["name"] for event in told} == {scaled.model}
+
+
+def test_while_prometheus_is_away_everything_stays_and_it_says_so_once(scaled: Scaled) -> None:
+    scaled.servers.rate = 3.4
+    scaled.until(3)
+    scaled.prometheus.program.stop()
+    scaled.servers.rate = 0.0
+    body = scaled.says("holding: no signals")
+    assert body["spec"]["replicas"] == 3
+    scaled.prometheus.program.start()
+    scaled.until(1)
+    reasons = [event["reason"] for event in scaled.namespace.list("Event").values()]
+    assert reasons.count("SignalsMissing") == reasons.count("SignalsBack") == 1
+
+
+@pytest.mark.parametrize("scaled", [{"minReplicas": 0, "maxReplicas": 2}], indirect=True)
+def test_a_model_that_nobody_asks_for_sleeps_and_a_held_request_wakes_it(scaled: Scaled) -> None:
+    scaled.until(0)
+    held = scaled.gateway.of("latentflow_gateway_held", model=f"{scaled.namespace.name}/{scaled.model}")
+    held.set(1)
+    scaled.until(1)
+
+
+@pytest.mark.parametrize("scaled", [{"minReplicas": 1, "maxReplicas": MOST, "mode": "External"}], indirect=True)
+def test_an_external_model_is_left_to_who_scales_it(scaled: Scaled, api_server: ApiServer) -> None:
+    api_server.kubectl("scale", "--replicas=2", f"dm/{scaled.model}", f"--namespace={scaled.namespace.name}")
+    scaled.servers.rate = 3.4
+    (vae,) = (n for n, body in scaled.namespace.list("DiffusionModel").items() if body["spec"]["role"] == "VAE")
+    # The same rounds bring the VAE back into its bounds: two of them have passed, then.
+    for _ in range(2):
+        scaled.namespace.patch("DiffusionModel", vae, {"spec": {"replicas": 3}}, subresource="scale")
+        scaled.namespace.until("DiffusionModel", lambda found: found[vae]["spec"]["replicas"] == 1)
+    body = scaled.until(2)
+    assert "scheduling" not in body.get("status", {})
