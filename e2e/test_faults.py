@@ -87,7 +87,7 @@ def workflow(**engine: int) -> Body:
     body = threaded("shapes-minimal.yaml")
     for model in body["spec"]["models"]:
         if model["role"] == "Denoiser":
-            model["scaling"] = {"minReplicas": 2}
+            model["scaling"] = {"minReplicas": 2, "maxReplicas": 2}
             model["engine"] |= engine
     return body
 

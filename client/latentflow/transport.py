@@ -5,6 +5,8 @@ A transport moves messages and raises `latentflow.errors`; it decides nothing.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from typing import Protocol
 
@@ -16,6 +18,8 @@ from latentflow.errors import LatentflowError, UnavailableError
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 Metadata = list[tuple[str, str]]
+# A gateway that has answered before is given so long to come back, or another in its place, before a new request fails.
+_RECONNECT_SECONDS = 5.0
 
 
 class Transport(Protocol):
@@ -51,7 +55,10 @@ class AsyncTransport(Protocol):
 
 
 class GrpcTransport:
-    """A gRPC channel to a gateway. Leaving a `generate` iterator early cancels the call."""
+    """A gRPC channel to a gateway. Leaving a `generate` iterator early cancels the call.
+
+    A new request waits a little for a lost connection to come back; where there never was one it fails at once.
+    """
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
@@ -62,13 +69,19 @@ class GrpcTransport:
             else grpc.insecure_channel(target, options)
         )
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
+        self._met = False
 
     def generate(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
     ) -> Iterator[generation_pb2.GenerateResponse]:
+        if self._met:
+            with contextlib.suppress(grpc.FutureTimeoutError):
+                grpc.channel_ready_future(self._channel).result(_patience(timeout))
         call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
         try:
-            yield from call
+            for response in call:
+                self._met = True
+                yield response
         except grpc.RpcError as error:
             raise _explained(error, self._target) from None
         finally:
@@ -99,7 +112,7 @@ class GrpcTransport:
 
 
 class AsyncGrpcTransport:
-    """A gRPC channel to a gateway, for asyncio."""
+    """A gRPC channel to a gateway, for asyncio; as `GrpcTransport`."""
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
@@ -110,13 +123,18 @@ class AsyncGrpcTransport:
             else grpc.aio.insecure_channel(target, options)
         )
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
+        self._met = False
 
     async def generate(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        if self._met:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._channel.channel_ready(), _patience(timeout))
         call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
         try:
             async for response in call:
+                self._met = True
                 yield response
         except grpc.RpcError as error:
             raise _explained(error, self._target) from None
@@ -145,6 +163,10 @@ class AsyncGrpcTransport:
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+def _patience(timeout: float | None) -> float:
+    return _RECONNECT_SECONDS if timeout is None else min(timeout, _RECONNECT_SECONDS)
 
 
 def _explained(rpc_error: grpc.RpcError, target: str) -> LatentflowError:

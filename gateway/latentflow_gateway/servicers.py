@@ -108,14 +108,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     ) -> None:
         """One request, from planning to its last event. The work of a `Broadcast`."""
         ready_seconds = min(self._settings.ready_seconds, max(0.0, deadline - asyncio.get_running_loop().time()))
-        await self._replicas.describe(planning.needed(workflow, request), seconds=ready_seconds)
-        plan = planning.plan(
-            workflow=workflow,
-            request=request,
-            descriptions=self._replicas.descriptions,
-            limits=self._settings.limits,
-            seed=secrets.randbits(32),
-        )
+        plan = await self._planned(workflow, request, seed=secrets.randbits(32), seconds=ready_seconds)
         self._admission.check()
         accepted = generation_pb2.Accepted(
             request_id=request_id, queue_position=self._admission.queued, seed=plan.seed, workflow=plan.workflow
@@ -123,6 +116,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         broadcast.emit(generation_pb2.GenerateResponse(accepted=accepted))
         _log.info("accepted", workflow=plan.workflow, images=plan.images, steps=plan.steps)
         async with self._admission.slot(plan.workflow):
+            # Which models serve the workflow may have changed while the request waited.
+            present = planning.find(self._replicas.directory.workflows, plan.workflow)
+            if present is not workflow:
+                plan = await self._planned(present, request, seed=plan.seed, seconds=ready_seconds)
             execution = Execution(
                 plan=plan,
                 request_id=request_id,
@@ -141,6 +138,23 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 releasing = asyncio.create_task(execution.release())
                 self._releasing.add(releasing)
                 releasing.add_done_callback(self._releasing.discard)
+
+    async def _planned(
+        self, workflow: DiffusionWorkflow, request: generation_pb2.GenerateRequest, *, seed: int, seconds: float
+    ) -> planning.Plan:
+        """The plan, once every model that it needs has said what it is.
+
+        Args:
+            seed: For a request that names none.
+        """
+        await self._replicas.describe(planning.needed(workflow, request), seconds=seconds)
+        return planning.plan(
+            workflow=workflow,
+            request=request,
+            descriptions=self._replicas.descriptions,
+            limits=self._settings.limits,
+            seed=seed,
+        )
 
     def _count(self, workflow: str, code: str, reason: str, seconds: float) -> None:
         self._metrics.of("latentflow_gateway_requests_total", workflow=workflow, code=code).inc()

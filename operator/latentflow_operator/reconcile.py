@@ -58,6 +58,8 @@ class Reconciler:
         self._cluster = cluster
         self._settings = settings
         self._clock = clock
+        # Since when no workflow is served by a model any more.
+        self._left: dict[tuple[str, str], float] = {}
         self.queue: WorkQueue[Key] = WorkQueue(self._pass, workers=workers)
 
     def seen(self, body: Manifest) -> None:
@@ -120,10 +122,15 @@ class Reconciler:
         users = self.store.users(namespace, name)
         wish = wished(user.owner for user in users if user.owner is not None).get(name)
         if not users:
-            if body is not None and "deletionTimestamp" not in body["metadata"]:
-                await asyncio.to_thread(self._cluster.delete, body)
-                _log.info("retired a model that no workflow uses", namespace=namespace, model=name)
+            if body is None or "deletionTimestamp" in body["metadata"]:
+                return None
+            if (seconds := self._still_needed(body)) > 0:
+                self.queue.add_later(Key("model", namespace, name), seconds)
+                return body
+            await asyncio.to_thread(self._cluster.delete, body)
+            _log.info("retired a model that no workflow uses", namespace=namespace, model=name)
             return None
+        self._left.pop((namespace, name), None)
         if wish is None and body is None:
             return None
         if body is not None and "deletionTimestamp" in body["metadata"]:
@@ -141,6 +148,21 @@ class Reconciler:
         return await self._ensure(
             manifests.model_manifest(name=name, namespace=namespace, spec=spec, owners=sorted(owners))
         )
+
+    def _still_needed(self, body: Manifest) -> float:
+        """For how many seconds a model that workflows have changed away from is kept.
+
+        Requests that gateways have begun with it still need it, at a later stage; of a workflow that is gone there are none.
+        """
+        namespace, name = place_of(body)
+        owners = [self.store.workflow(namespace, ref["name"]) for ref in body["metadata"].get("ownerReferences", ())]
+        if not _is_true(body, ConditionType.WEIGHTS_AVAILABLE) or not any(
+            owner is not None and "deletionTimestamp" not in owner.body["metadata"] for owner in owners
+        ):
+            return 0.0
+        now = asyncio.get_running_loop().time()
+        since = self._left.setdefault((namespace, name), now)
+        return since + self._settings.retire_seconds - now
 
     async def _ensure(self, wish: Manifest) -> Manifest:
         """Applies an object unless it is so already; what it is then."""

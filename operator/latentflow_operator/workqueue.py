@@ -46,6 +46,12 @@ class WorkQueue(Generic[Key]):
             self._waiting.add(key)
             self._ready.put_nowait(key)
 
+    def add_later(self, key: Key, seconds: float) -> None:
+        """Asks for work on a key after some time, unless it is worked on before."""
+        if timer := self._timers.pop(key, None):
+            timer.cancel()
+        self._timers[key] = asyncio.get_running_loop().call_later(seconds, self.add, key)
+
     def open(self) -> None:
         """Lets the workers begin; until then keys are only taken in."""
         self._open.set()
@@ -93,4 +99,4 @@ class WorkQueue(Generic[Key]):
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         seconds = min(_MOST_SECONDS, _FIRST_SECONDS * 2 ** (failures - 1))
         _log.warning("could not reconcile; trying again", key=key, seconds=seconds, failures=failures, error=str(error))
-        self._timers[key] = asyncio.get_running_loop().call_later(seconds, self.add, key)
+        self.add_later(key, seconds)

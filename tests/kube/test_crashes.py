@@ -15,7 +15,7 @@ from latentflow_operator.settings import OperatorSettings
 from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, new_namespace
 
-SETTINGS = OperatorSettings(node_image="latentflow-node:test", model_root={"emptyDir": {}})
+SETTINGS = OperatorSettings(node_image="latentflow-node:test", model_root={"emptyDir": {}}, retire_seconds=0)
 SEEN = ("DiffusionWorkflow", *KINDS, "Pod")
 
 
@@ -37,11 +37,11 @@ class Mortal(Cluster):
         return super()._call(method, path, body, query, **kind)
 
 
-def live(namespace: Namespace, cluster: Mortal, *, twice: bool = False) -> int:
+def live(namespace: Namespace, cluster: Mortal, *, twice: bool = False, settings: OperatorSettings = SETTINGS) -> int:
     """One life of an operator: it lists what is there, and works until there is nothing to do. How much it wrote."""
 
     async def run() -> None:
-        reconciler = Reconciler(cluster=cluster, settings=SETTINGS, clock=lambda: datetime(2026, 1, 1, tzinfo=UTC))
+        reconciler = Reconciler(cluster=cluster, settings=settings, clock=lambda: datetime(2026, 1, 1, tzinfo=UTC))
         for kind in SEEN:
             for body in namespace.list(kind).values():
                 for _ in range(2 if twice else 1):
@@ -54,10 +54,10 @@ def live(namespace: Namespace, cluster: Mortal, *, twice: bool = False) -> int:
     return cluster.writes
 
 
-def settle(server: ApiServer, namespace: Namespace) -> None:
+def settle(server: ApiServer, namespace: Namespace, settings: OperatorSettings = SETTINGS) -> None:
     """Lives of operators until one finds nothing to do."""
     for _ in range(10):
-        if live(namespace, Mortal(server)) == 0:
+        if live(namespace, Mortal(server), settings=settings) == 0:
             return
     raise AssertionError("ten operators have not come to an end")
 
@@ -132,3 +132,18 @@ def test_every_object_delivered_twice_or_late_changes_nothing_in_the_outcome(api
         # Late: what was known before comes again, by an operator that has written since.
         assert live(namespace, Mortal(api_server), twice=True) == 0
         assert outcome(namespace) == wanted
+
+
+def test_a_model_that_was_changed_away_from_stays_for_the_requests_that_have_begun_with_it(
+    api_server: ApiServer,
+) -> None:
+    with new_namespace(api_server, "retiring") as namespace:
+        change(api_server, namespace)
+        settle(api_server, namespace, SETTINGS.model_copy(update={"retire_seconds": 3600}))
+        (body,) = namespace.list("DiffusionWorkflow").values()
+        bound = {entry["model"] for entry in body["status"]["models"]}
+        there = namespace.list("DiffusionModel").keys()
+        assert len(bound) == 4
+        assert bound < there
+        settle(api_server, namespace)
+        assert namespace.list("DiffusionModel").keys() == bound

@@ -13,7 +13,12 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixe
 
 from support.paths import ROOT
 
-CONFIG = {"nodeImage": "latentflow-node:test", "modelRoot": {"hostPath": {"path": "/srv/models"}}, "drainSeconds": 1}
+CONFIG = {
+    "nodeImage": "latentflow-node:test",
+    "modelRoot": {"hostPath": {"path": "/srv/models"}},
+    "drainSeconds": 1,
+    "retireSeconds": 1,
+}
 
 
 class Operator:
