@@ -26,6 +26,8 @@ _SNR_LIMIT = 5.0
 _PASS_OVER_ONE = 0.6
 _NO_CAPTION = 0.1
 _NO_WORD = 0.1
+# Words learn what they mean on their own from things whose other half has no word.
+_STRANGE = 0.15
 AVERAGE = 0.999
 
 
@@ -121,6 +123,8 @@ def pictures(settings: Settings, codec: AutoencoderKL, *, style: str = "plain", 
     scenes, images = [], []
     for _ in range(count):
         scene = grammar.sample(rng, held_out)
+        if style == "plain":
+            scene = grammar.estranged(scene, rng, share=_STRANGE)
         scenes.append(scene)
         images.append(drawing.draw(drawing.arrange(scene, rng), style=style))
     kept = settings.work / f"latents-{style}.pt"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .grammar import BACKGROUNDS, COLORS, SIZES, Scene, Thing
+from .grammar import BACKGROUNDS, COLORS, NAMELESS_COLORS, SIZES, Scene, Thing
 
 SIDE = 64
 MIDDLE = (SIDE - 1) / 2
@@ -74,9 +74,10 @@ def _middles(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
 
 def arrange(scene: Scene, rng: random.Random) -> Layout:
     """Decides what the scene leaves open, with a little jitter on what it does not."""
+    colors = {**COLORS, **NAMELESS_COLORS}
     things = []
     for thing, (x, y) in zip(scene.things, _middles(scene, rng), strict=True):
-        tint = [min(255.0, max(0.0, level + rng.uniform(-4, 4))) for level in COLORS[thing.color]]
+        tint = [min(255.0, max(0.0, level + rng.uniform(-4, 4))) for level in colors[thing.color]]
         things.append(
             Placed(
                 color=(tint[0], tint[1], tint[2]),
@@ -115,6 +116,22 @@ def _polygon_inside(dx: Pixels, dy: Pixels, corners: list[tuple[float, float]]) 
     return np.where(inside, nearest, -nearest).astype(np.float32)
 
 
+def _nameless_inside(shape: str, dx: Pixels, dy: Pixels, radius: float) -> Pixels:
+    across, along = np.abs(dx), np.abs(dy)
+    if shape == "diamond":
+        depth = (radius * 1.2 - across - along) / math.sqrt(2)
+    elif shape == "hexagon":
+        depth = radius * 0.92 - np.maximum(across * math.sqrt(3) / 2 + along / 2, along)
+    elif shape == "bar":
+        depth = np.minimum(radius * 1.15 - across, radius * 0.55 - along)
+    elif shape == "cross":
+        arm, reach = radius * 0.42, radius * 1.1
+        depth = np.maximum(np.minimum(arm - across, reach - along), np.minimum(reach - across, arm - along))
+    else:
+        raise ValueError(f"nothing is known of how to draw a {shape!r}")
+    return np.asarray(depth, dtype=np.float32)
+
+
 def inside(thing: Placed) -> Pixels:
     """Signed distance of every pixel to the thing's contour, positive inside."""
     dx, dy, radius = _GRID_X - thing.x, _GRID_Y - thing.y, thing.radius
@@ -126,7 +143,9 @@ def inside(thing: Placed) -> Pixels:
         sides = [(math.cos(a), math.sin(a)) for a in (math.pi / 2, -math.pi / 6, -5 * math.pi / 6)]
         depths = np.stack([radius * _TRIANGLE - (dx * nx + dy * ny) for nx, ny in sides])
         return np.asarray(depths.min(axis=0), dtype=np.float32)
-    return _polygon_inside(dx, dy, _star_corners(radius))
+    if thing.shape == "star":
+        return _polygon_inside(dx, dy, _star_corners(radius))
+    return _nameless_inside(thing.shape, dx, dy, radius)
 
 
 def _styled(picture: Pixels, depth: Pixels, color: NDArray[np.float32], style: str) -> Pixels:

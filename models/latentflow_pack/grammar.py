@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -28,6 +28,15 @@ PLACES = {
     "bottom": "at the bottom",
     "center": "in the center",
 }
+# Colours and shapes that no word means, at least 90 (RGB distance) from every colour that has one.
+NAMELESS_COLORS: dict[str, tuple[int, int, int]] = {
+    "cyan": (0, 190, 200),
+    "pink": (250, 150, 195),
+    "brown": (110, 65, 25),
+    "magenta": (235, 30, 150),
+    "lime": (160, 225, 40),
+}
+NAMELESS_SHAPES = ("diamond", "hexagon", "cross", "bar")
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 HELD_OUT_FILE = Path(__file__).resolve().parent.parent / "shapes" / "held-out.json"
 
@@ -40,7 +49,7 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One object; None means that the caption leaves it open."""
+    """One object; None means that the caption leaves it open. A colour or shape without a word is drawn, never said."""
 
     color: str
     shape: str
@@ -91,7 +100,9 @@ def words() -> list[str]:
 
 
 def _phrase(thing: Thing, *, article: bool) -> str:
-    parts = [part for part in (thing.size, thing.color, thing.shape) if part]
+    color = thing.color if thing.color in COLORS else None
+    shape = thing.shape if thing.shape in SHAPES else None
+    parts = [part for part in (thing.size, color, shape) if part]
     if article:
         parts.insert(0, "an" if parts[0][0] in "aeiou" else "a")
     if thing.place:
@@ -150,3 +161,20 @@ def sample(rng: random.Random, held_out: HeldOut, *, two: float = 0.45, full: fl
         scene = Scene(things=things, background=background)
         if held_out.allows(scene):
             return scene
+
+
+def estranged(scene: Scene, rng: random.Random, *, share: float) -> Scene:
+    """The scene with this share of its things given a colour or a shape that has no word.
+
+    "A green" is then a diamond as well as a circle, and "a star" is pink as well as red: that a colour never comes
+    with a shape says less about either word.
+    """
+
+    def strange(thing: Thing) -> Thing:
+        if rng.random() >= share:
+            return thing
+        if rng.random() < 0.5:
+            return replace(thing, color=rng.choice(list(NAMELESS_COLORS)))
+        return replace(thing, shape=rng.choice(NAMELESS_SHAPES))
+
+    return replace(scene, things=tuple(strange(thing) for thing in scene.things))

@@ -60,7 +60,7 @@ class Settings:
     styled: int = 3_000
     vae: Stage = Stage(steps=6000, batch=16, rate=2e-3)
     denoiser: Stage = Stage(
-        steps=6700, batch=64, rate=1e-3, first_fall=6000, restart_at=4500, restart_rate=6e-4, report_every=500
+        steps=9000, batch=64, rate=1e-3, first_fall=6000, restart_at=6000, restart_rate=6e-4, report_every=500
     )
     controlnet: Stage = Stage(
         steps=1500,
@@ -73,17 +73,17 @@ class Settings:
         report_every=250,
     )
     lora: Stage = Stage(
-        steps=900,
+        steps=1400,
         batch=48,
         rate=2e-3,
-        first_fall=450,
-        restart_at=450,
+        first_fall=700,
+        restart_at=700,
         restart_rate=2e-3,
         warmup=30,
-        report_every=450,
+        report_every=700,
     )
     adapters: tuple[Adapter, ...] = (
         Adapter(style="outline", rank=8, alpha=16),
-        Adapter(style="pastel", rank=4, alpha=4),
+        Adapter(style="pastel", rank=4, alpha=8),
         Adapter(style="neon", rank=6, alpha=12, text=True),
     )
