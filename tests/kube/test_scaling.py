@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def expected(scaled: Scaled) -> int:
 def scaled(
     api_server: ApiServer, accounts: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Scaled]:
+    if shutil.which("prometheus") is None:
+        pytest.skip("prometheus is not installed; on Debian: tools/debian")
     scaling = getattr(request, "param", {"minReplicas": 1, "maxReplicas": MOST})
     with new_namespace(api_server, "scaling") as namespace:
         namespace.create(workflow(scaling=scaling))
