@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# A rate below this is none, one request in thirty years; dividing by still less would overflow.
+_NONE = 1e-9
+
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
@@ -30,7 +33,7 @@ class Load:
     @property
     def service_seconds(self) -> float:
         """Seconds of computing that one request costs; 0 where none has come."""
-        return self.busy / self.arrivals if self.arrivals > 0 else 0.0
+        return self.busy / self.arrivals if self.arrivals > _NONE else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
