@@ -109,10 +109,6 @@ def wait_until_ready(release: ApiServer, namespace: Namespace, *names: str) -> N
             raise AssertionError(f"{error}\n{told}") from None
 
 
-def models(namespace: Namespace) -> set[str]:
-    return {pod["metadata"]["labels"]["latentflow.io/model"] for pod in namespace.list("Pod").values()}
-
-
 @pytest.mark.timeout(900)
 async def test_a_workflow_becomes_ready_and_its_image_is_everywhere_the_same(
     release: ApiServer, namespace: Namespace, tmp_path: Path

@@ -14,6 +14,7 @@ from typing import Any
 
 from latentflow.api.status import ConditionType
 
+from latentflow_operator import events
 from latentflow_operator.binding import Binding, Conflict
 
 Body = dict[str, Any]
@@ -150,39 +151,9 @@ def transition(body: Body, status: Body, *, now: datetime) -> Body | None:
     if (before.get("status"), before.get("reason")) == (after["status"], after["reason"]):
         return None
     good = after["status"] == "True" or after["reason"] in _EXPECTED
-    return event(body, reason=after["reason"], note=after["message"], warning=not good, action="Reconcile", now=now)
-
-
-def event(body: Body, *, reason: str, note: str, warning: bool, action: str, now: datetime) -> Body:
-    """An Event about an object.
-
-    Args:
-        action: What was done: Reconcile or Scale.
-    """
-    metadata = body["metadata"]
-    return {
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        # Named after the change itself, so that telling it twice makes one Event.
-        "metadata": {
-            "name": f"{metadata['name']}.{metadata['uid'][:8]}-{action.lower()}-{metadata['resourceVersion']}",
-            "namespace": metadata["namespace"],
-        },
-        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        "reportingController": "latentflow.io/operator",
-        "reportingInstance": "latentflow-operator",
-        "action": action,
-        "type": "Warning" if warning else "Normal",
-        "reason": reason,
-        "note": note[:1024],
-        "regarding": {
-            "apiVersion": body["apiVersion"],
-            "kind": body["kind"],
-            "name": metadata["name"],
-            "namespace": metadata["namespace"],
-            "uid": metadata["uid"],
-        },
-    }
+    return events.event(
+        body, reason=after["reason"], note=after["message"], warning=not good, action="Reconcile", now=now
+    )
 
 
 def by_type(body: Body | None) -> dict[str, Body]:

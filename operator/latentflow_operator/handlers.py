@@ -93,12 +93,14 @@ async def operate(
         reconciler.queue.open()
         tasks = [asyncio.create_task(lease.hold())] if lease is not None else []
         tasks += [asyncio.create_task(scaler.run())] if scaler is not None else []
+        if not tasks:
+            return
         try:
             await asyncio.gather(*tasks)
         finally:
+            stop.set()
             for task in tasks:
                 task.cancel()
-                stop.set()
 
     leading = asyncio.create_task(lead())
     async with reconciler.queue.running():

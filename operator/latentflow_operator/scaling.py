@@ -21,7 +21,7 @@ from latentflow_scheduler import policy, signals
 from latentflow_scheduler.policy import Bounds, Decision, State
 from latentflow_scheduler.signals import Place, Signals
 
-from latentflow_operator import conditions, manifests
+from latentflow_operator import events, manifests
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.manifests import Manifest
 from latentflow_operator.settings import ScalingSettings
@@ -52,6 +52,7 @@ class Scaler:
         self._store = store
         self._cluster = cluster
         self._settings = settings
+        self._policy = settings.policy()
         self._metrics = metrics
         self._clock = clock
         self._states: dict[Place, State] = {}
@@ -101,12 +102,12 @@ class Scaler:
             bounds=Bounds(fewest=spec.scaling.min_replicas, most=spec.scaling.max_replicas),
             state=self._states[place],
             now=self._clock(),
-            settings=self._settings.policy(),
+            settings=self._policy,
         )
         namespace, model = place
         self._metrics.of("latentflow_scheduler_replicas", namespace=namespace, model=model).set(decision.replicas)
         if load is not None:
-            wanted = policy.demand(load, self._settings.policy())
+            wanted = policy.demand(load, self._policy)
             self._metrics.of("latentflow_scheduler_demand", namespace=namespace, model=model).set(wanted)
         if decision.replicas != current:
             await asyncio.to_thread(self._cluster.scale, body, decision.replicas)
@@ -119,7 +120,7 @@ class Scaler:
                 "scaled", model=f"{namespace}/{model}", before=current, after=decision.replicas, why=decision.reason
             )
         elif spec.scaling.min_replicas < spec.scaling.max_replicas:
-            await self._watch_sight(place, body, decision, blind=load is None and known is None)
+            await self._watch_sight(place, body, decision, blind=known is None)
         # Only what has been written is remembered: a decision that failed is made again.
         self._states[place] = state
 
@@ -147,5 +148,5 @@ class Scaler:
             "status": {"scheduling": scheduling},
         }
         await asyncio.to_thread(self._cluster.apply_status, wish)
-        event = conditions.event(body, reason=reason, note=decision.reason, warning=warning, action="Scale", now=now)
-        await asyncio.to_thread(self._cluster.create, event)
+        told = events.event(body, reason=reason, note=decision.reason, warning=warning, action="Scale", now=now)
+        await asyncio.to_thread(self._cluster.create, told)

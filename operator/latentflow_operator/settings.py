@@ -23,14 +23,22 @@ class ScalingSettings(Typed):
     window_seconds: int = Field(
         default=60, ge=1, description="Over which rates are taken; at least four scrape intervals."
     )
-    full: float = Field(default=0.7, gt=0, le=1, description="Share of its time that a replica should compute.")
-    backlog_seconds: float = Field(default=20.0, gt=0, description="In which those that wait should be worked off.")
-    up_seconds: float = Field(default=30.0, ge=0, description="Least time between two additions of replicas.")
+    full: float = Field(
+        default=policy.Settings.full, gt=0, le=1, description="Share of its time that a replica should compute."
+    )
+    backlog_seconds: float = Field(
+        default=policy.Settings.backlog_seconds, gt=0, description="In which those that wait should be worked off."
+    )
+    up_seconds: float = Field(
+        default=policy.Settings.up_seconds, ge=0, description="Least time between two additions of replicas."
+    )
     down_seconds: float = Field(
-        default=120.0, ge=0, description="For how long fewer replicas have to do before some go."
+        default=policy.Settings.down_seconds, ge=0, description="For how long fewer replicas have to do before some go."
     )
     idle_seconds: float = Field(
-        default=300.0, ge=0, description="For how long nobody has asked before a model with minReplicas 0 has none."
+        default=policy.Settings.idle_seconds,
+        ge=0,
+        description="For how long nobody has asked before a model with minReplicas 0 has none.",
     )
 
     def policy(self) -> policy.Settings:
