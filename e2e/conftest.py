@@ -6,6 +6,7 @@ import images
 import node
 import pytest
 import yaml
+from observing import Prometheus
 from support.apiserver import ApiServer
 from support.chart import CHART, helm
 from support.kubectl import Namespace, new_namespace
@@ -19,6 +20,14 @@ VALUES = {
     },
     "models": {"modelRoot": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}, "drainSeconds": 60},
     "gateway": {"drainSeconds": 60},
+    # Faster than the defaults, so that a test sees it go up and down.
+    "scaling": {
+        "prometheus": "http://prometheus.monitoring.svc:9090",
+        "intervalSeconds": 2,
+        "windowSeconds": 15,
+        "upSeconds": 15,
+        "downSeconds": 30,
+    },
 }
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
@@ -32,25 +41,31 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 
 @pytest.fixture(scope="session")
-def release(cluster: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
+def prometheus(cluster: ApiServer) -> Prometheus:
+    """A Prometheus server in the cluster."""
+    cluster.apply(list(yaml.safe_load_all((ROOT / "e2e/prometheus.yaml").read_text())))
+    found = Prometheus(cluster)
+    found.ready()
+    return found
+
+
+@pytest.fixture(scope="session")
+def release(cluster: ApiServer, prometheus: Prometheus, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
     """The cluster with the chart installed, in a namespace that enforces restricted Pod Security."""
-    values = tmp_path_factory.mktemp("release") / "values.yaml"
-    values.write_text(yaml.safe_dump(VALUES))
     cluster.apply(
         [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": RELEASE_NAMESPACE, "labels": RESTRICTED}}]
     )
-    done = helm(
-        "install",
-        "latentflow",
-        str(CHART),
-        f"--kubeconfig={cluster.kubeconfig}",
-        f"--namespace={RELEASE_NAMESPACE}",
-        f"--values={values}",
-        "--wait",
-        "--timeout=5m",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr + cluster.kubectl("get", "events", "-A")
+    values = tmp_path_factory.mktemp("release") / "values.yaml"
+    values.write_text(yaml.safe_dump(VALUES))
+    deploy(cluster, "install", f"--values={values}")
     return cluster
+
+
+def deploy(cluster: ApiServer, verb: str, *options: str) -> None:
+    """`helm install` or `upgrade` of the release; returns when what the chart makes is ready."""
+    place = [f"--kubeconfig={cluster.kubeconfig}", f"--namespace={RELEASE_NAMESPACE}"]
+    done = helm(verb, "latentflow", str(CHART), *place, *options, "--wait", "--timeout=5m")
+    assert done.returncode == 0, done.stdout + done.stderr + cluster.kubectl("get", "events", "-A")
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ An image that is there already is not imported again: that of the model servers 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,9 +15,11 @@ from pathlib import Path
 from node import PAUSE, ctr
 from support.paths import ROOT
 
-TAG = "e2e"
+# The second names the same images, for a release to be upgraded to.
+TAG, NEXT_TAG = "e2e", "e2e-next"
 CONTROL, NODE = f"localhost/latentflow-control:{TAG}", f"localhost/latentflow-node:{TAG}"
 DNS = f"localhost/latentflow-coredns:{TAG}"
+PROMETHEUS = f"localhost/latentflow-prometheus:{TAG}"
 
 
 def provide(socket: Path) -> None:
@@ -23,9 +27,12 @@ def provide(socket: Path) -> None:
     programs = Path(_output(str(ROOT / "tools/build"), "pause", "coredns"))
     _wrap(programs / "pause", PAUSE)
     _wrap(programs / "coredns", DNS)
+    _wrap(Path(shutil.which("prometheus") or "prometheus"), PROMETHEUS)
     subprocess.run([str(ROOT / "tools/images"), TAG], check=True, env={"BASE": "debootstrap"} | os.environ)
-    for image in (PAUSE, DNS, CONTROL, NODE):
+    for image in (PAUSE, DNS, PROMETHEUS, CONTROL, NODE):
         _import(socket, image)
+    for image in (CONTROL, NODE):
+        ctr(socket, "images", "tag", "--force", image, f"{image.removesuffix(TAG)}{NEXT_TAG}")
 
 
 def _output(*command: str) -> str:
@@ -33,14 +40,24 @@ def _output(*command: str) -> str:
 
 
 def _wrap(program: Path, image: str) -> None:
-    """An image with one static program in it."""
+    """An image with one program in it, and the libraries that it is linked to."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "program").write_bytes(program.read_bytes())
         (folder / "program").chmod(0o755)
-        (folder / "Dockerfile").write_text('FROM scratch\nCOPY program /program\nENTRYPOINT ["/program"]\n')
+        for library in _libraries(program):
+            (folder / f"root{library}").parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, folder / f"root{library}")
+        copied = "COPY root /\n" if (folder / "root").exists() else ""
+        (folder / "Dockerfile").write_text(f'FROM scratch\n{copied}COPY program /program\nENTRYPOINT ["/program"]\n')
         build = ["buildah", "bud", "--layers", "--quiet", "--isolation=chroot", f"--tag={image}", name]
         subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+
+
+def _libraries(program: Path) -> list[str]:
+    # Of a static program ldd says that it is none of its, and fails.
+    said = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
+    return re.findall(r"(/\S+) \(0x", said)
 
 
 def _import(socket: Path, image: str) -> None:

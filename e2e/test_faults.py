@@ -12,12 +12,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
+import images
 import psutil
 import pytest
-from conftest import RELEASE_NAMESPACE, models_claim
+from conftest import RELEASE_NAMESPACE, deploy, models_claim
 from latentflow import AsyncClient
 from latentflow.errors import LatentflowError
 from latentflow.retries import NO_RETRIES, Retries
+from observing import Prometheus
 from support.apiserver import ApiServer, ready
 from support.kubectl import Body, Namespace, new_namespace
 from test_path import threaded, wait_until_ready
@@ -66,6 +68,7 @@ class Serving:
     """A workflow that is served, its denoiser by two replicas, and the gateways' address."""
 
     release: ApiServer
+    prometheus: Prometheus
     namespace: Namespace
     target: str
 
@@ -93,14 +96,14 @@ def workflow(**engine: int) -> Body:
 
 
 @pytest.fixture(scope="module")
-def serving(release: ApiServer) -> Iterator[Serving]:
+def serving(release: ApiServer, prometheus: Prometheus) -> Iterator[Serving]:
     with new_namespace(release, "faults") as namespace:
         models_claim(release, namespace)
         namespace.apply(workflow())
         wait_until_ready(release, namespace, "shapes-minimal")
         place = ["get", "service", "latentflow-gateway", f"--namespace={RELEASE_NAMESPACE}"]
         address = release.kubectl(*place, "--output=jsonpath={.spec.clusterIP}")
-        serving = Serving(release=release, namespace=namespace, target=f"{address}:8400")
+        serving = Serving(release=release, prometheus=prometheus, namespace=namespace, target=f"{address}:8400")
         two_ready(serving)
         yield serving
 
@@ -187,6 +190,31 @@ async def a_changed_model_is_rolled_out(serving: Serving) -> None:
     )
 
 
+async def prometheus_goes_and_comes_back(serving: Serving) -> None:
+    await asyncio.to_thread(serving.prometheus.stop)
+    await asyncio.to_thread(serving.prometheus.start)
+
+
+async def the_release_is_upgraded(serving: Serving) -> None:
+    tags = [f"--set=images.{image}.tag={images.NEXT_TAG}" for image in ("control", "node")]
+    await asyncio.to_thread(deploy, serving.release, "upgrade", "--reuse-values", *tags)
+    await asyncio.to_thread(rolled_out, serving.release, serving.namespace, images.NEXT_TAG)
+
+
+def rolled_out(release: ApiServer, namespace: Namespace, tag: str) -> None:
+    """Returns when every model's pods have an image of this tag, and no others are left."""
+    namespace.until(
+        "Deployment",
+        lambda found: all(
+            container["image"].endswith(f":{tag}")
+            for body in found.values()
+            for container in body["spec"]["template"]["spec"]["containers"]
+        ),
+    )
+    for name in namespace.list("Deployment"):
+        release.kubectl("rollout", "status", f"deployment/{name}", f"--namespace={namespace.name}", "--timeout=5m")
+
+
 Fault = Callable[[Serving], Awaitable[None]]
 # How many requests may fail where the client does not retry: those that were with the victim.
 FAULTS: list[tuple[Fault, int]] = [
@@ -196,6 +224,8 @@ FAULTS: list[tuple[Fault, int]] = [
     (the_api_server_restarts, 0),
     (a_pod_is_evicted, 0),
     (a_changed_model_is_rolled_out, 0),
+    (prometheus_goes_and_comes_back, 0),
+    (the_release_is_upgraded, 0),
 ]
 
 

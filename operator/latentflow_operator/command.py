@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
                 lease=Lease(api, command.lease) if command.lease else None,
                 scaler=Scaler(
                     store=reconciler.store,
+                    seen=reconciler.seen,
                     cluster=Cluster(api, manager=MANAGER),
                     settings=scaling,
                     metrics=metrics,

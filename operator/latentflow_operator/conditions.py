@@ -67,13 +67,14 @@ def is_ready(pod: Body) -> bool:
 
 
 def of_model(
-    *, wanted: int, deployment: Body | None, pods: Sequence[Body], before: Mapping[str, Body]
+    *, wanted: int, deployment: Body | None, pods: Sequence[Body], before: Mapping[str, Body], blind: bool
 ) -> tuple[Statement, ...]:
     """The conditions of a model.
 
     Args:
         wanted: Replicas there should be.
         before: Its conditions until now, by type.
+        blind: Whether its scheduler knows nothing of its load.
     """
     alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
     ready = sum(is_ready(pod) for pod in alive)
@@ -83,7 +84,7 @@ def of_model(
         _model_ready(wanted, ready, problem),
         _weights(loaded, problem),
         _scheduled(alive, problem),
-        _degraded(problem),
+        _degraded(problem, wanted=wanted, blind=blind),
         _progressing(wanted, ready),
     )
 
@@ -278,10 +279,17 @@ def _scheduled(pods: Sequence[Body], problem: Trouble | None) -> Statement:
     return Statement(type=about, status="Unknown", reason="Starting", message="Its pods have no node yet.")
 
 
-def _degraded(problem: Trouble | None) -> Statement:
+def _degraded(problem: Trouble | None, *, wanted: int, blind: bool) -> Statement:
     about = ConditionType.DEGRADED
     if problem is not None:
         return Statement(type=about, status="True", reason=problem.reason, message=problem.message)
+    if blind:
+        return Statement(
+            type=about,
+            status="True",
+            reason="SignalsMissing",
+            message=f"Nothing is known of its load, so it stays at {wanted} replicas; see that Prometheus answers and scrapes its pods.",
+        )
     return Statement(type=about, status="False", reason="AsExpected")
 
 

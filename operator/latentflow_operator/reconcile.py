@@ -185,6 +185,7 @@ class Reconciler:
             deployment=self.store.get("Deployment", namespace, name),
             pods=pods,
             before=before,
+            blind=body.get("status", {}).get("scheduling", {}).get("signals") == "Missing",
         )
         alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         status = {
@@ -271,11 +272,12 @@ def _owner(known: Known) -> manifests.Owner:
 def _entry(binding: Binding, model: Manifest | None) -> Manifest:
     status = (model or {}).get("status", {})
     spec = ModelSpec.model_validate(model["spec"]) if model else None
-    entry = {
+    entry: Manifest = {
         "name": binding.name,
         "role": binding.role.value,
         "model": binding.model,
         "replicas": manifests.replicas(spec) if spec else 0,
         "readyReplicas": status.get("readyReplicas", 0),
     }
-    return entry if binding.next is None else entry | {"next": binding.next}
+    scheduling = {"scheduling": status["scheduling"]} if "scheduling" in status else {}
+    return entry | scheduling | ({} if binding.next is None else {"next": binding.next})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 import aiohttp
@@ -18,7 +18,7 @@ from latentflow.api.types import API_VERSION, ModelSpec
 from latentflow.errors import UnavailableError
 from latentflow.metrics import Instruments
 from latentflow_scheduler import policy, signals
-from latentflow_scheduler.policy import Bounds, Decision, State
+from latentflow_scheduler.policy import Bounds, Decision, Load, State
 from latentflow_scheduler.signals import Place, Signals
 
 from latentflow_operator import events, manifests
@@ -30,12 +30,15 @@ from latentflow_operator.store import Store, place_of
 MANAGER = "latentflow-scheduler"
 _log = structlog.get_logger()
 _GONE, _CHANGED = 404, 409
+# How soon a request for a model without replicas is noticed.
+_WAKE_SECONDS = 1.0
 
 
 class Scaler:
     """Scales every Managed model of a store.
 
     Args:
+        seen: Told what has been written.
         cluster: Writes as `MANAGER`.
         clock: Seconds, never going back.
     """
@@ -44,44 +47,65 @@ class Scaler:
         self,
         *,
         store: Store,
+        seen: Callable[[Manifest], None],
         cluster: Cluster,
         settings: ScalingSettings,
         metrics: Instruments,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
+        self._seen = seen
         self._cluster = cluster
         self._settings = settings
         self._policy = settings.policy()
         self._metrics = metrics
         self._clock = clock
         self._states: dict[Place, State] = {}
-        self._blind: set[Place] = set()
+        # Since when nothing is known of a model.
+        self._unseen: dict[Place, float] = {}
 
     async def run(self) -> None:
-        """Decides again and again, until cancelled."""
+        """Decides again and again, until cancelled; at once when a gateway holds a request for a model without replicas."""
         async with aiohttp.ClientSession() as session:
             while True:
-                await self.step(await self._signals(session))
-                await asyncio.sleep(self._settings.interval_seconds)
+                known = await self._signals(session)
+                await self.step(known, await self._held(session))
+                due = self._clock() + self._settings.interval_seconds
+                while (left := due - self._clock()) > 0:
+                    await asyncio.sleep(min(left, _WAKE_SECONDS))
+                    asleep = self._asleep()
+                    if asleep and not asleep.isdisjoint(await self._held(session)):
+                        break
 
-    async def step(self, known: Signals | None) -> None:
+    async def step(self, known: Signals | None, held: Mapping[Place, float]) -> None:
         """One decision for each model.
 
         Args:
             known: None where the signals could not be read.
+            held: Requests that gateways hold, as they say themselves.
         """
         models = {place_of(body): body for body in self._store.all("DiffusionModel")}
         self._states = {place: self._states.get(place, State()) for place in models}
-        self._blind &= models.keys()
+        self._unseen = {place: since for place, since in self._unseen.items() if place in models}
         for place, body in models.items():
             if "deletionTimestamp" in body["metadata"]:
                 continue
             try:
-                await self._decide(place, body, known)
+                await self._decide(place, body, known, held)
             except ApiException as error:
                 if error.status not in (_GONE, _CHANGED):
                     _log.warning("could not scale; trying again", model="/".join(place), error=str(error))
+
+    def _asleep(self) -> set[Place]:
+        """Models that have no replicas until somebody asks."""
+        return {
+            place_of(body)
+            for body in self._store.all("DiffusionModel")
+            if body["spec"].get("replicas") == 0 and body["spec"]["scaling"]["mode"] == "Managed"
+        }
+
+    async def _held(self, session: aiohttp.ClientSession) -> dict[Place, float]:
+        return await signals.held(session, self._settings.gateways) if self._settings.gateways else {}
 
     async def _signals(self, session: aiohttp.ClientSession) -> Signals | None:
         try:
@@ -90,12 +114,13 @@ class Scaler:
             _log.warning("no signals; every model stays as it is", error=error.message)
             return None
 
-    async def _decide(self, place: Place, body: Manifest, known: Signals | None) -> None:
+    async def _decide(self, place: Place, body: Manifest, known: Signals | None, held: Mapping[Place, float]) -> None:
         spec = ModelSpec.model_validate(body["spec"])
         if spec.scaling.mode != "Managed":
             return
         current = manifests.replicas(spec)
-        load = known.of(place, ready=body.get("status", {}).get("readyReplicas", 0)) if known else None
+        ready = body.get("status", {}).get("readyReplicas", 0)
+        load = signals.load(known, held, place, ready=ready, current=current)
         decision, state = policy.decide(
             load,
             current=current,
@@ -109,36 +134,38 @@ class Scaler:
         if load is not None:
             wanted = policy.demand(load, self._policy)
             self._metrics.of("latentflow_scheduler_demand", namespace=namespace, model=model).set(wanted)
+        blind = self._is_blind(place, known, load, ready=ready)
+        was_blind = body.get("status", {}).get("scheduling", {}).get("signals") == "Missing"
         if decision.replicas != current:
             await asyncio.to_thread(self._cluster.scale, body, decision.replicas)
             direction = "up" if decision.replicas > current else "down"
-            await self._tell(body, decision, reason=f"Scaled{direction.capitalize()}", warning=False)
+            await self._tell(body, decision, reason=f"Scaled{direction.capitalize()}", blind=blind)
             self._metrics.of(
                 "latentflow_scheduler_decisions_total", namespace=namespace, model=model, direction=direction
             ).inc()
             _log.info(
                 "scaled", model=f"{namespace}/{model}", before=current, after=decision.replicas, why=decision.reason
             )
-        elif spec.scaling.min_replicas < spec.scaling.max_replicas:
-            await self._watch_sight(place, body, decision, blind=known is None)
+        elif blind != was_blind and (was_blind or spec.scaling.min_replicas < spec.scaling.max_replicas):
+            await self._tell(body, decision, reason="SignalsMissing" if blind else "SignalsBack", blind=blind)
         # Only what has been written is remembered: a decision that failed is made again.
         self._states[place] = state
 
-    async def _watch_sight(self, place: Place, body: Manifest, decision: Decision, *, blind: bool) -> None:
-        """Says, once, that signals are missing, or that they have come back."""
-        if blind and place not in self._blind:
-            await self._tell(body, decision, reason="SignalsMissing", warning=True)
-            self._blind.add(place)
-        elif not blind and place in self._blind:
-            await self._tell(body, decision, reason="SignalsBack", warning=False)
-            self._blind.discard(place)
+    def _is_blind(self, place: Place, known: Signals | None, load: Load | None, *, ready: int) -> bool:
+        """Whether nothing is known of a model; at once without Prometheus, else when its servers should be scraped by now."""
+        if load is not None or (known is not None and ready == 0):
+            self._unseen.pop(place, None)
+            return False
+        since = self._unseen.setdefault(place, self._clock())
+        return known is None or self._clock() - since >= 2 * self._settings.window_seconds
 
-    async def _tell(self, body: Manifest, decision: Decision, *, reason: str, warning: bool) -> None:
+    async def _tell(self, body: Manifest, decision: Decision, *, reason: str, blind: bool) -> None:
         namespace, name = place_of(body)
         now = datetime.now(UTC)
         scheduling = {
             "replicas": decision.replicas,
             "reason": decision.reason,
+            "signals": "Missing" if blind else "Present",
             "time": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         }
         wish = {
@@ -147,6 +174,8 @@ class Scaler:
             "metadata": {"name": name, "namespace": namespace},
             "status": {"scheduling": scheduling},
         }
-        await asyncio.to_thread(self._cluster.apply_status, wish)
-        told = events.event(body, reason=reason, note=decision.reason, warning=warning, action="Scale", now=now)
+        self._seen(await asyncio.to_thread(self._cluster.apply_status, wish))
+        told = events.event(
+            body, reason=reason, note=decision.reason, warning=reason == "SignalsMissing", action="Scale", now=now
+        )
         await asyncio.to_thread(self._cluster.create, told)

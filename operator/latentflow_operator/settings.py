@@ -19,6 +19,12 @@ class ScalingSettings(Typed):
     """What the scheduler reads, how often, and how it turns a load into replicas."""
 
     prometheus: str = Field(pattern="^https?://[^ ]+[^/ ]$", description="URL of the Prometheus server.")
+    gateways: str | None = Field(
+        default=None,
+        pattern=r"^.+:\d+$",
+        description="host:port of the gateways' /metrics, a name with the address of each; absent: what they hold is known "
+        "from Prometheus only.",
+    )
     interval_seconds: float = Field(default=10.0, gt=0, description="Between two decisions.")
     window_seconds: int = Field(
         default=60, ge=1, description="Over which rates are taken; at least four scrape intervals."

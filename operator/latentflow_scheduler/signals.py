@@ -1,17 +1,29 @@
-"""What a Prometheus server knows of the models' load: PromQL in, `policy.Load` out."""
+"""What a Prometheus server knows of the models' load, and what gateways say themselves: PromQL in, `policy.Load` out.
+
+Requests that gateways hold are also read from the gateways directly, so that a model without replicas is woken while
+Prometheus is away, and before it has scraped.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
+import structlog
 from latentflow.errors import UnavailableError
 
+from latentflow_scheduler import scrapes
 from latentflow_scheduler.policy import Load
 
 Place = tuple[str, str]
+_log = structlog.get_logger()
 _SECONDS = 5.0
+# Gateways are near, and a request waits.
+_GATEWAY_SECONDS = 2.0
 # The calls that are somebody's request of the model; the others are about it.
 _CALLS = "Encode|Denoise|Decode|Residuals|Adapter"
 
@@ -29,18 +41,23 @@ class Signals:
     replicas: dict[Place, int]
     held: dict[Place, float]
 
-    def of(self, place: Place, *, ready: int) -> Load | None:
-        """A model's load; None where the figures do not cover the replicas that are ready.
 
-        Args:
-            ready: How many are; of a model without any, what gateways hold is all there is to know.
-        """
-        held = self.held.get(place, 0.0)
-        if ready == 0 and place not in self.loads:
-            return Load(arrivals=0.0, busy=0.0, waiting=0.0, held=held)
-        if place not in self.loads or self.replicas.get(place, 0) < ready:
-            return None
-        return self.loads[place]
+def load(known: Signals | None, held: Mapping[Place, float], place: Place, *, ready: int, current: int) -> Load | None:
+    """A model's load; None where the figures do not cover the replicas that are ready, or nothing is known.
+
+    Args:
+        held: What gateways say themselves.
+        ready: Replicas that take requests.
+        current: Replicas there shall be; of a model that shall have none, what gateways hold is all there is to know.
+    """
+    holds = max(held.get(place, 0.0), known.held.get(place, 0.0) if known else 0.0)
+    if known is None or place not in known.loads:
+        if current == 0 and (holds or known is not None):
+            return Load(arrivals=0.0, busy=0.0, waiting=0.0, held=holds)
+        return None
+    if known.replicas.get(place, 0) < ready:
+        return None
+    return replace(known.loads[place], held=holds)
 
 
 async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Signals:
@@ -70,6 +87,39 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
         for place in counted
     }
     return Signals(loads=loads, replicas={place: int(count) for place, count in counted.items()}, held=held)
+
+
+async def held(session: aiohttp.ClientSession, gateways: str) -> dict[Place, float]:
+    """Requests that gateways hold, of models that have any, as the gateways say themselves. One that does not answer counts as none.
+
+    Args:
+        gateways: host:port of their /metrics; every address that the host has is asked.
+    """
+    host, _, port = gateways.rpartition(":")
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        _log.warning("gateways are not found; only Prometheus knows what they hold", host=host, error=str(error))
+        return {}
+    addresses = sorted({str(address[0]) for *_, address in found})
+    total: dict[Place, float] = {}
+    for text in await asyncio.gather(*(_metrics(session, address, port) for address in addresses)):
+        for model, count in scrapes.held(text).items():
+            if count > 0:
+                place = _split(model)
+                total[place] = total.get(place, 0.0) + count
+    return total
+
+
+async def _metrics(session: aiohttp.ClientSession, address: str, port: str) -> str:
+    host = f"[{address}]" if ":" in address else address
+    try:
+        timeout = aiohttp.ClientTimeout(total=_GATEWAY_SECONDS)
+        async with session.get(f"http://{host}:{port}/metrics", timeout=timeout) as response:
+            return await response.text()
+    except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError) as error:
+        _log.warning("a gateway does not say what it holds", at=host, error=str(error) or type(error).__name__)
+        return ""
 
 
 def _placed(samples: list[tuple[dict[str, str], float]]) -> dict[Place, float]:

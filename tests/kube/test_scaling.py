@@ -14,7 +14,7 @@ import pytest
 from kube.test_operator import workflow
 from latentflow.metrics import GATEWAY, NODE, Instruments
 from support.apiserver import ApiServer
-from support.kubectl import Body, Namespace, new_namespace
+from support.kubectl import Body, Namespace, condition, new_namespace
 from support.operating import Operator
 from support.prometheus import Prometheus, scraping
 
@@ -76,6 +76,10 @@ def _said(body: Body) -> str:
     return str(body.get("status", {}).get("scheduling", {}).get("reason", ""))
 
 
+def _degraded(body: Body) -> str:
+    return str(condition(body, "Degraded").get("reason", ""))
+
+
 def expected(scaled: Scaled) -> int:
     """What rate × service time says."""
     return math.ceil(scaled.servers.rate * scaled.servers.seconds / 0.7)
@@ -96,13 +100,14 @@ def scaled(
         operator.stop()
         (model,) = (name for name, body in models.items() if body["spec"]["role"] == "Denoiser")
         servers, gateway = Servers(model), Instruments(GATEWAY)
-        addresses = [*servers.addresses, f"127.0.0.1:{gateway.serve(host='127.0.0.1', port=0)}"]
+        gateways = f"127.0.0.1:{gateway.serve(host='127.0.0.1', port=0)}"
+        addresses = [*servers.addresses, gateways]
         with scraping(tmp_path, addresses, namespace=namespace.name) as prometheus:
             operator = Operator(
                 accounts["operator"],
                 tmp_path / "second",
                 f"--namespace={namespace.name}",
-                scaling=SCALING | {"prometheus": prometheus.url},
+                scaling=SCALING | {"prometheus": prometheus.url, "gateways": gateways},
             )
             operator.start()
             yield Scaled(namespace=namespace, servers=servers, gateway=gateway, prometheus=prometheus, model=model)
@@ -155,8 +160,11 @@ def test_while_prometheus_is_away_everything_stays_and_it_says_so_once(scaled: S
     scaled.servers.rate = 0.0
     body = scaled.says("holding: no signals")
     assert body["spec"]["replicas"] == 3
+    scaled.namespace.until("DiffusionModel", lambda found: _degraded(found[scaled.model]) == "SignalsMissing")
+    scaled.namespace.until("DiffusionWorkflow", lambda found: _degraded(*found.values()) == "SignalsMissing")
     scaled.prometheus.program.start()
     scaled.until(1)
+    scaled.namespace.until("DiffusionWorkflow", lambda found: _degraded(*found.values()) == "AsExpected")
     reasons = [event["reason"] for event in scaled.namespace.list("Event").values()]
     assert reasons.count("SignalsMissing") == reasons.count("SignalsBack") == 1
 
@@ -164,6 +172,16 @@ def test_while_prometheus_is_away_everything_stays_and_it_says_so_once(scaled: S
 @pytest.mark.parametrize("scaled", [{"minReplicas": 0, "maxReplicas": 2}], indirect=True)
 def test_a_model_that_nobody_asks_for_sleeps_and_a_held_request_wakes_it(scaled: Scaled) -> None:
     scaled.until(0)
+    held = scaled.gateway.of("latentflow_gateway_held", model=f"{scaled.namespace.name}/{scaled.model}")
+    held.set(1)
+    scaled.until(1)
+
+
+@pytest.mark.parametrize("scaled", [{"minReplicas": 0, "maxReplicas": 2}], indirect=True)
+def test_a_held_request_wakes_a_model_while_prometheus_is_away(scaled: Scaled) -> None:
+    scaled.until(0)
+    scaled.prometheus.program.stop()
+    scaled.says("holding: no signals")
     held = scaled.gateway.of("latentflow_gateway_held", model=f"{scaled.namespace.name}/{scaled.model}")
     held.set(1)
     scaled.until(1)

@@ -39,6 +39,9 @@ class Scheduling(Typed):
     latent: int | None = Field(default=None, ge=1, description="Latent parallelism in force.")
     tensor: int | None = Field(default=None, ge=1, description="Tensor parallelism in force.")
     reason: str | None = Field(default=None, max_length=1024, description="Why, in one line.")
+    signals: Literal["Present", "Missing"] | None = Field(
+        default=None, description="Missing: nothing is known of its load, so it stays as it is."
+    )
     time: str | None = Field(default=None, description="When, RFC 3339.")
 
 
@@ -53,6 +56,7 @@ class BoundModel(Typed):
     next: str | None = Field(
         default=None, max_length=63, description="The DiffusionModel that takes over when it is ready, after a change."
     )
+    scheduling: Scheduling | None = Field(default=None, description="What the scheduler last decided for it.")
 
 
 class WorkflowStatus(Typed):
