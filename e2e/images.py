@@ -9,10 +9,11 @@ import os
 import re
 import shutil
 import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
 
-from node import PAUSE, ctr
+from node import CACHE, PAUSE, ctr
 from support.paths import ROOT
 
 # The second names the same images, for a release to be upgraded to.
@@ -66,8 +67,16 @@ def _import(socket: Path, image: str) -> None:
     known = f"{image.rpartition(':')[0]}:{built[:12]}"
     if known in ctr(socket, "images", "list", "--quiet").split():
         return
+    # Layers that are there already, packed or unpacked, are not packed, copied or unpacked again.
+    layout = CACHE / "layouts" / image.rpartition("/")[2].partition(":")[0]
+    layout.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["buildah", "push", "--quiet", image, f"oci:{layout}:{image}"], check=True)
+    present = set(ctr(socket, "content", "list", "--quiet").split())
     with tempfile.TemporaryDirectory() as name:
-        archive = f"{name}/image.tar"
-        subprocess.run(["buildah", "push", "--quiet", image, f"oci-archive:{archive}:{image}"], check=True)
-        ctr(socket, "images", "import", archive)
+        archive = Path(name) / "image.tar"
+        with tarfile.open(archive, "w") as tar:
+            for path in sorted(layout.rglob("*")):
+                if path.is_file() and f"sha256:{path.name}" not in present:
+                    tar.add(path, path.relative_to(layout))
+        ctr(socket, "images", "import", str(archive))
     ctr(socket, "images", "tag", "--force", image, known)

@@ -205,7 +205,7 @@ async def test_a_steady_load_scales_the_bottleneck_alone_and_it_returns_to_one(s
     assert scaled.model("VAE")["status"]["readyReplicas"] == 2
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_without_prometheus_every_model_stays_and_says_so(scaled: Scaled) -> None:
     scaled.prometheus.stop()
 
