@@ -117,6 +117,7 @@ REFUSED = [
     ("models.drainSeconds=-1", "/models/drainSeconds"),
     ("namespaces[0]=Not_A_Name", "/namespaces/0"),
     ("auth.tokenSecret=Not_A_Name", "/auth/tokenSecret"),
+    ("gateway.apiKeysSecret=Not_A_Name", "/gateway/apiKeysSecret"),
     ("scaling.prometheus=prometheus:9090", "/scaling/prometheus"),
     ("scaling.full=70", "/scaling/full"),
     ("podMonitor.interval=soon", "/podMonitor/interval"),
