@@ -1,4 +1,4 @@
-"""The images that the one-node cluster runs: built by `tools/images` and `tools/build`, put into containerd's store.
+"""The images that the cluster of the tests runs: built by `tools/images` and `tools/build`, brought where it finds them.
 
 An image that is there already is not imported again: that of the model servers takes a minute or two.
 """
@@ -19,13 +19,21 @@ DNS = f"localhost/latentflow-coredns:{TAG}"
 
 
 def provide(socket: Path) -> None:
-    """Builds what is not built, and brings it into containerd's store."""
+    """Builds what is not built, and brings it into the store of a node of ours."""
     programs = Path(_output(str(ROOT / "tools/build"), "pause", "coredns"))
     _wrap(programs / "pause", PAUSE)
     _wrap(programs / "coredns", DNS)
     subprocess.run([str(ROOT / "tools/images"), TAG], check=True, env={"BASE": "debootstrap"} | os.environ)
     for image in (PAUSE, DNS, CONTROL, NODE):
         _import(socket, image)
+
+
+def load(cluster: str) -> None:
+    """Builds our images with docker, and brings them into a cluster of kind."""
+    subprocess.run([str(ROOT / "tools/images"), TAG], check=True)
+    for image in (CONTROL, NODE):
+        subprocess.run(["docker", "tag", image.removeprefix("localhost/"), image], check=True)
+        subprocess.run(["kind", "load", "docker-image", f"--name={cluster}", image], check=True)
 
 
 def _output(*command: str) -> str:

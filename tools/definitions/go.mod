@@ -1,3 +1,4 @@
+// Nothing of these modules is built: tools/build takes files out of them. `go mod tidy` would drop them.
 module latentflow/tools/definitions
 
 go 1.26.0
