@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -141,15 +142,17 @@ def _digest(key: bytes) -> Digest:
     return Digest(hashlib.sha256(key).digest())
 
 
-def _files(folder: Path) -> list[Path]:
-    # The kubelet's own entries, and editors', begin with a dot.
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+def _files(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        # The kubelet's own entries, and editors', begin with a dot.
+        found = [entry for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    return sorted(found, key=lambda entry: entry.name)
 
 
 def _read(folder: Path) -> dict[str, Digest]:
-    return digests((path.name, path.read_bytes()) for path in _files(folder))
+    return digests((entry.name, Path(entry.path).read_bytes()) for entry in _files(folder))
 
 
 def _stamp(folder: Path) -> _Stamp:
-    found = ((path.name, path.stat()) for path in _files(folder))
+    found = ((entry.name, entry.stat()) for entry in _files(folder))
     return tuple((name, stat.st_mtime_ns, stat.st_ino, stat.st_size) for name, stat in found)
