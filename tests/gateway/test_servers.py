@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from latentflow import AsyncClient, Progress, Retries, rpc, status
 from latentflow.api import DiffusionWorkflow, identity, load_workflows
 from latentflow.directory import Directory, Replicas
-from latentflow.errors import AuthenticationError, UnavailableError
+from latentflow.errors import AuthenticationError, ConflictError, UnavailableError
 from latentflow.rpc import Tls
 from latentflow.v1 import control_pb2, control_pb2_grpc
 from latentflow_gateway.server import Gateway
@@ -139,6 +139,20 @@ async def test_a_client_s_key_opens_the_gateway_and_the_servers_token_the_server
             with pytest.raises(grpc.RpcError) as caught:
                 await stub.Describe(control_pb2.DescribeRequest(protocol_version=1), timeout=60, metadata=key)
             assert status.error_from(caught.value).code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_clients_with_keys_of_their_own_do_not_meet_in_an_idempotency_key(tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    for name in ("anna", "ben"):
+        (tmp_path / "keys" / name).write_text(f"key-of-{name}")
+    async with served(tmp_path, api_keys=tmp_path / "keys") as servers:
+        for name, steps in (("anna", 2), ("ben", 3)):
+            async with AsyncClient(servers.gateway.address, api_key=f"key-of-{name}") as client:
+                result = await client.generate(PROMPT, steps=steps, idempotency_key="1", timeout=60)
+                assert result.done.steps == steps
+        async with AsyncClient(servers.gateway.address, api_key="key-of-ben") as client:
+            with pytest.raises(ConflictError):
+                await client.generate(PROMPT, steps=2, idempotency_key="1", timeout=60)
 
 
 async def test_a_gateway_that_is_told_to_stop_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
