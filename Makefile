@@ -12,6 +12,9 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --no-emit
 TEST ?= tests --ignore=tests/kube --ignore=tests/chart
 # Programs of Kubernetes: built once, unless KUBEBUILDER_ASSETS says where they are.
 KUBE = KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build etcd kubernetes)} PATH=$$(tools/build helm kubeconform):$$PATH
+# What `make e2e` runs on: node, made of Kubernetes' programs; or kind, which comes with its own.
+CLUSTER ?= node
+PROGRAMS_node = KUBEBUILDER_ASSETS=$$(tools/build etcd kubernetes kubernetes-node) PATH=$$(tools/build helm):$$PATH
 
 ##@ Use
 .PHONY: help
@@ -49,8 +52,8 @@ chart: setup ## Check the Helm chart: lint, values, golden files, its objects' s
 	$(KUBE) $(PY) -m pytest tests/chart
 
 .PHONY: e2e
-e2e: setup ## Run the tests on a real cluster of one node, made on this machine (Linux, root, Go, containerd, buildah)
-	KUBEBUILDER_ASSETS=$$(tools/build etcd kubernetes kubernetes-node) PATH=$$(tools/build helm):$$PATH $(PY) -m pytest e2e
+e2e: setup ## Run the tests on a real cluster of one node, made on this machine (Linux, root, Go, containerd, buildah; or CLUSTER=kind)
+	$(PROGRAMS_$(CLUSTER)) CLUSTER=$(CLUSTER) $(PY) -m pytest e2e
 
 .PHONY: cluster
 cluster: setup ## Keep that cluster up until Ctrl-C, to look at

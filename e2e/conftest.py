@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import images
+import kind
 import node
 import pytest
 import yaml
@@ -12,6 +14,10 @@ from support.chart import CHART, helm
 from support.kubectl import Namespace, new_namespace
 from support.paths import ROOT
 
+CLUSTER = os.environ.get("CLUSTER", "node")
+CLUSTERS = {"node": (node.cluster, images.provide), "kind": (kind.cluster, images.load)}
+# For tests that reach into the node: its processes, its network.
+on_a_node_of_ours = pytest.mark.skipif(CLUSTER != "node", reason=f"{CLUSTER} does not let tests reach into the node")
 RELEASE_NAMESPACE = "latentflow"
 VALUES = {
     "images": {
@@ -35,8 +41,8 @@ RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """A real cluster with DNS."""
-    with node.cluster(tmp_path_factory.mktemp("cluster"), provide=images.provide) as server:
-        server.apply(list(yaml.safe_load_all((ROOT / "e2e/dns.yaml").read_text())))
+    make, provide = CLUSTERS[CLUSTER]
+    with make(tmp_path_factory.mktemp("cluster"), provide=provide) as server:
         yield server
 
 

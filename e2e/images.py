@@ -1,4 +1,4 @@
-"""The images that the one-node cluster runs: built by `tools/images` and `tools/build`, put into containerd's store.
+"""The images that the cluster of the tests runs: built by `tools/images` and `tools/build`, brought where it finds them.
 
 An image that is there already is not imported again: that of the model servers takes a minute or two.
 """
@@ -21,10 +21,11 @@ TAG, NEXT_TAG = "e2e", "e2e-next"
 CONTROL, NODE = f"localhost/latentflow-control:{TAG}", f"localhost/latentflow-node:{TAG}"
 DNS = f"localhost/latentflow-coredns:{TAG}"
 PROMETHEUS = f"localhost/latentflow-prometheus:{TAG}"
+_PUBLISHED_PROMETHEUS = "prom/prometheus:v2.55.1"
 
 
 def provide(socket: Path) -> None:
-    """Builds what is not built, and brings it into containerd's store."""
+    """Builds what is not built, and brings it into the store of a node of ours."""
     programs = Path(_output(str(ROOT / "tools/build"), "pause", "coredns"))
     _wrap(programs / "pause", PAUSE)
     _wrap(programs / "coredns", DNS)
@@ -33,7 +34,22 @@ def provide(socket: Path) -> None:
     for image in (PAUSE, DNS, PROMETHEUS, CONTROL, NODE):
         _import(socket, image)
     for image in (CONTROL, NODE):
-        ctr(socket, "images", "tag", "--force", image, f"{image.removesuffix(TAG)}{NEXT_TAG}")
+        ctr(socket, "images", "tag", "--force", image, _next(image))
+
+
+def load(cluster: str) -> None:
+    """Builds our images with docker, and brings them into a cluster of kind."""
+    subprocess.run([str(ROOT / "tools/images"), TAG], check=True)
+    subprocess.run(["docker", "pull", "--quiet", _PUBLISHED_PROMETHEUS], check=True)
+    built = {image: image.removeprefix("localhost/") for image in (CONTROL, NODE)}
+    names = built | {_next(image): name for image, name in built.items()} | {PROMETHEUS: _PUBLISHED_PROMETHEUS}
+    for image, name in names.items():
+        subprocess.run(["docker", "tag", name, image], check=True)
+        subprocess.run(["kind", "load", "docker-image", f"--name={cluster}", image], check=True)
+
+
+def _next(image: str) -> str:
+    return f"{image.removesuffix(TAG)}{NEXT_TAG}"
 
 
 def _output(*command: str) -> str:

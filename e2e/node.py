@@ -61,6 +61,7 @@ def cluster(folder: Path, *, provide: Callable[[Path], None]) -> Iterator[ApiSer
         stack.callback(subprocess.run, ["nft", "delete", "table", "ip", "kube-proxy"], capture_output=True)
         stack.enter_context(process(programs / "kube-proxy", [f"--config={proxy}"], folder))
         _ready(server)
+        server.apply(list(yaml.safe_load_all((Path(__file__).parent / "dns.yaml").read_text())))
         yield server
 
 
@@ -231,7 +232,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with cluster(folder, provide=images.provide) as server:
-            server.apply(list(yaml.safe_load_all((Path(__file__).parent / "dns.yaml").read_text())))
             print(f"export KUBECONFIG={server.kubeconfig} PATH={assets()}:$PATH", flush=True)
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
 

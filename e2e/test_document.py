@@ -9,7 +9,7 @@ from pathlib import Path
 import images
 import pytest
 from PIL import Image
-from support.apiserver import ApiServer, assets
+from support.apiserver import ApiServer, search_path
 from support.documents import blocks
 from support.paths import ROOT
 
@@ -50,7 +50,7 @@ def test_every_command_of_the_newcomer_s_page_works_in_its_order(cluster: ApiSer
         (tmp_path / block.split()[1]).write_text(ours(block))
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(cluster.kubeconfig.read_text())
-    environment = os.environ | {"KUBECONFIG": str(kubeconfig), "PATH": f"{assets()}:{os.environ['PATH']}"}
+    environment = os.environ | {"KUBECONFIG": str(kubeconfig), "PATH": search_path()}
     shown = [line for block in blocks(DOCUMENT, "bash") for line in block.splitlines()]
     assert len(shown) > 25
     for line in shown:

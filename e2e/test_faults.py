@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import images
 import psutil
 import pytest
-from conftest import RELEASE_NAMESPACE, deploy, models_claim
+from conftest import RELEASE_NAMESPACE, deploy, models_claim, on_a_node_of_ours
 from latentflow import AsyncClient
 from latentflow.errors import LatentflowError
 from latentflow.retries import NO_RETRIES, Retries
@@ -24,6 +24,7 @@ from support.apiserver import ApiServer, ready
 from support.kubectl import Body, Namespace, new_namespace
 from test_path import threaded, wait_until_ready
 
+pytestmark = on_a_node_of_ours
 PROMPT = "a large red circle on the left, white background"
 STEPS = 8
 CLIENTS = 2

@@ -19,7 +19,7 @@ from latentflow.api import load_workflows
 from latentflow.client import Client
 from latentflow_local.runtime import run
 from PIL import Image, ImageChops
-from support.apiserver import ApiServer, assets
+from support.apiserver import ApiServer, search_path
 from support.kubectl import Body, Namespace
 from support.paths import EXAMPLES, ROOT
 
@@ -42,7 +42,7 @@ def generate(release: ApiServer, namespace: Namespace, output: Path) -> Image.Im
     command = [str(latentflow), "generate", PROMPT, "--kube", f"--namespace={namespace.name}", f"--output={output}"]
     done = subprocess.run(
         [*command, f"--seed={SEED}", f"--lora={LORA}"],
-        env=os.environ | {"KUBECONFIG": str(release.kubeconfig), "PATH": f"{assets()}:{os.environ['PATH']}"},
+        env=os.environ | {"KUBECONFIG": str(release.kubeconfig), "PATH": search_path()},
         capture_output=True,
         text=True,
         check=False,

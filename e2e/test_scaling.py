@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import RELEASE_NAMESPACE, VALUES, models_claim
+from conftest import RELEASE_NAMESPACE, VALUES, models_claim, on_a_node_of_ours
 from latentflow import AsyncClient
 from matplotlib.figure import Figure
 from observing import Prometheus
@@ -19,6 +19,8 @@ from support.kubectl import Body, Namespace, condition, new_namespace
 from support.paths import ROOT
 from test_path import threaded, wait_until_ready
 
+# The load dials the Service's address.
+pytestmark = on_a_node_of_ours
 PROMPT = "a large red circle on the left, white background"
 STEPS, MOST = 20, 5
 # What the load asks of the denoiser, in replicas that compute all the time.

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Unpack
 
 from latentflow import requests, results, rpc
-from latentflow.client import default_target, remaining
+from latentflow.client import chosen_key, default_target, remaining
 from latentflow.errors import LatentflowError
 from latentflow.results import Collector, Event, Progress, Result, Workflow
 from latentflow.retries import Retries
@@ -25,7 +25,7 @@ class AsyncClient:
         target: host:port; None: LATENTFLOW_TARGET, or 127.0.0.1:8400.
         timeout: Seconds for a whole call, its retries included, unless the call says otherwise; None: no limit.
         tls: TLS files; None: a plain connection.
-        token: Sent as bearer token.
+        api_key: Sent as bearer token, also where the connection is plain; None: LATENTFLOW_API_KEY, or none.
         metadata: Sent with every call.
         retries: When to send a request again; `Retries(attempts=1)` for never.
         transport: What carries the calls; a `MockTransport` in tests.
@@ -37,14 +37,14 @@ class AsyncClient:
         *,
         timeout: float | None = None,
         tls: rpc.Tls | None = None,
-        token: str | None = None,
+        api_key: str | None = None,
         metadata: Metadata | None = None,
         retries: Retries | None = None,
         transport: AsyncTransport | None = None,
     ) -> None:
         self._transport: AsyncTransport = transport or AsyncGrpcTransport(target or default_target(), tls=tls)
         self._timeout = timeout
-        self._token = token
+        self._api_key = chosen_key(api_key)
         self._metadata = list(metadata or [])
         self._retries = retries or Retries()
 
@@ -132,4 +132,4 @@ class AsyncClient:
                 await asyncio.sleep(pause)
 
     def _call_metadata(self) -> Metadata:
-        return [*self._metadata, *rpc.metadata(token=self._token, trace=rpc.Trace.new(), request_id=None)]
+        return [*self._metadata, *rpc.metadata(token=self._api_key, trace=rpc.Trace.new(), request_id=None)]

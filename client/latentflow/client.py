@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Unpack
 
 from latentflow import requests, results, rpc
-from latentflow.errors import DeadlineError, LatentflowError
+from latentflow.errors import DeadlineError, InvalidRequestError, LatentflowError
 from latentflow.results import Collector, Event, Progress, Result, Workflow
 from latentflow.retries import Retries
 from latentflow.transport import GrpcTransport, Metadata, Transport
@@ -23,6 +23,19 @@ def default_target() -> str:
     return os.environ.get("LATENTFLOW_TARGET") or DEFAULT_TARGET
 
 
+def chosen_key(api_key: str | None) -> str | None:
+    """The API key to send: the one given, or the environment's LATENTFLOW_API_KEY; space around it does not count.
+
+    InvalidRequestError where it has characters that no call can carry.
+    """
+    key = (os.environ.get("LATENTFLOW_API_KEY", "") if api_key is None else api_key).strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InvalidRequestError(
+            "The API key has characters other than printable ASCII; is it the whole key, as text?"
+        )
+    return key or None
+
+
 class Client:
     """A connection to a gateway; a context manager.
 
@@ -30,7 +43,7 @@ class Client:
         target: host:port; None: LATENTFLOW_TARGET, or 127.0.0.1:8400.
         timeout: Seconds for a whole call, its retries included, unless the call says otherwise; None: no limit.
         tls: TLS files; None: a plain connection.
-        token: Sent as bearer token.
+        api_key: Sent as bearer token, also where the connection is plain; None: LATENTFLOW_API_KEY, or none.
         metadata: Sent with every call.
         retries: When to send a request again; `Retries(attempts=1)` for never.
         transport: What carries the calls; a `MockTransport` in tests.
@@ -42,14 +55,14 @@ class Client:
         *,
         timeout: float | None = None,
         tls: rpc.Tls | None = None,
-        token: str | None = None,
+        api_key: str | None = None,
         metadata: Metadata | None = None,
         retries: Retries | None = None,
         transport: Transport | None = None,
     ) -> None:
         self._transport: Transport = transport or GrpcTransport(target or default_target(), tls=tls)
         self._timeout = timeout
-        self._token = token
+        self._api_key = chosen_key(api_key)
         self._metadata = list(metadata or [])
         self._retries = retries or Retries()
 
@@ -133,7 +146,7 @@ class Client:
                 time.sleep(pause)
 
     def _call_metadata(self) -> Metadata:
-        return [*self._metadata, *rpc.metadata(token=self._token, trace=rpc.Trace.new(), request_id=None)]
+        return [*self._metadata, *rpc.metadata(token=self._api_key, trace=rpc.Trace.new(), request_id=None)]
 
 
 def remaining(deadline: float | None) -> float | None:

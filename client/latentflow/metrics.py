@@ -143,6 +143,12 @@ GATEWAY: tuple[Metric, ...] = (
         help="Requests that ended in an error, by its reason.",
     ),
     Metric(
+        name="latentflow_gateway_authentications_total",
+        kind="counter",
+        labels=("client",),
+        help="Calls by the client whose API key they carried; `?` for those that were refused. Empty without API keys.",
+    ),
+    Metric(
         name="latentflow_gateway_replicas_ready",
         kind="gauge",
         labels=("model",),

@@ -1,5 +1,7 @@
 """Second deliveries of a request: the same idempotency key joins what already runs, or gets what it came to.
 
+Clients that have API keys have idempotency keys of their own: none meets another's.
+
 A `Broadcast` is a request's events, kept from the start, for any number of listeners. When the last listener leaves
 before the end, the work is cancelled.
 """
@@ -17,6 +19,8 @@ from latentflow.v1 import generation_pb2
 # Finished requests stay joinable for so long, and within so many bytes of events.
 _KEPT_SECONDS = 120.0
 _KEPT_BYTES = 64 << 20
+# A client and its idempotency key.
+_Key = tuple[str, str]
 
 
 class Broadcast:
@@ -89,20 +93,30 @@ class Joins:
     """Requests by idempotency key: those that run, and for a while those that have succeeded."""
 
     def __init__(self) -> None:
-        self._running: dict[str, Broadcast] = {}
-        self._kept: TTLCache[str, Broadcast] = TTLCache(_KEPT_BYTES, _KEPT_SECONDS, getsizeof=lambda b: b.size)
+        self._running: dict[_Key, Broadcast] = {}
+        self._kept: TTLCache[_Key, Broadcast] = TTLCache(_KEPT_BYTES, _KEPT_SECONDS, getsizeof=lambda b: b.size)
 
-    def join(self, request: generation_pb2.GenerateRequest, work: Callable[[Broadcast], Awaitable[None]]) -> Broadcast:
+    def join(
+        self,
+        request: generation_pb2.GenerateRequest,
+        work: Callable[[Broadcast], Awaitable[None]],
+        *,
+        client: str = "",
+    ) -> Broadcast:
         """The request's events: those of an earlier delivery, or of `work` begun now.
 
         Raises ConflictError where the key was used for another request.
+
+        Args:
+            client: Whose request it is; empty where clients have no names.
         """
-        key, fingerprint = request.idempotency_key, _fingerprint(request)
+        key = (client, request.idempotency_key) if request.idempotency_key else None
+        fingerprint = _fingerprint(request)
         known = (self._running.get(key) or self._kept.get(key)) if key else None
         if known is not None:
             if known.fingerprint != fingerprint:
                 raise ConflictError(
-                    f"The idempotency key {key!r} was used for another request; use a new key for a new request."
+                    f"The idempotency key {request.idempotency_key!r} was used for another request; use a new key for a new request."
                 )
             return known
         broadcast = Broadcast(fingerprint)
@@ -111,11 +125,13 @@ class Joins:
         broadcast.start(lambda: work(broadcast), lambda: self._finished(key, broadcast))
         return broadcast
 
-    def _finished(self, key: str, broadcast: Broadcast) -> None:
+    def _finished(self, key: _Key | None, broadcast: Broadcast) -> None:
+        if key is None:
+            return
         if self._running.get(key) is broadcast:
             del self._running[key]
         # A failed request is worth running again, so only what succeeded is kept.
-        if key and broadcast.succeeded and broadcast.size <= _KEPT_BYTES:
+        if broadcast.succeeded and broadcast.size <= _KEPT_BYTES:
             self._kept[key] = broadcast
 
 

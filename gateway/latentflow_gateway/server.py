@@ -24,6 +24,7 @@ from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 from latentflow_gateway import directory_file
 from latentflow_gateway import settings as settings_module
+from latentflow_gateway.api_keys import ApiKeys, KeyInterceptor
 from latentflow_gateway.replicas import Replicas
 from latentflow_gateway.servicers import GenerationServicer
 from latentflow_gateway.settings import GatewaySettings
@@ -53,9 +54,10 @@ class Gateway:
 
 @contextlib.asynccontextmanager
 async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
-    """Serves when entered. LatentflowError where the port or the directory file cannot be used."""
+    """Serves when entered. LatentflowError where the port, the directory file or the API keys cannot be used."""
     metrics = Instruments(GATEWAY)
-    server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))
+    keys = [KeyInterceptor(ApiKeys(settings.api_keys), metrics=metrics)] if settings.api_keys else []
+    server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS), interceptors=keys)
     try:
         if settings.tls is None:
             bound = server.add_insecure_port(settings.listen)

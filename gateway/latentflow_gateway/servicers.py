@@ -16,7 +16,7 @@ from latentflow.errors import CancelledError, LatentflowError, UnavailableError
 from latentflow.metrics import Instruments
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
-from latentflow_gateway import planning
+from latentflow_gateway import api_keys, planning
 from latentflow_gateway.admission import Admission
 from latentflow_gateway.execution import Execution
 from latentflow_gateway.joins import Broadcast, Joins
@@ -62,7 +62,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                     found, request, broadcast, request_id=request_id, trace=trace, deadline=deadline, arrived=arrived
                 )
 
-            async for event in self._joins.join(request, work).listen():
+            async for event in self._joins.join(request, work, client=api_keys.caller()).listen():
                 yield event
         except (asyncio.CancelledError, GeneratorExit):
             code, reason = CancelledError.code.name, CancelledError.default_reason

@@ -38,6 +38,8 @@ class GatewaySettings:
         ready_seconds: How long a request waits for a model that has no ready replica.
         drain: Seconds that running requests get when the gateway is told to stop.
         token: Shared secret of the servers.
+        api_keys: A folder with a file for each client, which holds its API key; looked at with every call. None: clients
+            need no key.
         tls: What clients are served with; None: no TLS.
         node_tls: What model servers are called with; None: no TLS.
     """
@@ -54,6 +56,7 @@ class GatewaySettings:
     ready_seconds: float = 60.0
     drain: float = 30.0
     token: str | None = None
+    api_keys: Path | None = None
     tls: rpc.Tls | None = None
     node_tls: rpc.Tls | None = None
     log_format: Literal["console", "json"] = "console"
@@ -87,6 +90,7 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
     )
     add("--checkpoint-interval", type=int, default=10, help="steps between checkpoints; 0: none (default: 10)")
     add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
+    add("--api-keys", type=Path, help="folder with a file for each client, its API key; others are refused")
     add("--tls-cert", type=Path, help="certificate for clients, PEM")
     add("--tls-key", type=Path, help="its key, PEM")
     add("--tls-ca", type=Path, help="CA of clients' certificates, PEM; makes TLS mutual")
@@ -126,6 +130,7 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         checkpoint_interval=args.checkpoint_interval,
         drain=args.drain,
         token=os.environ.get("LATENTFLOW_TOKEN") or None,
+        api_keys=args.api_keys,
         tls=tls,
         node_tls=node_tls,
         log_format=args.log_format,

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from support import schemas
 from support.apiserver import ApiServer
-from support.chart import CHART, GOLDEN, cases, golden, helm, objects, template
+from support.chart import CASES, CHART, GOLDEN, cases, golden, helm, objects, template
 from support.kubectl import Namespace, new_namespace
 from support.paths import ROOT
 
@@ -37,8 +37,7 @@ def test_the_chart_renders_to_its_golden_file(case: Path) -> None:
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.stem)
 def test_every_object_is_as_its_schema_says(case: Path, schema_location: str) -> None:
-    # Of the kinds of other projects there is no schema here.
-    command = ["kubeconform", "-strict", "-summary", "-output=json", "-skip=PodMonitor,GRPCRoute"]
+    command = ["kubeconform", "-strict", "-summary", "-output=json"]
     done = subprocess.run(
         [*command, f"-schema-location={schema_location}"],
         input=template(f"--values={case}"),
@@ -63,10 +62,28 @@ def test_a_schema_refuses_what_it_does_not_know(schema_location: str) -> None:
 def test_an_api_server_takes_every_object(case: Path, api_server: ApiServer) -> None:
     with new_namespace(api_server, "chart") as namespace:
         rendered = template(f"--values={case}", "--set=namespaces=null", namespace=namespace.name)
-        kept = [
-            body for body in yaml.safe_load_all(rendered) if body and body["kind"] not in ("PodMonitor", "GRPCRoute")
-        ]
-        api_server.apply(kept, "--dry-run=server")
+        api_server.apply([body for body in yaml.safe_load_all(rendered) if body], "--dry-run=server")
+
+
+WRONG = [
+    ("PodMonitor", {"podMetricsEndpoints": [{"port": "metrics", "interval": "soon"}]}, "interval"),
+    ("PodMonitor", {"podMetricEndpoints": []}, "podMetricEndpoints"),
+    ("GRPCRoute", {"hostnames": ["images.example:443"]}, "hostnames"),
+    ("GRPCRoute", {"rules": [{"backendRefs": [{"name": "gateway"}]}]}, "Must have port for Service reference"),
+]
+
+
+@pytest.mark.parametrize(("kind", "change", "said"), WRONG, ids=[said for *_, said in WRONG])
+def test_an_api_server_refuses_a_wrong_object_of_another_project(
+    kind: str, change: dict[str, Any], said: str, api_server: ApiServer
+) -> None:
+    with new_namespace(api_server, "chart") as namespace:
+        case = f"--values={CASES / 'everything.yaml'}"
+        found = [body for body in objects(case, namespace=namespace.name) if body["kind"] == kind]
+        api_server.apply(found, "--dry-run=server")
+        found[0]["spec"] |= change
+        with pytest.raises(AssertionError, match=said):
+            api_server.apply(found, "--dry-run=server")
 
 
 def test_the_namespace_that_enforces_restricted_pod_security_takes_the_pods(api_server: ApiServer) -> None:
@@ -117,6 +134,7 @@ REFUSED = [
     ("models.drainSeconds=-1", "/models/drainSeconds"),
     ("namespaces[0]=Not_A_Name", "/namespaces/0"),
     ("auth.tokenSecret=Not_A_Name", "/auth/tokenSecret"),
+    ("gateway.apiKeysSecret=Not_A_Name", "/gateway/apiKeysSecret"),
     ("scaling.prometheus=prometheus:9090", "/scaling/prometheus"),
     ("scaling.full=70", "/scaling/full"),
     ("podMonitor.interval=soon", "/podMonitor/interval"),

@@ -69,6 +69,14 @@ async def test_a_key_of_another_request_is_refused() -> None:
         joins.join(request(prompt="b"), work)
 
 
+async def test_a_key_of_another_client_is_another_key() -> None:
+    joins, work = Joins(), Work()
+    work.go_on.set()
+    for client, prompt in (("anna", "a"), ("ben", "a"), ("anna", "a"), ("cleo", "b")):
+        await steps(joins.join(request(prompt=prompt), work, client=client))
+    assert work.begun == 3
+
+
 async def test_a_request_that_failed_is_run_again() -> None:
     joins, work = Joins(), Work(UnavailableError("gone"))
     work.go_on.set()

@@ -15,11 +15,12 @@ import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from latentflow import AsyncClient, Progress, Retries
+from latentflow import AsyncClient, Progress, Retries, rpc, status
 from latentflow.api import DiffusionWorkflow, identity, load_workflows
 from latentflow.directory import Directory, Replicas
-from latentflow.errors import UnavailableError
+from latentflow.errors import AuthenticationError, ConflictError, UnavailableError
 from latentflow.rpc import Tls
+from latentflow.v1 import control_pb2, control_pb2_grpc
 from latentflow_gateway.server import Gateway
 from latentflow_gateway.server import serve as serve_gateway
 from latentflow_gateway.settings import GatewaySettings
@@ -43,7 +44,13 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def served(
-    folder: Path, *, workflow: DiffusionWorkflow = WORKFLOW, tls: Tls | None = None, client_tls: Tls | None = None
+    folder: Path,
+    *,
+    workflow: DiffusionWorkflow = WORKFLOW,
+    tls: Tls | None = None,
+    client_tls: Tls | None = None,
+    token: str | None = None,
+    api_keys: Path | None = None,
 ) -> AsyncIterator[Served]:
     """A workflow's model servers and a gateway, in this process."""
     async with contextlib.AsyncExitStack() as stack:
@@ -56,6 +63,7 @@ async def served(
                 model_root=MODELS,
                 identity=identity(model),
                 tls=tls,
+                token=token,
             )
             node = await stack.enter_async_context(serve_node(settings))
             nodes.append(node)
@@ -63,7 +71,13 @@ async def served(
         directory = folder / "directory.json"
         Directory(workflows=(workflow,), models=models).write(directory)
         settings_of_gateway = GatewaySettings(
-            directory=directory, listen="127.0.0.1:0", tls=client_tls, node_tls=tls, ready_seconds=3.0
+            directory=directory,
+            listen="127.0.0.1:0",
+            tls=client_tls,
+            node_tls=tls,
+            token=token,
+            api_keys=api_keys,
+            ready_seconds=3.0,
         )
         gateway = await stack.enter_async_context(serve_gateway(settings_of_gateway))
         yield Served(gateway=gateway, nodes=nodes)
@@ -105,6 +119,40 @@ async def test_clients_gateway_and_model_servers_talk_over_mutual_tls(tmp_path: 
             async with AsyncClient(address, tls=without, retries=Retries(attempts=1)) as stranger:
                 with pytest.raises(UnavailableError):
                     await stranger.generate(PROMPT, steps=2, timeout=10)
+
+
+async def test_a_client_s_key_opens_the_gateway_and_the_servers_token_the_servers_but_neither_the_other(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys/anna").write_text("key-of-anna")
+    async with served(tmp_path, token="token-of-the-servers", api_keys=tmp_path / "keys") as servers:
+        async with AsyncClient(servers.gateway.address, api_key="key-of-anna") as client:
+            result = await client.generate(PROMPT, steps=2, timeout=60)
+            assert result.image.size == (64, 64)
+        async with AsyncClient(servers.gateway.address, api_key="token-of-the-servers") as client:
+            with pytest.raises(AuthenticationError):
+                await client.generate(PROMPT, steps=2, timeout=60)
+        async with grpc.aio.insecure_channel(servers.nodes[0].address) as channel:
+            stub = control_pb2_grpc.ControlStub(channel)
+            key = rpc.metadata(token="key-of-anna", trace=None, request_id=None)
+            with pytest.raises(grpc.RpcError) as caught:
+                await stub.Describe(control_pb2.DescribeRequest(protocol_version=1), timeout=60, metadata=key)
+            assert status.error_from(caught.value).code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_clients_with_keys_of_their_own_do_not_meet_in_an_idempotency_key(tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    for name in ("anna", "ben"):
+        (tmp_path / "keys" / name).write_text(f"key-of-{name}")
+    async with served(tmp_path, api_keys=tmp_path / "keys") as servers:
+        for name, steps in (("anna", 2), ("ben", 3)):
+            async with AsyncClient(servers.gateway.address, api_key=f"key-of-{name}") as client:
+                result = await client.generate(PROMPT, steps=steps, idempotency_key="1", timeout=60)
+                assert result.done.steps == steps
+        async with AsyncClient(servers.gateway.address, api_key="key-of-ben") as client:
+            with pytest.raises(ConflictError):
+                await client.generate(PROMPT, steps=2, idempotency_key="1", timeout=60)
 
 
 async def test_a_gateway_that_is_told_to_stop_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:

@@ -31,11 +31,11 @@ def accounts(api_server: ApiServer) -> Iterator[dict[str, Path]]:
         }
 
 
-def install_crds(server: ApiServer) -> None:
-    """Installs the definitions and waits until both are served."""
+def install_crds(server: ApiServer, folder: Path = ROOT / "crds") -> None:
+    """Installs the definitions of a folder and waits until all are served."""
     extensions = kube.ApiextensionsV1Api(server.client())
     names = []
-    for path in sorted((ROOT / "crds").glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml")):
         definition = yaml.safe_load(path.read_text())
         extensions.create_custom_resource_definition(definition)
         names.append(definition["metadata"]["name"])

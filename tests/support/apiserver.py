@@ -33,12 +33,20 @@ SECONDS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class ApiServer:
-    """A running API server. `kubeconfig` is its administrator's."""
+    """A running API server.
+
+    Attributes:
+        folder: Where its CA lies, as ca.pem, and what else belongs to it.
+        kubeconfig: Its administrator's.
+        token: Its administrator's.
+        program: None where it is not a program of this machine.
+    """
 
     url: str
     folder: Path
     kubeconfig: Path
-    program: Program
+    token: str = ADMIN_TOKEN
+    program: Program | None = None
 
     def writes(self, *agents: str, since: datetime | None = None) -> list[tuple[str, str, str, str]]:
         """Writes of those whose user agents start so, from the audit log: verb, namespace, resource, name.
@@ -73,7 +81,8 @@ class ApiServer:
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         """What an administrator's kubectl prints; AssertionError, with its words, where it fails."""
         done = subprocess.run(
-            [str(assets() / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments],
+            ["kubectl", f"--kubeconfig={self.kubeconfig}", *arguments],
+            env=os.environ | {"PATH": search_path()},
             input=stdin,
             capture_output=True,
             text=True,
@@ -96,12 +105,12 @@ class ApiServer:
         path.write_text(yaml.safe_dump(_kubeconfig(self.url, self.folder / "ca.pem", made.status.token)))
         return path
 
-    def client(self, token: str = ADMIN_TOKEN) -> kube.ApiClient:
-        """A client of the API server, as the administrator or whoever the token is for."""
+    def client(self) -> kube.ApiClient:
+        """A client of the API server, as its administrator."""
         configuration = kube.Configuration()
         configuration.host = self.url
         configuration.ssl_ca_cert = str(self.folder / "ca.pem")
-        configuration.api_key = {"authorization": f"Bearer {token}"}
+        configuration.api_key = {"authorization": f"Bearer {self.token}"}
         return kube.ApiClient(configuration)
 
 
@@ -111,6 +120,11 @@ def assets() -> Path:
     if not named or not (Path(named) / "kube-apiserver").exists():
         raise RuntimeError("KUBEBUILDER_ASSETS names no folder with kube-apiserver and etcd; run `make test-api`.")
     return Path(named)
+
+
+def search_path() -> str:
+    """PATH, with the folder of the programs first where one is named."""
+    return ":".join(filter(None, (os.environ.get("KUBEBUILDER_ASSETS"), os.environ["PATH"])))
 
 
 @contextlib.contextmanager
@@ -247,7 +261,7 @@ def process(path: Path, arguments: list[str], folder: Path) -> Iterator[Program]
 def ready(server: ApiServer) -> None:
     """Returns when the server answers."""
     context = ssl.create_default_context(cafile=str(server.folder / "ca.pem"))
-    request = urllib.request.Request(f"{server.url}/readyz", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"})
+    request = urllib.request.Request(f"{server.url}/readyz", headers={"Authorization": f"Bearer {server.token}"})
     with urllib.request.urlopen(request, timeout=5, context=context) as response:
         if response.read() != b"ok":
             raise RuntimeError("the API server is not ready")

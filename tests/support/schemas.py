@@ -1,4 +1,4 @@
-"""JSON schemas for kubeconform, from what an API server says of itself (OpenAPI v3): the built-in kinds and our own."""
+"""JSON schemas for kubeconform, from what an API server says of itself (OpenAPI v3): built-in kinds, and defined ones."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from support.apiserver import ApiServer
+from kubernetes import client as kube
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from support.apiserver import SECONDS, ApiServer
 
 LOCATION = "{{ .Group }}_{{ .ResourceAPIVersion }}_{{ .ResourceKind }}.json"
 
 
+@retry(retry=retry_if_exception_type(LookupError), stop=stop_after_delay(SECONDS), wait=wait_fixed(0.2), reraise=True)
 def write(server: ApiServer, folder: Path) -> str:
     """Writes a strict schema for each kind; the schema location to hand to kubeconform."""
     api = server.client()
@@ -30,6 +34,12 @@ def write(server: ApiServer, folder: Path) -> str:
                 # kubeconform calls the core group by its version.
                 file = f"{kind['group'] or kind['version']}_{kind['version']}_{kind['kind'].lower()}.json"
                 (folder / file).write_text(json.dumps(whole))
+    # An API server serves a definition before it publishes its schema.
+    for definition in kube.ApiextensionsV1Api(api).list_custom_resource_definition().items:
+        group, kind = definition.spec.group, definition.spec.names.kind.lower()
+        for version in definition.spec.versions:
+            if version.served and not (folder / f"{group}_{version.name}_{kind}.json").exists():
+                raise LookupError(f"the schema of {kind}.{group} is not published yet")
     return str(folder / LOCATION)
 
 

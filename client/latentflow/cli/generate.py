@@ -61,7 +61,7 @@ def generate(
     kube: options.Kube = False,
     namespace: options.Namespace = None,
     timeout: options.Timeout = 600.0,
-    token: options.Token = None,
+    api_key: options.ApiKey = None,
     tls_ca: options.TlsCa = None,
     as_json: options.Json = False,
 ) -> None:
@@ -90,7 +90,7 @@ def generate(
     if not output.parent.is_dir():
         raise InvalidRequestError(f"The folder {output.parent} does not exist; create it or choose another --output.")
     with options.client(
-        target, timeout=timeout, token=token, tls_ca=tls_ca, kube=kube, namespace=namespace, workflow=wanted
+        target, timeout=timeout, api_key=api_key, tls_ca=tls_ca, kube=kube, namespace=namespace, workflow=wanted
     ) as (client, named):
         request.workflow = named or ""
         result = _run(client, request, quiet=as_json)

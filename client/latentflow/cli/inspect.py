@@ -26,13 +26,13 @@ def describe(
     kube: options.Kube = False,
     namespace: options.Namespace = None,
     timeout: options.Timeout = 30.0,
-    token: options.Token = None,
+    api_key: options.ApiKey = None,
     tls_ca: options.TlsCa = None,
     as_json: options.Json = False,
 ) -> None:
     """Tell a workflow's inputs: models to name, defaults, samplers, limits."""
     with options.client(
-        target, timeout=timeout, token=token, tls_ca=tls_ca, kube=kube, namespace=namespace, workflow=workflow
+        target, timeout=timeout, api_key=api_key, tls_ca=tls_ca, kube=kube, namespace=namespace, workflow=workflow
     ) as (client, named):
         found = client.describe(named)
     if as_json:
@@ -57,12 +57,12 @@ def describe(
 def models(
     target: options.Target = None,
     timeout: options.Timeout = 30.0,
-    token: options.Token = None,
+    api_key: options.ApiKey = None,
     tls_ca: options.TlsCa = None,
     as_json: options.Json = False,
 ) -> None:
     """List the distinct models that are served, and the workflows that share them."""
-    with options.client(target, timeout=timeout, token=token, tls_ca=tls_ca) as (client, _):
+    with options.client(target, timeout=timeout, api_key=api_key, tls_ca=tls_ca) as (client, _):
         found = [client.describe(name) for name in client.workflows()]
     shared: dict[str, dict[str, object]] = {}
     for workflow in found:

@@ -32,7 +32,9 @@ Namespace = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for everything, retries included.")]
-Token = Annotated[str | None, typer.Option("--token", help="Bearer token.", envvar="LATENTFLOW_CLIENT_TOKEN")]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", help="Key that the gateway asks for.", envvar="LATENTFLOW_API_KEY")
+]
 TlsCa = Annotated[
     Path | None, typer.Option("--tls-ca", exists=True, dir_okay=False, help="CA certificate, PEM; turns TLS on.")
 ]
@@ -43,7 +45,7 @@ def client(
     target: str | None,
     *,
     timeout: float,
-    token: str | None,
+    api_key: str | None,
     tls_ca: Path | None,
     kube: bool = False,
     namespace: str | None = None,
@@ -58,4 +60,4 @@ def client(
         if kube:
             target, workflow = stack.enter_context(reached(workflow, namespace))
         tls = Tls(ca=tls_ca) if tls_ca else None
-        yield stack.enter_context(Client(target, timeout=timeout, token=token, tls=tls)), workflow
+        yield stack.enter_context(Client(target, timeout=timeout, api_key=api_key, tls=tls)), workflow

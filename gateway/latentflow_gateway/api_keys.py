@@ -1,0 +1,158 @@
+"""Who may call a gateway: clients that send one of the API keys which lie in a folder, a file for each client.
+
+A Kubernetes Secret mounted as a folder has this form: an entry's name is the client's, its content the key. The folder
+is looked at with every call, so that a key that was taken away opens nothing from then on. Of a key only its digest is kept;
+logs and metrics have the client's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, NewType
+
+import grpc
+import grpc.aio
+import structlog
+from latentflow import rpc, status
+from latentflow.errors import AuthenticationError, FailedPreconditionError
+from latentflow.metrics import Instruments
+
+_log = structlog.get_logger()
+# Kubelets check the health of a gateway and tools ask what it offers, both without a key.
+_OPEN = ("/grpc.health.v1.", "/grpc.reflection.")
+_caller: ContextVar[str] = ContextVar("caller", default="")
+
+Digest = NewType("Digest", bytes)
+# Name, time of change, inode and size of every file.
+_Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+def digests(files: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
+    """The clients and their keys' digests out of files' names and contents; files without a key are left out: pure.
+
+    Space around a key is no part of it: editors and `echo` end a file with a newline.
+    """
+    return {name: _digest(key) for name, content in files if (key := content.strip())}
+
+
+def client_of(authorization: str, known: Mapping[str, Digest]) -> str | None:
+    """The client whose key an authorization header carries; None where it is nobody's: pure.
+
+    It takes the same time whichever key is sent and whoever's it is.
+
+    Args:
+        authorization: "Bearer KEY".
+    """
+    scheme, _, key = authorization.partition(" ")
+    sent = _digest(key.strip().encode())
+    found = None
+    for name, digest in known.items():
+        if hmac.compare_digest(sent, digest):
+            found = name
+    return found if scheme.lower() == "bearer" else None
+
+
+def caller() -> str:
+    """The client whose call this task serves; empty where the gateway asks for no key."""
+    return _caller.get()
+
+
+class ApiKeys:
+    """The keys of a folder, as it is now."""
+
+    def __init__(self, folder: Path) -> None:
+        """FailedPreconditionError where the folder cannot be read."""
+        self._folder = folder
+        try:
+            self._seen: _Stamp | None = _stamp(folder)
+            self._known = _read(folder)
+        except OSError as error:
+            raise FailedPreconditionError(
+                f"The API keys cannot be read from {folder}: {error.strerror}. Name a folder with a file for each client."
+            ) from None
+        _log.info("API keys read", clients=sorted(self._known))
+
+    def client(self, authorization: str) -> str | None:
+        """The client whose key an authorization header carries; None where it is nobody's.
+
+        While the folder cannot be read, the keys that were there last stand.
+        """
+        self._follow()
+        return client_of(authorization, self._known)
+
+    def _follow(self) -> None:
+        try:
+            stamp = _stamp(self._folder)
+            if stamp == self._seen:
+                return
+            self._known = _read(self._folder)
+            _log.info("API keys changed", clients=sorted(self._known))
+        except OSError as error:
+            if self._seen is not None:
+                _log.warning("the API keys cannot be read; what is known stands", problem=error.strerror)
+            stamp = None
+        self._seen = stamp
+
+
+class KeyInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls without a key, and names the client of the others in what is logged of them."""
+
+    def __init__(self, keys: ApiKeys, *, metrics: Instruments) -> None:
+        self._keys = keys
+        self._metrics = metrics
+        self._missing = _refusal(
+            AuthenticationError(
+                "This gateway asks for an API key: give Client(api_key=…) or --api-key, or set LATENTFLOW_API_KEY.",
+                reason="API_KEY_MISSING",
+            )
+        )
+        self._wrong = _refusal(
+            AuthenticationError(
+                "This gateway does not know that API key; it may have been replaced: ask for the present one.",
+                reason="API_KEY_UNKNOWN",
+            )
+        )
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        if details.method.startswith(_OPEN):
+            return await continuation(details)
+        sent = str(dict(details.invocation_metadata).get(rpc.AUTHORIZATION, ""))
+        client = self._keys.client(sent)
+        self._metrics.of("latentflow_gateway_authentications_total", client=client or "?").inc()
+        if client is None:
+            return self._wrong if sent else self._missing
+        _caller.set(client)
+        structlog.contextvars.bind_contextvars(client=client)
+        return await continuation(details)
+
+
+def _refusal(error: AuthenticationError) -> Any:
+    async def refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await status.abort_with(context, error)
+
+    return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+def _digest(key: bytes) -> Digest:
+    return Digest(hashlib.sha256(key).digest())
+
+
+def _files(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        # The kubelet's own entries, and editors', begin with a dot.
+        found = [entry for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _read(folder: Path) -> dict[str, Digest]:
+    return digests((entry.name, Path(entry.path).read_bytes()) for entry in _files(folder))
+
+
+def _stamp(folder: Path) -> _Stamp:
+    found = ((entry.name, entry.stat()) for entry in _files(folder))
+    return tuple((name, stat.st_mtime_ns, stat.st_ino, stat.st_size) for name, stat in found)
