@@ -93,7 +93,8 @@ TROUBLES = [
     ),
     Trouble(
         name="no-python",
-        model={"pod": {"env": [{"name": "PYTHONHOME", "value": "/nowhere"}]}},
+        # Another model, not the same with another environment, which two workflows would share.
+        model={"pod": {"env": [{"name": "PYTHONHOME", "value": "/nowhere"}]}, "dtype": "float16"},
         reason="CrashLoopBackOff",
         words="exit code 1",
         shown=lambda pod: _waits(pod, "CrashLoopBackOff"),
