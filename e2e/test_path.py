@@ -18,10 +18,12 @@ from conftest import RELEASE_NAMESPACE
 from latentflow.api import load_workflows
 from latentflow.client import Client
 from latentflow_local.runtime import run
-from PIL import Image, ImageChops
+from observing import Prometheus
+from PIL import Image, ImageChops, ImageDraw
 from support.apiserver import ApiServer, search_path
 from support.kubectl import Body, Namespace
 from support.paths import EXAMPLES, ROOT
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 PROMPT, SEED = "a large red circle on the left and a small blue star on the right, white background", 7
 LORA = "outline:0.8"
@@ -36,12 +38,12 @@ def threaded(example: str) -> Body:
     return body
 
 
-def generate(release: ApiServer, namespace: Namespace, output: Path) -> Image.Image:
+def generate(release: ApiServer, namespace: Namespace, output: Path, *options: str) -> Image.Image:
     """What `latentflow generate --kube` makes on this machine."""
     latentflow = Path(sys.executable).parent / "latentflow"
     command = [str(latentflow), "generate", PROMPT, "--kube", f"--namespace={namespace.name}", f"--output={output}"]
     done = subprocess.run(
-        [*command, f"--seed={SEED}", f"--lora={LORA}"],
+        [*command, f"--seed={SEED}", f"--lora={LORA}", *options],
         env=os.environ | {"KUBECONFIG": str(release.kubeconfig), "PATH": search_path()},
         capture_output=True,
         text=True,
@@ -145,6 +147,48 @@ def test_a_second_workflow_adds_only_what_is_new_and_deleting_both_leaves_nothin
         namespace.delete("DiffusionWorkflow", name)
     for kind in ("DiffusionModel", "Deployment", "Service", "PodDisruptionBudget", "Pod"):
         namespace.until(kind, lambda found: not found, seconds=120)
+
+
+def outline(path: Path) -> None:
+    """What the edges ControlNet is given: a circle's outline, white on black."""
+    image = Image.new("RGB", (64, 64))
+    ImageDraw.Draw(image).ellipse((8, 20, 32, 44), outline="white")
+    image.save(path)
+
+
+@pytest.mark.timeout(900)
+def test_tensors_go_through_memory_inside_a_pod_and_over_grpc_between_pods_with_the_same_image(
+    release: ApiServer, prometheus: Prometheus, namespace: Namespace, tmp_path: Path
+) -> None:
+    names = ("shapes", "shapes-together")
+    for name in names:
+        namespace.apply(threaded(f"{name}.yaml"))
+    wait_until_ready(release, namespace, *names)
+    outline(tmp_path / "edges.png")
+    control = f"--control=edges={tmp_path / 'edges.png'}"
+    spread, together = (
+        generate(release, namespace, tmp_path / f"{name}.png", control, f"--workflow={name}") for name in names
+    )
+    assert ImageChops.difference(spread.convert("RGB"), together.convert("RGB")).getbbox() is None
+
+    def model(workflow: str, name: str) -> str:
+        body = namespace.get("DiffusionWorkflow", workflow)
+        assert body is not None
+        return next(str(entry["model"]) for entry in body["status"]["models"] if entry["name"] == name)
+
+    @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(30), wait=wait_fixed(1), reraise=True)
+    def ways(workflow: str, name: str, direction: str) -> set[str]:
+        """By which transports a model has sent or received tensors, as Prometheus has scraped it."""
+        labels = f'namespace="{namespace.name}",model="{model(workflow, name)}",direction="{direction}"'
+        found = prometheus.query(f"sum by (transport) (latentflow_tensor_bytes_total{{{labels}}}) > 0", "transport")
+        assert found
+        return set(found)
+
+    # Its residuals and adapters come from the same pod, its conditioning from the text encoder's.
+    assert ways("shapes-together", "base", "receive") == {"shared-memory", "grpc"}
+    assert ways("shapes-together", "edges", "send") == ways("shapes-together", "styles", "send") == {"shared-memory"}
+    for name in ("text", "edges", "styles", "base"):
+        assert ways("shapes", name, "send") == {"grpc"}
 
 
 def test_the_release_s_pods_run_as_the_restricted_standard_asks(release: ApiServer) -> None:

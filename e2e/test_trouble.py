@@ -122,9 +122,7 @@ def test_what_keeps_a_pod_from_serving_is_on_the_workflow_five_seconds_later_at_
 
         def mine(found: dict[str, Body]) -> list[Body]:
             return [
-                pod
-                for pod in found.values()
-                if pod["metadata"].get("labels", {}).get("latentflow.io/model") == model
+                pod for pod in found.values() if pod["metadata"].get("labels", {}).get("latentflow.io/model") == model
             ]
 
         try:
