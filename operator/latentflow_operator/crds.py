@@ -83,6 +83,8 @@ def _yaml() -> YAML:
     yaml = YAML()
     yaml.width = 118
     yaml.indent(mapping=2, sequence=4, offset=2)
+    # Types that are used twice are written out twice.
+    yaml.representer.ignore_aliases = lambda _: True
     return yaml
 
 

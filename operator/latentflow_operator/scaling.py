@@ -74,6 +74,10 @@ class Scaler:
         models = {place_of(body): body for body in self._store.all("DiffusionModel")}
         self._states = {place: self._states.get(place, State()) for place in models}
         self._blind &= models.keys()
+        inside = {
+            place: (place[0], on["model"]) for place, body in models.items() if (on := body["spec"].get("inside"))
+        }
+        known = known.gathered(inside) if known else None
         for place, body in models.items():
             if "deletionTimestamp" in body["metadata"]:
                 continue
@@ -92,7 +96,7 @@ class Scaler:
 
     async def _decide(self, place: Place, body: Manifest, known: Signals | None) -> None:
         spec = ModelSpec.model_validate(body["spec"])
-        if spec.scaling.mode != "Managed":
+        if spec.scaling.mode != "Managed" or spec.inside is not None:
             return
         current = manifests.replicas(spec)
         load = known.of(place, ready=body.get("status", {}).get("readyReplicas", 0)) if known else None

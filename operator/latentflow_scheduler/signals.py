@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import aiohttp
@@ -41,6 +42,18 @@ class Signals:
         if place not in self.loads or self.replicas.get(place, 0) < ready:
             return None
         return self.loads[place]
+
+    def gathered(self, inside: Mapping[Place, Place]) -> Signals:
+        """With what gateways hold for models inside others' pods counted to those others, which alone can be scaled.
+
+        Args:
+            inside: In whose pods a model runs.
+        """
+        held = dict(self.held)
+        for companion, host in inside.items():
+            held[host] = held.get(host, 0.0) + held.pop(companion, 0.0)
+        loads = {place: replace(load, held=held.get(place, 0.0)) for place, load in self.loads.items()}
+        return Signals(loads=loads, replicas=self.replicas, held=held)
 
 
 async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Signals:
