@@ -58,6 +58,7 @@ def crds() -> dict[str, dict[str, Any]]:
             ("Replicas", "integer", ".status.replicas", 0),
             ("Available", "integer", ".status.readyReplicas", 0),
             ("Reason", "string", ".status.conditions[?(@.type=='Ready')].reason", 0),
+            ("Inside", "string", ".spec.inside.model", 1),
             ("Decision", "string", ".status.scheduling.reason", 1),
             ("Age", "date", ".metadata.creationTimestamp", 0),
         ],

@@ -26,13 +26,14 @@ class Owner(NamedTuple):
 
 
 class Seat(NamedTuple):
-    """Where a model's server is in its pod: its container, its ports by name and number."""
+    """Where a model's server is in its pod: its container, its ports by name and number, whether others are there."""
 
     container: str
     grpc: str
     grpc_port: int
     metrics: str
     metrics_port: int
+    shares_memory: bool
 
 
 MANAGED = {"app.kubernetes.io/managed-by": "latentflow-operator"}
@@ -185,11 +186,11 @@ def _deployment(name: str, metadata: Manifest, spec: ModelSpec, settings: Operat
     }
 
 
-def _seat(name: str, place: int) -> Seat:
-    """Of the model itself at place 0, of its companions from 1."""
+def _seat(name: str, place: int, *, memory: bool = True) -> Seat:
+    """Of the pods' own model at place 0, of its companions from 1."""
     if place == 0:
-        return Seat("node", "grpc", GRPC_PORT, "metrics", METRICS_PORT)
-    return Seat(name, f"grpc-{place}", _COMPANION_GRPC + place, f"metrics-{place}", _COMPANION_METRICS + place)
+        return Seat("node", "grpc", GRPC_PORT, "metrics", METRICS_PORT, memory)
+    return Seat(name, f"grpc-{place}", _COMPANION_GRPC + place, f"metrics-{place}", _COMPANION_METRICS + place, memory)
 
 
 def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
@@ -197,19 +198,15 @@ def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
     passed = own.model_dump(by_alias=True, exclude_none=True, exclude={"env", "volumes", "volume_mounts"})
     volumes: list[Manifest] = []
     containers = []
-    models: list[tuple[str, ModelSpec | Companion]] = [(name, spec)]
-    models += [(companion.model, companion) for companion in spec.companions or ()]
+    models = [(name, spec), *((one.model, _spec_of(one, own)) for one in spec.companions or ())]
     for place, (model, served) in enumerate(models):
         wanted, mounts, uri = _weights(served.source, settings)
         mounts = _add(volumes, wanted, mounts, place=place)
         if spec.companions:
             mounts.append({"name": "memory", "mountPath": _MEMORY})
         mounts += own.volume_mounts or []
-        containers.append(
-            _container(
-                model, served, settings, uri, mounts, pod=own, seat=_seat(model, place), memory=bool(spec.companions)
-            )
-        )
+        seat = _seat(model, place, memory=bool(spec.companions))
+        containers.append(_container(model, served, settings, uri, mounts, seat))
     if spec.companions:
         volumes.append({"name": "memory", "emptyDir": {"medium": "Memory"}})
     return {
@@ -228,6 +225,18 @@ def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
         **({"affinity": _beside(spec.near)} if spec.near is not None else {}),
         **passed,
     }
+
+
+def _spec_of(companion: Companion, pod: Pod) -> ModelSpec:
+    """A companion as its container is made of: what is passed through to the pod reaches it too."""
+    return ModelSpec(
+        role=companion.role,
+        source=companion.source,
+        dtype=companion.dtype,
+        engine=companion.engine,
+        resources=companion.resources,
+        pod=pod,
+    )
 
 
 def _add(volumes: list[Manifest], wanted: list[Manifest], mounts: list[Manifest], *, place: int) -> list[Manifest]:
@@ -251,15 +260,7 @@ def _beside(model: str) -> Manifest:
 
 
 def _container(
-    name: str,
-    spec: ModelSpec | Companion,
-    settings: OperatorSettings,
-    uri: str,
-    mounts: list[Manifest],
-    *,
-    pod: Pod,
-    seat: Seat,
-    memory: bool,
+    name: str, spec: ModelSpec, settings: OperatorSettings, uri: str, mounts: list[Manifest], seat: Seat
 ) -> Manifest:
     probe = {"grpc": {"port": seat.grpc_port}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS}
     return {
@@ -267,8 +268,8 @@ def _container(
         "image": settings.node_image,
         "imagePullPolicy": settings.pull_policy,
         "command": ["latentflow-node"],
-        "args": _arguments(name, spec, uri, settings, seat=seat, memory=memory),
-        "env": _environment(pod, settings),
+        "args": _arguments(name, spec, uri, settings, seat),
+        "env": _environment(spec.pod, settings),
         "ports": [
             {"name": seat.grpc, "containerPort": seat.grpc_port},
             {"name": seat.metrics, "containerPort": seat.metrics_port},
@@ -289,9 +290,7 @@ def _container(
     }
 
 
-def _arguments(
-    name: str, spec: ModelSpec | Companion, uri: str, settings: OperatorSettings, *, seat: Seat, memory: bool
-) -> list[str]:
+def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings, seat: Seat) -> list[str]:
     engine: Engine = spec.engine
     options = {
         "role": spec.role.value,
@@ -303,7 +302,7 @@ def _arguments(
         "listen": f"0.0.0.0:{seat.grpc_port}",
         "advertise": f"$(POD_IP):{seat.grpc_port}",
         "metrics": f"0.0.0.0:{seat.metrics_port}",
-        "shared-memory": _MEMORY if memory else None,
+        "shared-memory": _MEMORY if seat.shares_memory else None,
         "threads": engine.threads,
         "device": engine.device,
         "dtype": spec.dtype,
