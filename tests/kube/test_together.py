@@ -108,6 +108,20 @@ def _addresses(namespace: Namespace, slices: dict[str, Body]) -> dict[str, tuple
     return {name.removeprefix(f"{namespace.name}/"): model.replicas for name, model in models.items()}
 
 
+def test_the_containers_of_a_pod_may_share_a_device_by_a_claim(operator: Operator, namespace: Namespace) -> None:
+    claim = {"claims": [{"name": "gpu"}]}
+    claims = [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
+    body = workflow(pod={"resourceClaims": claims}, resources=claim)
+    body["spec"]["models"][2]["resources"] = claim
+    namespace.create(body)
+    names = names_of(body)
+    pods = namespace.until("Pod", lambda found: any(_of(pod, names["base"]) for pod in found.values()))
+    (pod,) = (pod for pod in pods.values() if _of(pod, names["base"]))
+    assert pod["spec"]["resourceClaims"] == claims
+    claiming = {one["name"] for one in pod["spec"]["containers"] if one.get("resources", {}).get("claims")}
+    assert claiming == {"node", names["edges"]}
+
+
 def test_replicas_of_companions_are_their_denoiser_s(operator: Operator, namespace: Namespace) -> None:
     namespace.create(workflow())
     names = names_of(workflow())
