@@ -64,15 +64,17 @@ class WishedModel:
 def wished(owners: Iterable[Owner]) -> dict[str, WishedModel]:
     """The models of a namespace's workflows, by identity. Models by reference are not ours to make."""
     uses: dict[str, list[tuple[Owner, Model]]] = {}
+    names: dict[str, dict[str, str]] = {}
     for owner in sorted(owners, key=lambda one: one.age):
-        names = placed(owner.workflow)
+        own = names[owner.uid] = placed(owner.workflow)
         for model in owner.workflow.spec.models:
             if model.source is not None:
-                uses.setdefault(names[model.name], []).append((owner, model))
-    return {name: _merge(name, of_one) for name, of_one in uses.items()}
+                uses.setdefault(own[model.name], []).append((owner, model))
+    return {name: _merge(name, of_one, names[of_one[0][0].uid]) for name, of_one in uses.items()}
 
 
-def _merge(name: str, uses: list[tuple[Owner, Model]]) -> WishedModel:
+def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str]) -> WishedModel:
+    """One model. `names` are what the oldest owner's models are called."""
     oldest, first = uses[0]
     scaling: Scaling = first.scaling
     conflicts = []
@@ -89,9 +91,9 @@ def _merge(name: str, uses: list[tuple[Owner, Model]]) -> WishedModel:
     if first.source is None:
         raise ValueError(f"{name} is a model by reference")
     # Whose word stands makes no difference here: by their identities all owners place it alike.
-    companions = _companions(oldest.workflow)
+    companions = _companions(oldest.workflow, names)
     inside = next((place for place, one in enumerate(companions, 1) if one.model == name), None)
-    denoiser = _denoiser(oldest.workflow)
+    denoiser = names[oldest.workflow.of_role(Role.DENOISER)[0].name]
     spec = ModelSpec(
         inside=Inside(model=denoiser, place=inside) if inside is not None else None,
         companions=list(companions) if name == denoiser and companions else None,
@@ -109,13 +111,8 @@ def _merge(name: str, uses: list[tuple[Owner, Model]]) -> WishedModel:
     return WishedModel(name=name, spec=spec, owners=tuple(unique.values()), conflicts=tuple(conflicts))
 
 
-def _denoiser(workflow: DiffusionWorkflow) -> str:
-    return placed(workflow)[workflow.of_role(Role.DENOISER)[0].name]
-
-
-def _companions(workflow: DiffusionWorkflow) -> tuple[Companion, ...]:
+def _companions(workflow: DiffusionWorkflow, names: Mapping[str, str]) -> tuple[Companion, ...]:
     """What runs in the denoiser's pods, in an order that does not depend on the workflow's."""
-    names = placed(workflow)
     found = {
         names[model.name]: Companion(
             model=names[model.name],
