@@ -20,7 +20,7 @@ import structlog
 from kubernetes import client as kube
 from kubernetes import config
 from kubernetes.informer import ADDED, DELETED, ERROR, MODIFIED, SharedInformer
-from latentflow.api import API_VERSION, DiffusionWorkflow, Model, identity
+from latentflow.api import API_VERSION, DiffusionWorkflow, placed
 from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Role
 from latentflow.directory import Directory, Replicas
 from latentflow.errors import FailedPreconditionError
@@ -185,12 +185,12 @@ def _workflow(body: Body) -> DiffusionWorkflow | None:
         _log.warning("a workflow cannot be read; it is not served", workflow=_key(body), error=str(error))
         return None
     bound = {entry["name"]: entry["model"] for entry in body.get("status", {}).get("models", ())}
-    models = [_bound(model, metadata["namespace"], bound.get(model.name)) for model in read.spec.models]
+    serves = placed(read) | bound
+    models = [
+        model.model_copy(update={"source": None, "model_ref": f"{metadata['namespace']}/{serves[model.name]}"})
+        for model in read.spec.models
+    ]
     return read.model_copy(update={"spec": read.spec.model_copy(update={"models": models})})
-
-
-def _bound(model: Model, namespace: str, serves: str | None) -> Model:
-    return model.model_copy(update={"source": None, "model_ref": f"{namespace}/{serves or identity(model)}"})
 
 
 def _addresses(body: Body) -> set[str]:

@@ -123,7 +123,9 @@ class Execution:
                 continue
             decoding = decoding or _Timing(stage="decode", image=index)
             try:
-                decoded = await self._attempts(decoding, self._plan.vae, partial(self._decode, latents, decoding))
+                decoded = await self._attempts(
+                    decoding, self._plan.vae, partial(self._decode, latents, decoding), near=latents.handle.owner
+                )
                 break
             except OwnerLostError:
                 if remade == _MAX_REMADE:
@@ -148,12 +150,14 @@ class Execution:
                 self._report(timing, self._plan.text_encoder)
             return self._encoded
 
-    async def _attempts(self, timing: _Timing, model: str, call: Callable[[Replica], Awaitable[T]]) -> T:
-        """The result of the first attempt that works."""
+    async def _attempts(
+        self, timing: _Timing, model: str, call: Callable[[Replica], Awaitable[T]], *, near: str | None = None
+    ) -> T:
+        """The result of the first attempt that works; `near` as of `Replicas.pick`."""
         failures = 0
         while True:
-            seconds = self._remaining()
-            async with self._replicas.acquire(model, seconds=min(seconds, self._ready_seconds)) as replica:
+            wait = min(self._remaining(), self._ready_seconds)
+            async with self._replicas.acquire(model, seconds=wait, near=near) as replica:
                 timing.attempts += 1
                 timing.replica = replica.address
                 try:
@@ -179,7 +183,7 @@ class Execution:
             prompt=self._plan.prompt,
             guidance=self._plan.guidance,
             strict_prompt=self._plan.strict_prompt,
-            adapters=await self._adapters(lambda component: component.startswith("text_encoder")),
+            adapters=await self._adapters(lambda component: component.startswith("text_encoder"), near=replica.address),
         )
         if self._plan.negative_prompt is not None:
             request.negative_prompt = self._plan.negative_prompt
@@ -211,7 +215,7 @@ class Execution:
             seed=plan.seed + index,
             control_nets=[
                 stage_pb2.ControlNetRef(
-                    peer=await self._peer(control.model),
+                    peer=await self._peer(control.model, near=replica.address),
                     image=control.image,
                     scale=control.scale,
                     start=control.start,
@@ -219,7 +223,7 @@ class Execution:
                 )
                 for control in plan.controls
             ],
-            adapters=await self._adapters(lambda component: component == "unet"),
+            adapters=await self._adapters(lambda component: component == "unet", near=replica.address),
             checkpoint=progress.state,
             checkpoint_interval=self._checkpoint_interval,
             preview_interval=plan.preview_interval,
@@ -252,15 +256,15 @@ class Execution:
         timing.forward_ns += response.forward_ns
         return response
 
-    async def _adapters(self, wanted: Callable[[str], bool]) -> list[stage_pb2.AdapterRef]:
+    async def _adapters(self, wanted: Callable[[str], bool], *, near: str) -> list[stage_pb2.AdapterRef]:
         chosen = [a for a in self._plan.adapters if any(wanted(component) for component in a.components)]
         if not chosen or self._plan.store is None:
             return []
-        store = await self._peer(self._plan.store)
+        store = await self._peer(self._plan.store, near=near)
         return [stage_pb2.AdapterRef(name=a.name, weight=a.weight, store=store, digest=a.digest) for a in chosen]
 
-    async def _peer(self, model: str) -> stage_pb2.Peer:
-        replica = await self._replicas.pick(model, seconds=min(self._remaining(), self._ready_seconds))
+    async def _peer(self, model: str, *, near: str) -> stage_pb2.Peer:
+        replica = await self._replicas.pick(model, seconds=min(self._remaining(), self._ready_seconds), near=near)
         return stage_pb2.Peer(address=replica.address, model=model)
 
     def _call(self) -> dict[str, Any]:

@@ -104,8 +104,13 @@ class Replicas:
         """The replica at an address."""
         return next((r for r in self._replicas.values() if r.address == address), None)
 
-    async def pick(self, identity: str, *, seconds: float) -> Replica:
-        """The least busy ready replica; waits for one. UnavailableError when none is ready in time."""
+    async def pick(self, identity: str, *, seconds: float, near: str | None = None) -> Replica:
+        """The least busy ready replica; waits for one. UnavailableError when none is ready in time.
+
+        Args:
+            near: Address of a server that will exchange tensors with it: a replica on the same host, which in a cluster is
+                in the same pod, goes before all others.
+        """
         held = self._metrics.of("latentflow_gateway_held", model=identity)
         try:
             async with asyncio.timeout(seconds), self._changed:
@@ -120,12 +125,12 @@ class Replicas:
                 details={"model": identity},
                 retry_after=1.0,
             ) from None
-        return self.ready(identity)[0]
+        return min(self.ready(identity), key=lambda replica: near is None or _host(replica.address) != _host(near))
 
     @contextlib.asynccontextmanager
-    async def acquire(self, identity: str, *, seconds: float) -> AsyncIterator[Replica]:
+    async def acquire(self, identity: str, *, seconds: float, near: str | None = None) -> AsyncIterator[Replica]:
         """`pick`, counted as busy while held."""
-        replica = await self.pick(identity, seconds=seconds)
+        replica = await self.pick(identity, seconds=seconds, near=near)
         replica.outstanding += 1
         try:
             yield replica
@@ -191,3 +196,7 @@ class Replicas:
         self._metrics.of("latentflow_gateway_replicas_ready", model=replica.identity).set(
             len(self.ready(replica.identity))
         )
+
+
+def _host(address: str) -> str:
+    return address.rpartition(":")[0]

@@ -2,7 +2,8 @@
 
 Workflows that name the same model own it together: bounds merge as `latentflow.api.merge_scaling` says, and on what else
 is not identity the oldest owner's word stands, the younger ones are told. A changed model takes over from the one that
-serves when it is ready, and all that changed take over at once, as they may only fit each other.
+serves when it is ready, and all that changed take over at once, as they may only fit each other. Of a model in its denoiser's
+pods the denoiser's DiffusionModel says what its container needs, so that a Deployment follows from one object.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from latentflow.api import DiffusionWorkflow, Model, Role, identity, merge_scaling
-from latentflow.api.types import ModelSpec, Scaling
+from latentflow.api import DiffusionWorkflow, Model, Role, merge_scaling, placed
+from latentflow.api.types import Companion, Inside, ModelSpec, Scaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,17 @@ class WishedModel:
 def wished(owners: Iterable[Owner]) -> dict[str, WishedModel]:
     """The models of a namespace's workflows, by identity. Models by reference are not ours to make."""
     uses: dict[str, list[tuple[Owner, Model]]] = {}
+    names: dict[str, dict[str, str]] = {}
     for owner in sorted(owners, key=lambda one: one.age):
+        own = names[owner.uid] = placed(owner.workflow)
         for model in owner.workflow.spec.models:
             if model.source is not None:
-                uses.setdefault(identity(model), []).append((owner, model))
-    return {name: _merge(name, of_one) for name, of_one in uses.items()}
+                uses.setdefault(own[model.name], []).append((owner, model))
+    return {name: _merge(name, of_one, names[of_one[0][0].uid]) for name, of_one in uses.items()}
 
 
-def _merge(name: str, uses: list[tuple[Owner, Model]]) -> WishedModel:
+def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str]) -> WishedModel:
+    """One model. `names` are what the oldest owner's models are called."""
     oldest, first = uses[0]
     scaling: Scaling = first.scaling
     conflicts = []
@@ -86,8 +90,14 @@ def _merge(name: str, uses: list[tuple[Owner, Model]]) -> WishedModel:
         ]
     if first.source is None:
         raise ValueError(f"{name} is a model by reference")
+    # Whose word stands makes no difference here: by their identities all owners place it alike.
+    companions = _companions(oldest.workflow, names)
+    inside = next((place for place, one in enumerate(companions, 1) if one.model == name), None)
+    denoiser = names[oldest.workflow.of_role(Role.DENOISER)[0].name]
     spec = ModelSpec(
-        near=_denoiser(oldest.workflow, first),
+        inside=Inside(model=denoiser, place=inside) if inside is not None else None,
+        companions=list(companions) if name == denoiser and companions else None,
+        near=denoiser if first.attach_to is not None and inside is None else None,
         role=first.role,
         source=first.source,
         dtype=first.dtype,
@@ -101,9 +111,21 @@ def _merge(name: str, uses: list[tuple[Owner, Model]]) -> WishedModel:
     return WishedModel(name=name, spec=spec, owners=tuple(unique.values()), conflicts=tuple(conflicts))
 
 
-def _denoiser(workflow: DiffusionWorkflow, model: Model) -> str | None:
-    """The model that an attached one works beside."""
-    return next((identity(other) for other in workflow.spec.models if other.name == model.attach_to), None)
+def _companions(workflow: DiffusionWorkflow, names: Mapping[str, str]) -> tuple[Companion, ...]:
+    """What runs in the denoiser's pods, in an order that does not depend on the workflow's."""
+    found = {
+        names[model.name]: Companion(
+            model=names[model.name],
+            role=model.role,
+            source=model.source,
+            dtype=model.dtype,
+            engine=model.engine,
+            resources=model.resources,
+        )
+        for model in workflow.spec.models
+        if model.is_together and model.source is not None
+    }
+    return tuple(found[name] for name in sorted(found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +159,7 @@ def bind(
         is_ready: Whether a DiffusionModel takes requests.
         has_served: Whether a DiffusionModel exists and ever took requests; what never did is not waited for.
     """
-    wanted = {model.name: identity(model) for model in workflow.spec.models}
+    wanted = placed(workflow)
     changed = {name for name, model in wanted.items() if bound.get(name, model) != model}
     switch = all(is_ready(wanted[name]) for name in changed) or not all(has_served(bound[name]) for name in changed)
     return tuple(

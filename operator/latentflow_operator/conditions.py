@@ -7,7 +7,7 @@ the worst pod speaks for its model, the first model in trouble for its workflow.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -42,13 +42,19 @@ class Trouble:
     message: str
 
 
-def trouble(pod: Body) -> Trouble | None:
-    """What is wrong with a pod; None while nothing is known to be."""
+def trouble(pod: Body, *, is_own: Callable[[str], bool]) -> Trouble | None:
+    """What is wrong with a model's server in a pod; None while nothing is known to be.
+
+    Args:
+        is_own: Whether a container, by name, is the model's; a pod may hold several models. What keeps the whole pod from
+            running is the trouble of each.
+    """
     status = pod.get("status", {})
     for condition in status.get("conditions", ()):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             return _unscheduled(condition)
-    for container in (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())):
+    own = [container for container in status.get("containerStatuses", ()) if is_own(container["name"])]
+    for container in (*status.get("initContainerStatuses", ()), *own):
         found = _container(container, pod["metadata"]["name"])
         if found is not None:
             return found
@@ -67,18 +73,25 @@ def is_ready(pod: Body) -> bool:
 
 
 def of_model(
-    *, wanted: int, deployment: Body | None, pods: Sequence[Body], before: Mapping[str, Body], blind: bool
+    *,
+    wanted: int,
+    deployment: Body | None,
+    pods: Sequence[Body],
+    is_own: Callable[[str], bool],
+    before: Mapping[str, Body],
+    blind: bool,
 ) -> tuple[Statement, ...]:
     """The conditions of a model.
 
     Args:
         wanted: Replicas there should be.
+        is_own: As of `trouble`.
         before: Its conditions until now, by type.
         blind: Whether its scheduler knows nothing of its load.
     """
     alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
     ready = sum(is_ready(pod) for pod in alive)
-    problem = _worst(alive) or _not_created(deployment)
+    problem = _worst(alive, is_own) or _not_created(deployment)
     loaded = ready > 0 or before.get(ConditionType.WEIGHTS_AVAILABLE, {}).get("status") == "True"
     return (
         _model_ready(wanted, ready, problem),
@@ -220,8 +233,9 @@ def _container(container: Body, pod: str) -> Trouble | None:
     )
 
 
-def _worst(pods: Sequence[Body]) -> Trouble | None:
-    found = [found for pod in sorted(pods, key=lambda pod: pod["metadata"]["name"]) if (found := trouble(pod))]
+def _worst(pods: Sequence[Body], is_own: Callable[[str], bool]) -> Trouble | None:
+    in_order = sorted(pods, key=lambda pod: pod["metadata"]["name"])
+    found = [found for pod in in_order if (found := trouble(pod, is_own=is_own))]
     # What the weights say is about all replicas; what one pod says may be about its node.
     return next((one for one in found if one.about is ConditionType.WEIGHTS_AVAILABLE), found[0] if found else None)
 

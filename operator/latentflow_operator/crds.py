@@ -58,6 +58,9 @@ def crds() -> dict[str, dict[str, Any]]:
             ("Replicas", "integer", ".status.replicas", 0),
             ("Available", "integer", ".status.readyReplicas", 0),
             ("Reason", "string", ".status.conditions[?(@.type=='Ready')].reason", 0),
+            ("Inside", "string", ".spec.inside.model", 1),
+            ("Latent", "integer", ".status.parallelism.latent", 1),
+            ("Tensor", "integer", ".status.parallelism.tensor", 1),
             ("Decision", "string", ".status.scheduling.reason", 1),
             ("Age", "date", ".metadata.creationTimestamp", 0),
         ],
@@ -83,6 +86,8 @@ def _yaml() -> YAML:
     yaml = YAML()
     yaml.width = 118
     yaml.indent(mapping=2, sequence=4, offset=2)
+    # Types that are used twice are written out twice.
+    yaml.representer.ignore_aliases = lambda _: True
     return yaml
 
 

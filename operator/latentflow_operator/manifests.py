@@ -1,17 +1,17 @@
 """The objects that serve one model: pure, from a DiffusionModel to its Deployment, Service and PodDisruptionBudget.
 
 The handlers apply what is made here by server-side apply; nothing here knows the API server. Pods keep to the restricted
-Pod Security Standard.
+Pod Security Standard. A model that runs inside another's pods has a Service only; its container stands in those pods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from latentflow.api import API_VERSION, Role, Source
-from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Engine, ModelSpec, Pod
+from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Companion, Engine, ModelSpec, Pod
 
 from latentflow_operator.settings import OperatorSettings
 
@@ -25,10 +25,23 @@ class Owner(NamedTuple):
     uid: str
 
 
+class Seat(NamedTuple):
+    """Where a model's server is in its pod: its container, its ports by name and number, whether others are there."""
+
+    container: str
+    grpc: str
+    grpc_port: int
+    metrics: str
+    metrics_port: int
+    shares_memory: bool
+
+
 MANAGED = {"app.kubernetes.io/managed-by": "latentflow-operator"}
 
 GRPC_PORT, METRICS_PORT = 8500, 8501
-_MODEL_ROOT, _CACHE, _CLAIM = "/models", "/cache", "/source"
+# Of companions, by their places; what lies between is theirs alone, so that network policies can name ranges.
+_COMPANION_GRPC, _COMPANION_METRICS = 8510, 8610
+_MODEL_ROOT, _CACHE, _CLAIM, _MEMORY = "/models", "/cache", "/source", "/memory"
 # After the drain: time for what others still fetch, and for the process to end.
 _GRACE_BEYOND_DRAIN = 30
 # A start may download weights: a day, asked every ten seconds.
@@ -62,8 +75,8 @@ def model_manifest(*, name: str, namespace: str, spec: ModelSpec, owners: Sequen
 
 def manifests(
     *, name: str, namespace: str, uid: str, spec: ModelSpec, settings: OperatorSettings
-) -> tuple[Manifest, Manifest, Manifest]:
-    """Deployment, headless Service and PodDisruptionBudget of a DiffusionModel, owned by it.
+) -> tuple[Manifest, ...]:
+    """Deployment, headless Service and PodDisruptionBudget of a DiffusionModel, owned by it; inside another only a Service.
 
     Args:
         name, namespace, uid: Of the DiffusionModel.
@@ -83,23 +96,28 @@ def manifests(
             }
         ],
     }
+    host = pods_of(name, spec)
+    seat = _seat(name, spec.inside.place if spec.inside else 0)
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
+        "spec": {
+            # Headless: gateways and peers choose a replica, they do not want one chosen for them.
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": selector(host),
+            "ports": [
+                {"name": "grpc", "port": seat.grpc_port, "targetPort": seat.grpc, "appProtocol": "grpc"},
+                {"name": "metrics", "port": seat.metrics_port, "targetPort": seat.metrics},
+            ],
+        },
+    }
+    if spec.inside is not None:
+        return (service,)
     return (
         _deployment(name, metadata, spec, settings),
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": metadata,
-            "spec": {
-                # Headless: gateways and peers choose a replica, they do not want one chosen for them.
-                "clusterIP": "None",
-                "publishNotReadyAddresses": True,
-                "selector": selector(name),
-                "ports": [
-                    {"name": "grpc", "port": GRPC_PORT, "targetPort": "grpc", "appProtocol": "grpc"},
-                    {"name": "metrics", "port": METRICS_PORT, "targetPort": "metrics"},
-                ],
-            },
-        },
+        service,
         {
             "apiVersion": "policy/v1",
             "kind": "PodDisruptionBudget",
@@ -112,6 +130,19 @@ def manifests(
 def selector(name: str) -> dict[str, str]:
     """The labels by which a model's pods are found."""
     return {MODEL_LABEL: name}
+
+
+def pods_of(name: str, spec: ModelSpec) -> str:
+    """The model whose pods a model runs in: another, or itself."""
+    return spec.inside.model if spec.inside is not None else name
+
+
+def is_its_container(name: str, spec: ModelSpec) -> Callable[[str], bool]:
+    """Whether a container of its pods, by name, is the model's and not another model's."""
+    if spec.inside is not None:
+        return lambda container: container == name
+    others = {companion.model for companion in spec.companions or ()}
+    return lambda container: container not in others
 
 
 def labels(name: str, role: Role) -> dict[str, str]:
@@ -155,10 +186,29 @@ def _deployment(name: str, metadata: Manifest, spec: ModelSpec, settings: Operat
     }
 
 
+def _seat(name: str, place: int, *, memory: bool = True) -> Seat:
+    """Of the pods' own model at place 0, of its companions from 1."""
+    if place == 0:
+        return Seat("node", "grpc", GRPC_PORT, "metrics", METRICS_PORT, memory)
+    return Seat(name, f"grpc-{place}", _COMPANION_GRPC + place, f"metrics-{place}", _COMPANION_METRICS + place, memory)
+
+
 def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
     own = spec.pod
-    volumes, mounts, uri = _weights(spec.source, settings)
     passed = own.model_dump(by_alias=True, exclude_none=True, exclude={"env", "volumes", "volume_mounts"})
+    volumes: list[Manifest] = []
+    containers = []
+    models = [(name, spec), *((one.model, _spec_of(one, own)) for one in spec.companions or ())]
+    for place, (model, served) in enumerate(models):
+        wanted, mounts, uri = _weights(served.source, settings)
+        mounts = _add(volumes, wanted, mounts, place=place)
+        if spec.companions:
+            mounts.append({"name": "memory", "mountPath": _MEMORY})
+        mounts += own.volume_mounts or []
+        seat = _seat(model, place, memory=bool(spec.companions))
+        containers.append(_container(model, served, settings, uri, mounts, seat))
+    if spec.companions:
+        volumes.append({"name": "memory", "emptyDir": {"medium": "Memory"}})
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -170,11 +220,36 @@ def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
             "fsGroup": 10001,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(name, spec, settings, uri, mounts + (own.volume_mounts or []))],
+        "containers": containers,
         "volumes": volumes + (own.volumes or []),
         **({"affinity": _beside(spec.near)} if spec.near is not None else {}),
         **passed,
     }
+
+
+def _spec_of(companion: Companion, pod: Pod) -> ModelSpec:
+    """A companion as its container is made of: what is passed through to the pod reaches it too."""
+    return ModelSpec(
+        role=companion.role,
+        source=companion.source,
+        dtype=companion.dtype,
+        engine=companion.engine,
+        resources=companion.resources,
+        pod=pod,
+    )
+
+
+def _add(volumes: list[Manifest], wanted: list[Manifest], mounts: list[Manifest], *, place: int) -> list[Manifest]:
+    """Adds a model's volumes to its pod's, under another name where another's has its name; its mounts then."""
+    renamed = {}
+    for volume in wanted:
+        there = next((one for one in volumes if one["name"] == volume["name"]), None)
+        if there == volume:
+            continue
+        if there is not None:
+            renamed[volume["name"]] = f"{volume['name']}-{place}"
+        volumes.append(volume | {"name": renamed.get(volume["name"], volume["name"])})
+    return [mount | {"name": renamed.get(mount["name"], mount["name"])} for mount in mounts]
 
 
 def _beside(model: str) -> Manifest:
@@ -184,25 +259,27 @@ def _beside(model: str) -> Manifest:
     }
 
 
-def _container(name: str, spec: ModelSpec, settings: OperatorSettings, uri: str, mounts: list[Manifest]) -> Manifest:
-    probe = {"grpc": {"port": GRPC_PORT}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS}
+def _container(
+    name: str, spec: ModelSpec, settings: OperatorSettings, uri: str, mounts: list[Manifest], seat: Seat
+) -> Manifest:
+    probe = {"grpc": {"port": seat.grpc_port}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS}
     return {
-        "name": "node",
+        "name": seat.container,
         "image": settings.node_image,
         "imagePullPolicy": settings.pull_policy,
         "command": ["latentflow-node"],
-        "args": _arguments(name, spec, uri, settings),
+        "args": _arguments(name, spec, uri, settings, seat),
         "env": _environment(spec.pod, settings),
         "ports": [
-            {"name": "grpc", "containerPort": GRPC_PORT},
-            {"name": "metrics", "containerPort": METRICS_PORT},
+            {"name": seat.grpc, "containerPort": seat.grpc_port},
+            {"name": seat.metrics, "containerPort": seat.metrics_port},
         ],
         # The server listens when its model is warm, so being reached is being ready.
         # The last line of a server that cannot load its model is why; it stands in the pod's status then.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "startupProbe": probe | {"periodSeconds": 1, "failureThreshold": _START_PROBES * _PROBE_SECONDS},
         "readinessProbe": probe | {"periodSeconds": 2, "failureThreshold": 2},
-        "livenessProbe": {"tcpSocket": {"port": "metrics"}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS},
+        "livenessProbe": {"tcpSocket": {"port": seat.metrics}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS},
         "resources": spec.resources,
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -213,7 +290,7 @@ def _container(name: str, spec: ModelSpec, settings: OperatorSettings, uri: str,
     }
 
 
-def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings) -> list[str]:
+def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings, seat: Seat) -> list[str]:
     engine: Engine = spec.engine
     options = {
         "role": spec.role.value,
@@ -222,9 +299,10 @@ def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings)
         "revision": spec.source.revision,
         "model-root": _MODEL_ROOT,
         "identity": name,
-        "listen": f"0.0.0.0:{GRPC_PORT}",
-        "advertise": f"$(POD_IP):{GRPC_PORT}",
-        "metrics": f"0.0.0.0:{METRICS_PORT}",
+        "listen": f"0.0.0.0:{seat.grpc_port}",
+        "advertise": f"$(POD_IP):{seat.grpc_port}",
+        "metrics": f"0.0.0.0:{seat.metrics_port}",
+        "shared-memory": _MEMORY if seat.shares_memory else None,
         "threads": engine.threads,
         "device": engine.device,
         "dtype": spec.dtype,

@@ -85,11 +85,18 @@ class Reconciler:
             for model in before | self._uses(body):
                 self.queue.add(Key("model", namespace, model))
         elif body["kind"] == "DiffusionModel":
-            self.queue.add(Key("model", namespace, name))
+            self._ask_models(namespace, name)
             for user in self.store.users(namespace, name):
                 self.queue.add(Key("workflow", namespace, user.body["metadata"]["name"]))
         elif model := body["metadata"].get("labels", {}).get(MODEL_LABEL):
-            self.queue.add(Key("model", namespace, model))
+            self._ask_models(namespace, model)
+
+    def _ask_models(self, namespace: str, name: str) -> None:
+        """Asks for passes over a model and over those that run in its pods."""
+        self.queue.add(Key("model", namespace, name))
+        body = self.store.get("DiffusionModel", namespace, name)
+        for companion in body["spec"].get("companions", ()) if body else ():
+            self.queue.add(Key("model", namespace, companion["model"]))
 
     async def _pass(self, key: Key) -> None:
         try:
@@ -178,12 +185,14 @@ class Reconciler:
 
     async def _model_status(self, body: Manifest, spec: ModelSpec) -> None:
         namespace, name = place_of(body)
-        pods = list(self.store.pods(namespace, name))
+        host = manifests.pods_of(name, spec)
+        pods = list(self.store.pods(namespace, host))
         before = conditions.by_type(body)
         statements = conditions.of_model(
-            wanted=manifests.replicas(spec),
-            deployment=self.store.get("Deployment", namespace, name),
+            wanted=self._replicas(body),
+            deployment=self.store.get("Deployment", namespace, host),
             pods=pods,
+            is_own=manifests.is_its_container(name, spec),
             before=before,
             blind=body.get("status", {}).get("scheduling", {}).get("signals") == "Missing",
         )
@@ -193,9 +202,18 @@ class Reconciler:
             "conditions": self._stamped(statements, before, body),
             "replicas": len(alive),
             "readyReplicas": sum(map(conditions.is_ready, alive)),
-            "selector": f"{MODEL_LABEL}={name}",
+            "selector": f"{MODEL_LABEL}={host}",
+            # This version's servers spread neither a request nor weights.
+            "parallelism": {"latent": 1, "tensor": 1},
         }
         await self._say(body, status)
+
+    def _replicas(self, body: Manifest) -> int:
+        """How many pods there should be that a model runs in."""
+        namespace, name = place_of(body)
+        spec = ModelSpec.model_validate(body["spec"])
+        host = self.store.get("DiffusionModel", namespace, manifests.pods_of(name, spec))
+        return manifests.replicas(ModelSpec.model_validate(host["spec"]) if host else spec)
 
     async def _workflow(self, namespace: str, name: str) -> None:
         known = self.store.workflow(namespace, name)
@@ -213,7 +231,7 @@ class Reconciler:
             bindings=bindings, models=models, conflicts=self._conflicts(known, bindings)
         )
         before = conditions.by_type(body)
-        entries = [_entry(binding, models.get(binding.model)) for binding in bindings]
+        entries = [self._entry(binding, models.get(binding.model)) for binding in bindings]
         status: dict[str, Any] = {
             "observedGeneration": body["metadata"]["generation"],
             "conditions": self._stamped(statements, before, body),
@@ -223,6 +241,18 @@ class Reconciler:
         if self._settings.endpoint is not None:
             status["endpoint"] = self._settings.endpoint
         await self._say(body, status)
+
+    def _entry(self, binding: Binding, model: Manifest | None) -> Manifest:
+        status = (model or {}).get("status", {})
+        entry = {
+            "name": binding.name,
+            "role": binding.role.value,
+            "model": binding.model,
+            "replicas": self._replicas(model) if model else 0,
+            "readyReplicas": status.get("readyReplicas", 0),
+            **{key: status[key] for key in ("parallelism", "scheduling") if key in status},
+        }
+        return entry if binding.next is None else entry | {"next": binding.next}
 
     def _conflicts(self, known: Known, bindings: tuple[Binding, ...]) -> list[Conflict]:
         """Where this workflow's word on a shared model does not stand."""
@@ -267,17 +297,3 @@ def _is_true(body: Manifest | None, about: ConditionType) -> bool:
 
 def _owner(known: Known) -> manifests.Owner:
     return manifests.Owner(name=known.body["metadata"]["name"], uid=known.body["metadata"]["uid"])
-
-
-def _entry(binding: Binding, model: Manifest | None) -> Manifest:
-    status = (model or {}).get("status", {})
-    spec = ModelSpec.model_validate(model["spec"]) if model else None
-    entry: Manifest = {
-        "name": binding.name,
-        "role": binding.role.value,
-        "model": binding.model,
-        "replicas": manifests.replicas(spec) if spec else 0,
-        "readyReplicas": status.get("readyReplicas", 0),
-    }
-    scheduling = {"scheduling": status["scheduling"]} if "scheduling" in status else {}
-    return entry | scheduling | ({} if binding.next is None else {"next": binding.next})

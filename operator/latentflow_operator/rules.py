@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from latentflow.api.types import Pod
+
 _SCHEME = "^[a-zA-Z][a-zA-Z0-9+.-]*:"
 
 
@@ -33,6 +35,15 @@ def _single(role: str) -> Rule:
         computed=True,
     )
 
+
+def _together(cel: str, message: str) -> Rule:
+    """Of a model that runs in the denoiser's pods."""
+    return Rule(
+        cel=f"self.placement != 'Together' || {cel}", message=f'"model \'" + self.name + "{message}"', computed=True
+    )
+
+
+_NO_POD = " && ".join(f"!has(self.pod.{field.alias})" for field in Pod.model_fields.values())
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "Source": (
@@ -97,6 +108,19 @@ RULES: dict[str, tuple[Rule, ...]] = {
             message="\"model '\" + self.name + \"' is a \" + self.role + '; attachTo is for ControlNets and LoRA stores'",
             computed=True,
         ),
+        _together(
+            "self.role != 'Denoiser'",
+            "' is the denoiser, in whose pods the others may run; leave its placement out",
+        ),
+        _together("!has(self.modelRef)", "' is a modelRef, which has pods of its own; Together needs a source"),
+        _together(
+            "(self.scaling.minReplicas == 1 && self.scaling.maxReplicas == 1 && self.scaling.mode == 'Managed')",
+            "' is Together with the denoiser and scales with it; put scaling at the denoiser",
+        ),
+        _together(
+            f"!has(self.pod) || ({_NO_POD})",
+            "' is Together with the denoiser in its pods; put pod at the denoiser",
+        ),
         Rule(
             cel="self.role == oldSelf.role",
             message='"model \'" + self.name + "\' was a " + oldSelf.role + \'; a role cannot change: remove the model and '
@@ -123,12 +147,18 @@ RULES: dict[str, tuple[Rule, ...]] = {
             cel="self.models.filter(m, m.role == 'LoRAStore').size() <= 1",
             message="a denoiser takes one LoRA store; this workflow has several",
         ),
+        Rule(
+            cel="!self.models.exists(m, m.placement == 'Together') || "
+            "!self.models.exists(m, m.role == 'Denoiser' && has(m.modelRef))",
+            message="the denoiser is a modelRef, whose pods are not this workflow's; give it a source, or no model the "
+            "placement Together",
+        ),
     ),
     "ModelSpec": tuple(
         Rule(
             cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
             message=f"{field} is part of the model's identity and cannot change; make another DiffusionModel",
         )
-        for field in ("role", "source", "dtype", "engine", "resources")
+        for field in ("role", "source", "dtype", "engine", "resources", "inside", "companions")
     ),
 }

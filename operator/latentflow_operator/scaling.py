@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import aiohttp
@@ -104,19 +105,27 @@ class Scaler:
             if body["spec"].get("replicas") == 0 and body["spec"]["scaling"]["mode"] == "Managed"
         }
 
+    def _inside(self) -> dict[Place, Place]:
+        """In whose pods models run that have none of their own."""
+        models = {place_of(body): body["spec"].get("inside") for body in self._store.all("DiffusionModel")}
+        return {place: (place[0], inside["model"]) for place, inside in models.items() if inside}
+
     async def _held(self, session: aiohttp.ClientSession) -> dict[Place, float]:
-        return await signals.held(session, self._settings.gateways) if self._settings.gateways else {}
+        if self._settings.gateways is None:
+            return {}
+        return signals.gathered(await signals.held(session, self._settings.gateways), self._inside())
 
     async def _signals(self, session: aiohttp.ClientSession) -> Signals | None:
         try:
-            return await signals.read(session, self._settings.prometheus, window=self._settings.window_seconds)
+            known = await signals.read(session, self._settings.prometheus, window=self._settings.window_seconds)
         except UnavailableError as error:
             _log.warning("no signals; every model stays as it is", error=error.message)
             return None
+        return replace(known, held=signals.gathered(known.held, self._inside()))
 
     async def _decide(self, place: Place, body: Manifest, known: Signals | None, held: Mapping[Place, float]) -> None:
         spec = ModelSpec.model_validate(body["spec"])
-        if spec.scaling.mode != "Managed":
+        if spec.scaling.mode != "Managed" or spec.inside is not None:
             return
         current = manifests.replicas(spec)
         ready = body.get("status", {}).get("readyReplicas", 0)

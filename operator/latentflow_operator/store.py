@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from latentflow.api import DiffusionWorkflow, identity
+from latentflow.api import DiffusionWorkflow, placed
 from latentflow.api.types import MODEL_LABEL
 from pydantic import ValidationError
 
@@ -116,7 +116,7 @@ def _read(body: Body) -> Known:
         # Of another version's schema; the API server would have refused it today. What serves it stays.
         return Known(body=body, owner=None, uses=bound)
     owner = Owner(workflow=workflow, uid=metadata["uid"], created=metadata["creationTimestamp"])
-    return Known(body=body, owner=owner, uses=bound | {identity(model) for model in workflow.spec.models})
+    return Known(body=body, owner=owner, uses=bound | set(placed(workflow).values()))
 
 
 def _trimmed(body: Body) -> Body:

@@ -60,6 +60,19 @@ def load(known: Signals | None, held: Mapping[Place, float], place: Place, *, re
     return replace(known.loads[place], held=holds)
 
 
+def gathered(held: Mapping[Place, float], inside: Mapping[Place, Place]) -> dict[Place, float]:
+    """What gateways hold, with that for models inside others' pods counted to those others, which alone can be scaled.
+
+    Args:
+        inside: In whose pods a model runs.
+    """
+    counted: dict[Place, float] = {}
+    for place, count in held.items():
+        host = inside.get(place, place)
+        counted[host] = counted.get(host, 0.0) + count
+    return counted
+
+
 async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Signals:
     """The signals now. UnavailableError where Prometheus cannot be asked, or knows none of what it should scrape.
 

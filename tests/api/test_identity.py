@@ -6,7 +6,17 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from latentflow.api import Model, Scaling, distinct_models, identity, load_workflows, merge_scaling
+from latentflow.api import (
+    API_VERSION,
+    DiffusionWorkflow,
+    Model,
+    Scaling,
+    distinct_models,
+    identity,
+    load_workflows,
+    merge_scaling,
+    placed,
+)
 from support.paths import EXAMPLES
 
 BASE: dict[str, Any] = {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}}
@@ -44,6 +54,58 @@ def test_a_model_reference_is_its_own_identity() -> None:
 
 def test_workflows_that_name_the_same_models_share_them() -> None:
     assert len(distinct_models(load_workflows(EXAMPLES / "shapes-shared.yaml"))) == 4
+
+
+OTHERS = ("text", "edges", "styles", "pixels")
+
+
+def workflow(*together: str, dtype: str = "float32", edges: str = "controlnet-edges") -> DiffusionWorkflow:
+    """One model of each role, some of them in the denoiser's pods."""
+    models = [
+        {"name": "text", "role": "TextEncoder", "source": {"uri": "shapes"}},
+        {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}, "dtype": dtype},
+        {"name": "edges", "role": "ControlNet", "attachTo": "base", "source": {"uri": "shapes", "subfolder": edges}},
+        {"name": "styles", "role": "LoRAStore", "attachTo": "base", "source": {"uri": "shapes"}},
+        {"name": "pixels", "role": "VAE", "source": {"uri": "shapes"}},
+    ]
+    for one in models:
+        one["placement"] = "Together" if one["name"] in together else "Spread"
+    head = {"apiVersion": API_VERSION, "kind": "DiffusionWorkflow", "metadata": {"name": "x"}}
+    return DiffusionWorkflow.model_validate(head | {"spec": {"models": models}})
+
+
+@given(st.sets(st.sampled_from(OTHERS)))
+def test_only_models_in_the_denoiser_s_pods_and_that_denoiser_are_others_for_it(together: set[str]) -> None:
+    alone, names = placed(workflow()), placed(workflow(*together))
+    assert alone == {model.name: identity(model) for model in workflow().spec.models}
+    changed = {name for name in names if names[name] != alone[name]}
+    assert changed == (together | {"base"} if together else set())
+
+
+@given(st.sets(st.sampled_from(OTHERS), min_size=1), st.sampled_from([{"dtype": "float16"}, {"edges": "other"}]))
+def test_all_in_one_pod_are_others_when_one_of_them_is(together: set[str], change: dict[str, str]) -> None:
+    before, after = placed(workflow(*together)), placed(workflow(*together, **change))
+    changed = {name for name in before if before[name] != after[name]}
+    if change == {"edges": "other"} and "edges" not in together:
+        assert changed == {"edges"}
+    else:
+        assert changed == together | {"base"}
+
+
+@given(st.sets(st.sampled_from(OTHERS)), st.sets(st.sampled_from(OTHERS)))
+def test_a_denoiser_is_shared_only_with_all_its_companions(one: set[str], other: set[str]) -> None:
+    assert (placed(workflow(*one))["base"] == placed(workflow(*other))["base"]) == (one == other)
+
+
+def test_two_names_of_one_companion_are_one() -> None:
+    twice = workflow("edges")
+    again = twice.spec.models[2].model_copy(update={"name": "again"})
+    doubled = twice.model_copy(update={"spec": twice.spec.model_copy(update={"models": [*twice.spec.models, again]})})
+    assert placed(doubled) == placed(twice) | {"again": placed(twice)["edges"]}
+
+
+def test_placement_changes_nothing_on_one_machine() -> None:
+    assert distinct_models([workflow("edges", "styles")]).keys() == distinct_models([workflow()]).keys()
 
 
 bounds = st.integers(0, 9).flatmap(

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from latentflow.api.types import ModelSpec
+from latentflow_operator.manifests import manifests
+from latentflow_operator.settings import OperatorSettings
 from support import schemas
 from support.apiserver import ApiServer
 from support.chart import CASES, CHART, GOLDEN, cases, golden, helm, objects, template
@@ -181,6 +184,21 @@ def test_with_a_list_of_namespaces_nothing_is_allowed_beyond_them() -> None:
         )
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
         assert {"--namespace=art", "--namespace=photos"} <= set(container["args"])
+
+
+def test_network_policies_open_the_ports_of_every_model_that_may_run_in_a_pod() -> None:
+    (policy,) = (
+        body for body in objects() if body["kind"] == "NetworkPolicy" and body["metadata"]["name"].endswith("-nodes")
+    )
+    grpc, metrics = (rule["ports"][1] for rule in policy["spec"]["ingress"])
+    settings = OperatorSettings(node_image="x")
+    for place in range(1, 32):
+        inside = {"model": "denoiser-1", "place": place}
+        spec = ModelSpec.model_validate({"role": "VAE", "source": {"uri": "shapes"}, "inside": inside})
+        (service,) = manifests(name="vae-1", namespace="ns", uid="1", spec=spec, settings=settings)
+        ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+        assert grpc["port"] <= ports["grpc"] <= grpc["endPort"]
+        assert metrics["port"] <= ports["metrics"] <= metrics["endPort"]
 
 
 def test_the_components_take_the_command_lines_and_the_configuration_that_the_chart_writes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from kube.test_operator import KINDS, report, workflow
+from kube.test_together import workflow as together
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.reconcile import Reconciler
 from latentflow_operator.settings import OperatorSettings
@@ -87,6 +88,10 @@ def create(server: ApiServer, namespace: Namespace) -> None:
     namespace.create(workflow())
 
 
+def create_together(server: ApiServer, namespace: Namespace) -> None:
+    namespace.create(together())
+
+
 def change(server: ApiServer, namespace: Namespace) -> None:
     """A workflow that serves, and whose denoiser was changed to one that is ready."""
     create(server, namespace)
@@ -107,7 +112,7 @@ def _pod(namespace: Namespace, model: str) -> None:
     report(namespace, model, ready=True)
 
 
-@pytest.mark.parametrize("scenario", [create, change])
+@pytest.mark.parametrize("scenario", [create, create_together, change])
 @pytest.mark.parametrize("heard", [False, True], ids=["before", "after"])
 def test_dying_at_any_write_changes_nothing_in_the_outcome(api_server: ApiServer, scenario: Any, heard: bool) -> None:
     with new_namespace(api_server, "undisturbed") as namespace:

@@ -18,7 +18,7 @@ SETTINGS = OperatorSettings(
 )
 
 
-def made(settings: OperatorSettings = SETTINGS, **spec: Any) -> tuple[Manifest, Manifest, Manifest]:
+def made(settings: OperatorSettings = SETTINGS, **spec: Any) -> tuple[Manifest, ...]:
     whole = {"role": "VAE", "source": {"uri": "shapes"}} | spec
     return manifests(name="vae-1", namespace="ns", uid="uid-1", spec=ModelSpec.model_validate(whole), settings=settings)
 
@@ -111,3 +111,97 @@ def test_secrets_are_referred_to_and_never_written_out() -> None:
     variables = {variable["name"]: variable for variable in pod()["containers"][0]["env"]}
     for name, secret in (("LATENTFLOW_TOKEN", "latentflow-token"), ("HF_TOKEN", "hub")):
         assert variables[name]["valueFrom"] == {"secretKeyRef": {"name": secret, "key": "token"}}
+
+
+COMPANIONS = [
+    {"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "pvc://nets/edges"}, "engine": {"maxRunning": 2}},
+    {"model": "lora-store-1", "role": "LoRAStore", "source": {"uri": "pvc://styles"}, "dtype": "float16"},
+    {"model": "vae-1", "role": "VAE", "source": {"uri": "pvc://styles"}, "resources": {"limits": {"cpu": "1"}}},
+]
+
+
+def together(**spec: Any) -> Manifest:
+    return pod(role="Denoiser", source={"uri": "pvc://weights"}, companions=COMPANIONS, **spec)
+
+
+def container(spec: Manifest, name: str) -> Manifest:
+    (found,) = (one for one in spec["containers"] if one["name"] == name)
+    return dict(found)
+
+
+def arguments(of: Manifest) -> dict[str, str]:
+    return dict(argument.removeprefix("--").split("=", 1) for argument in of["args"])
+
+
+def test_companions_are_containers_with_names_and_ports_of_their_own() -> None:
+    containers = together()["containers"]
+    assert [one["name"] for one in containers] == ["node", "controlnet-1", "lora-store-1", "vae-1"]
+    ports = [port for one in containers for port in one["ports"]]
+    for field in ("name", "containerPort"):
+        assert len({port[field] for port in ports}) == len(ports) == 8
+    assert all(len(port["name"]) <= 15 for port in ports)
+    for one in containers:
+        grpc, metrics = (port["containerPort"] for port in one["ports"])
+        said = arguments(one)
+        assert said["listen"] == f"0.0.0.0:{grpc}"
+        assert said["advertise"] == f"$(POD_IP):{grpc}"
+        assert said["metrics"] == f"0.0.0.0:{metrics}"
+        assert {one[probe]["grpc"]["port"] for probe in ("startupProbe", "readinessProbe")} == {grpc}
+        assert one["livenessProbe"]["tcpSocket"]["port"] == one["ports"][1]["name"]
+
+
+def test_a_companion_s_container_is_as_its_model_says() -> None:
+    spec = together()
+    edges, styles, pixels = (arguments(container(spec, one["model"])) for one in COMPANIONS)
+    assert (edges["role"], edges["identity"], edges["max-running"]) == ("ControlNet", "controlnet-1", "2")
+    assert (styles["role"], styles["dtype"]) == ("LoRAStore", "float16")
+    assert (pixels["role"], container(spec, "vae-1")["resources"]) == ("VAE", {"limits": {"cpu": "1"}})
+
+
+def test_the_servers_of_a_pod_share_a_memory_volume_and_a_server_alone_has_none() -> None:
+    spec = together()
+    assert {"name": "memory", "emptyDir": {"medium": "Memory"}} in spec["volumes"]
+    for one in spec["containers"]:
+        assert {"name": "memory", "mountPath": "/memory"} in one["volumeMounts"]
+        assert arguments(one)["shared-memory"] == "/memory"
+    assert not [volume for volume in pod()["volumes"] if volume["name"] == "memory"]
+    assert "shared-memory" not in arguments(pod()["containers"][0])
+
+
+def test_claims_of_several_models_in_a_pod_are_told_apart_and_each_is_mounted_in_its_own_container() -> None:
+    spec = together()
+    names = [volume["name"] for volume in spec["volumes"]]
+    assert len(set(names)) == len(names)
+    claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"] if "emptyDir" not in v}
+    for name, claim in (("node", "weights"), ("controlnet-1", "nets"), ("lora-store-1", "styles"), ("vae-1", "styles")):
+        mounted = [m["name"] for m in container(spec, name)["volumeMounts"] if m["mountPath"] == "/source"]
+        assert [claims[mount] for mount in mounted] == [claim]
+
+
+def test_what_is_passed_through_to_a_pod_reaches_each_of_its_containers() -> None:
+    spec = together(
+        pod={
+            "env": [{"name": "A", "value": "1"}],
+            "volumes": [{"name": "mine", "emptyDir": {}}],
+            "volumeMounts": [{"name": "mine", "mountPath": "/mine"}],
+            "resourceClaims": [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}],
+        }
+    )
+    for one in spec["containers"]:
+        assert {"name": "mine", "mountPath": "/mine"} in one["volumeMounts"]
+        assert {"name": "A", "value": "1"} in one["env"]
+    assert spec["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
+
+
+def test_a_model_inside_another_s_pods_has_a_service_of_its_own_port_there_and_nothing_else() -> None:
+    containers = together()["containers"]
+    for place, companion in enumerate(COMPANIONS, 1):
+        inside = {"model": "denoiser-1", "place": place}
+        spec = ModelSpec.model_validate({"role": "VAE", "source": {"uri": "shapes"}, "inside": inside})
+        (service,) = manifests(name=companion["model"], namespace="ns", uid="uid-1", spec=spec, settings=SETTINGS)
+        assert service["kind"] == "Service"
+        assert service["metadata"]["labels"]["latentflow.io/model"] == companion["model"]
+        assert service["spec"]["selector"] == {"latentflow.io/model": "denoiser-1"}
+        ports = {port["name"]: (port["targetPort"], port["port"]) for port in service["spec"]["ports"]}
+        grpc, metrics = ((port["name"], port["containerPort"]) for port in containers[place]["ports"])
+        assert ports == {"grpc": grpc, "metrics": metrics}

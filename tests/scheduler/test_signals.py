@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from latentflow.metrics import GATEWAY, Instruments
 from latentflow_scheduler import scrapes
 from latentflow_scheduler.policy import Load
-from latentflow_scheduler.signals import Signals, load
+from latentflow_scheduler.signals import Place, Signals, gathered, load
 from prometheus_client import generate_latest
 
 PLACE = ("art", "denoiser-1")
@@ -53,3 +55,16 @@ def test_what_a_gateway_holds_is_read_from_its_metrics() -> None:
     gateway.of("latentflow_gateway_held", model="art/vae-1").set(0)
     gateway.of("latentflow_gateway_in_flight", workflow="art/shapes").set(7)
     assert scrapes.held(generate_latest(gateway.registry).decode()) == {"art/denoiser-1": 2.0, "art/vae-1": 0.0}
+
+
+places = st.tuples(st.just("art"), st.sampled_from("abcdef"))
+
+
+@given(st.dictionaries(places, st.integers(1, 9).map(float)), st.sets(places))
+def test_what_is_held_for_models_in_another_s_pods_is_counted_to_that_other(
+    held: dict[Place, float], companions: set[Place]
+) -> None:
+    found = gathered(held, dict.fromkeys(companions, PLACE))
+    assert found.get(PLACE, 0.0) == sum(held.get(companion, 0.0) for companion in companions)
+    assert found.keys() - {PLACE} == held.keys() - companions
+    assert all(found[place] == held[place] for place in held.keys() - companions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentflow.api.identity import distinct_models, identity, merge_scaling
+from latentflow.api.identity import distinct_models, identity, merge_scaling, placed
 from latentflow.api.loading import load_workflows, parse_workflows
 from latentflow.api.types import (
     API_VERSION,
@@ -33,4 +33,5 @@ __all__ = [
     "load_workflows",
     "merge_scaling",
     "parse_workflows",
+    "placed",
 ]

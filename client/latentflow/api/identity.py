@@ -1,7 +1,7 @@
 """Which models are the same: identity, and what workflows that share a model agree on.
 
 Identity decides how many servers there are, so it is a pure function of what changes the served model: role, source,
-dtype, engine settings, resources and tensor degree.
+dtype, engine settings, resources and tensor degree. In a cluster also of who shares its pods.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from latentflow.api.types import DiffusionWorkflow, Model, Role, Scaling
 
@@ -24,7 +25,7 @@ _WORDS = {
 def identity(model: Model) -> str:
     """A model's identity, such as "denoiser-1f3c9a0b12": equal for models that one server serves. A DNS label.
 
-    A `modelRef` is its own identity: it names a model that exists already.
+    A `modelRef` is its own identity: it names a model that exists already. Placement does not count: see `placed`.
     """
     if model.source is None:
         return model.model_ref or ""
@@ -36,9 +37,30 @@ def identity(model: Model) -> str:
         "resources": model.resources,
         "tensor": model.parallelism.tensor,
     }
+    return _named(model.role, meaning)
+
+
+def placed(workflow: DiffusionWorkflow) -> dict[str, str]:
+    """Identities in a cluster, by the models' names within the workflow.
+
+    As `identity`, except of a denoiser with models in its pods ("placement: Together") and of these companions: which pods
+    they run in is part of what they are. So workflows share such a denoiser only with all its companions.
+    """
+    alone = {model.name: identity(model) for model in workflow.spec.models}
+    together = [model for model in workflow.spec.models if model.is_together]
+    if not together:
+        return alone
+    (denoiser,) = workflow.of_role(Role.DENOISER)
+    # Of the companions what they are by themselves, as what they are here depends on the denoiser.
+    companions = sorted({alone[model.name] for model in together})
+    host = _named(Role.DENOISER, {"alone": alone[denoiser.name], "companions": companions})
+    inside = {model.name: _named(model.role, {"alone": alone[model.name], "inside": host}) for model in together}
+    return alone | {denoiser.name: host} | inside
+
+
+def _named(role: Role, meaning: dict[str, Any]) -> str:
     canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":"), default=str)
-    digest = hashlib.sha256(canonical.encode()).hexdigest()[:10]
-    return f"{_WORDS[model.role]}-{digest}"
+    return f"{_WORDS[role]}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}"
 
 
 def distinct_models(workflows: Iterable[DiffusionWorkflow]) -> dict[str, Model]:

@@ -36,13 +36,18 @@ class Scheduling(Typed):
     """What the scheduler last decided for a model."""
 
     replicas: int | None = Field(default=None, ge=0, description="Replicas it asked for.")
-    latent: int | None = Field(default=None, ge=1, description="Latent parallelism in force.")
-    tensor: int | None = Field(default=None, ge=1, description="Tensor parallelism in force.")
     reason: str | None = Field(default=None, max_length=1024, description="Why, in one line.")
     signals: Literal["Present", "Missing"] | None = Field(
         default=None, description="Missing: nothing is known of its load, so it stays as it is."
     )
     time: str | None = Field(default=None, description="When, RFC 3339.")
+
+
+class ParallelismInForce(Typed):
+    """How a model is spread at present, whatever its spec allows."""
+
+    latent: int = Field(ge=1, description="Replicas that share one request's steps.")
+    tensor: int = Field(ge=1, description="Devices that share one replica's weights.")
 
 
 class BoundModel(Typed):
@@ -56,6 +61,7 @@ class BoundModel(Typed):
     next: str | None = Field(
         default=None, max_length=63, description="The DiffusionModel that takes over when it is ready, after a change."
     )
+    parallelism: ParallelismInForce | None = Field(default=None, description="How it is spread at present.")
     scheduling: Scheduling | None = Field(default=None, description="What the scheduler last decided for it.")
 
 
@@ -83,5 +89,6 @@ class ModelStatus(Typed):
     selector: str | None = Field(
         default=None, max_length=512, description="Label selector of its pods, for autoscalers."
     )
+    parallelism: ParallelismInForce | None = Field(default=None, description="How it is spread at present.")
     source: Source | None = Field(default=None, description="The source as resolved, an hf:// revision pinned.")
     scheduling: Scheduling | None = Field(default=None, description="What the scheduler last decided.")

@@ -165,9 +165,36 @@ class Model(Typed):
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How one request may be spread.")
     resources: dict[str, Any] = Field(default_factory=dict, description="As Container.resources: requests and limits.")
     placement: Literal["Spread", "Together"] = Field(
-        default="Spread", description="Together: in one pod with the denoiser, sharing its memory volume and device."
+        default="Spread",
+        description="Together: a container in the denoiser's pods, with a memory volume between them; it scales with the "
+        "denoiser. In the embedded runtime it changes nothing.",
     )
-    pod: Pod = Field(default_factory=Pod, description="Passed through to the model's pods.")
+    pod: Pod = Field(
+        default_factory=Pod, description="Passed through to the model's pods, to each of their containers."
+    )
+
+    @property
+    def is_together(self) -> bool:
+        """Whether it runs in its denoiser's pods."""
+        return self.placement == "Together"
+
+    @model_validator(mode="after")
+    def _fits_its_placement(self) -> Model:
+        if not self.is_together:
+            return self
+        if self.role is Role.DENOISER:
+            raise ValueError(
+                f"model {self.name!r} is the denoiser, in whose pods the others may run; leave its placement out"
+            )
+        if self.model_ref is not None:
+            raise ValueError(f"model {self.name!r} is a modelRef, which has pods of its own; Together needs a source")
+        if self.scaling != Scaling():
+            raise ValueError(
+                f"model {self.name!r} is Together with the denoiser and scales with it; put scaling at the denoiser"
+            )
+        if self.pod != Pod():
+            raise ValueError(f"model {self.name!r} is Together with the denoiser in its pods; put pod at the denoiser")
+        return self
 
     @model_validator(mode="after")
     def _complete(self) -> Model:
@@ -252,6 +279,12 @@ class WorkflowSpec(Typed):
         stores = [model.name for model in self.models if model.role is Role.LORA_STORE]
         if len(stores) > 1:
             raise ValueError(f"{stores[0]!r} and {stores[1]!r} are both LoRA stores; a denoiser takes one")
+        referred = any(model.role is Role.DENOISER and model.model_ref is not None for model in self.models)
+        if referred and any(model.is_together for model in self.models):
+            raise ValueError(
+                f"the denoiser {denoisers[0]!r} is a modelRef, whose pods are not this workflow's; give it a source, or no "
+                "model the placement Together"
+            )
         return self
 
 
@@ -296,11 +329,41 @@ class DiffusionWorkflow(Typed):
         return [model for model in self.spec.models if model.role is role]
 
 
+class Inside(Typed):
+    """Where a model runs that has no pods of its own."""
+
+    model: Name = Field(description="The DiffusionModel, a denoiser, in whose pods it runs.")
+    place: int = Field(ge=1, le=31, description="Its place among the denoiser's companions, which gives its ports.")
+
+
+class Companion(Typed):
+    """A model that runs in another's pods: what its container needs."""
+
+    model: Name = Field(description="Its own DiffusionModel.")
+    role: Role = Field(description="What the model is for.")
+    source: Source = Field(description="Where its weights are.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32", description="Element type of the weights."
+    )
+    engine: Engine = Field(default_factory=Engine, description="How the model's server runs it.")
+    resources: dict[str, Any] = Field(default_factory=dict, description="As Container.resources.")
+
+
 class ModelSpec(Typed):
     """A model by itself, as workflows that name the same one share it."""
 
     replicas: int | None = Field(
-        default=None, ge=0, le=1000, description="Replicas there should be; written through the scale subresource."
+        default=None,
+        ge=0,
+        le=1000,
+        description="Replicas there should be; written through the scale subresource. Of no effect where it is inside "
+        "another's pods.",
+    )
+    inside: Inside | None = Field(
+        default=None, description="Where it runs, when that is in another's pods; absent: in pods of its own."
+    )
+    companions: list[Companion] | None = Field(
+        default=None, min_length=1, max_length=31, description="The models that run in its pods, by their places."
     )
     near: Name | None = Field(
         default=None, description="The DiffusionModel whose pods its pods would share a node with, where one has room."

@@ -1,0 +1,102 @@
+"""Peers that exchange tensors are chosen on one host where there are such: in a cluster that is one pod."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentflow import AsyncClient, ControlImage
+from latentflow.api import Role, identity, load_workflows
+from latentflow.directory import Directory, Replicas
+from latentflow_gateway.server import serve as serve_gateway
+from latentflow_gateway.settings import GatewaySettings
+from latentflow_nodes.server import Node
+from latentflow_nodes.server import serve as serve_node
+from latentflow_nodes.settings import NodeSettings
+from PIL import Image
+from support.packs import MODELS
+from support.paths import EXAMPLES
+from support.scraping import value
+
+HOSTS = ("127.0.0.1", "127.0.0.2")
+(WHOLE,) = load_workflows(EXAMPLES / "shapes-together.yaml")
+EDGES = Image.new("RGB", (64, 64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pods:
+    """A gateway's address, and what serves each model on each host. The text encoder is on the first host only."""
+
+    gateway: str
+    nodes: dict[tuple[str, str], Node]
+
+    def calls(self, host: str, name: str) -> float:
+        """Requests that came to a model on a host."""
+        metrics = f"127.0.0.1:{self.nodes[host, name].metrics_port}"
+        return value(metrics, "latentflow_requests_total", code="OK") - value(
+            metrics, "latentflow_requests_total", code="OK", call="Describe"
+        )
+
+
+@contextlib.asynccontextmanager
+async def pods(folder: Path, *missing: tuple[str, str]) -> AsyncIterator[Pods]:
+    """Every model on both hosts, except the `missing`."""
+    async with contextlib.AsyncExitStack() as stack:
+        nodes: dict[tuple[str, str], Node] = {}
+        for model in WHOLE.spec.models:
+            assert model.source is not None
+            for host in HOSTS[:1] if model.role is Role.TEXT_ENCODER else HOSTS:
+                if (host, model.name) in missing or model.name == "layout":
+                    continue
+                settings = NodeSettings(
+                    role=model.role.value,  # type: ignore[arg-type]
+                    uri=model.source.uri,
+                    subfolder=model.source.subfolder,
+                    model_root=MODELS,
+                    identity=identity(model),
+                    listen=f"{host}:0",
+                )
+                nodes[host, model.name] = await stack.enter_async_context(serve_node(settings))
+        models = {
+            identity(model): Replicas(
+                role=model.role, replicas=tuple(node.address for (_, name), node in nodes.items() if name == model.name)
+            )
+            for model in WHOLE.spec.models
+        }
+        directory = folder / "directory.json"
+        Directory(workflows=(WHOLE,), models=models).write(directory)
+        settings_of_gateway = GatewaySettings(directory=directory, listen="127.0.0.1:0")
+        gateway = await stack.enter_async_context(serve_gateway(settings_of_gateway))
+        yield Pods(gateway=gateway.address, nodes=nodes)
+
+
+async def make(pods: Pods) -> None:
+    """Two images at a time, so that both denoisers have one."""
+    async with AsyncClient(pods.gateway) as client:
+        result = await client.generate(
+            "a red circle",
+            images=2,
+            steps=3,
+            control_images={"edges": ControlImage(image=EDGES)},
+            loras={"outline": 0.8},
+            timeout=120,
+        )
+    assert len(result.images) == 2
+
+
+async def test_an_image_is_steered_styled_and_decoded_on_the_host_of_its_denoiser(tmp_path: Path) -> None:
+    async with pods(tmp_path) as both:
+        await make(both)
+        for host in HOSTS:
+            for name in ("base", "edges", "styles", "pixels"):
+                assert both.calls(host, name) == 1, (host, name)
+
+
+async def test_where_no_peer_is_near_one_further_away_does_it(tmp_path: Path) -> None:
+    first, second = HOSTS
+    async with pods(tmp_path, (second, "edges"), (second, "styles")) as lame:
+        await make(lame)
+        assert lame.calls(first, "edges") == 2
+        assert (lame.calls(first, "base"), lame.calls(second, "base")) == (1, 1)
