@@ -48,7 +48,7 @@ class Scaler:
         self,
         *,
         store: Store,
-        seen: Callable[[Manifest], None],
+        seen: Callable[[Manifest], object],
         cluster: Cluster,
         settings: ScalingSettings,
         metrics: Instruments,
@@ -75,7 +75,7 @@ class Scaler:
                 while (left := due - self._clock()) > 0:
                     await asyncio.sleep(min(left, _WAKE_SECONDS))
                     asleep = self._asleep()
-                    if asleep and not asleep.isdisjoint(await self._held(session)):
+                    if asleep and not asleep.isdisjoint(signals.gathered(await self._held(session), self._inside())):
                         break
 
     async def step(self, known: Signals | None, held: Mapping[Place, float]) -> None:
@@ -88,6 +88,9 @@ class Scaler:
         models = {place_of(body): body for body in self._store.all("DiffusionModel")}
         self._states = {place: self._states.get(place, State()) for place in models}
         self._unseen = {place: since for place, since in self._unseen.items() if place in models}
+        inside = self._inside()
+        held = signals.gathered(held, inside)
+        known = replace(known, held=signals.gathered(known.held, inside)) if known else None
         for place, body in models.items():
             if "deletionTimestamp" in body["metadata"]:
                 continue
@@ -113,15 +116,14 @@ class Scaler:
     async def _held(self, session: aiohttp.ClientSession) -> dict[Place, float]:
         if self._settings.gateways is None:
             return {}
-        return signals.gathered(await signals.held(session, self._settings.gateways), self._inside())
+        return await signals.held(session, self._settings.gateways)
 
     async def _signals(self, session: aiohttp.ClientSession) -> Signals | None:
         try:
-            known = await signals.read(session, self._settings.prometheus, window=self._settings.window_seconds)
+            return await signals.read(session, self._settings.prometheus, window=self._settings.window_seconds)
         except UnavailableError as error:
             _log.warning("no signals; every model stays as it is", error=error.message)
             return None
-        return replace(known, held=signals.gathered(known.held, self._inside()))
 
     async def _decide(self, place: Place, body: Manifest, known: Signals | None, held: Mapping[Place, float]) -> None:
         spec = ModelSpec.model_validate(body["spec"])

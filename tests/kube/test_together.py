@@ -206,10 +206,11 @@ async def test_requests_that_wait_for_a_companion_wake_its_denoiser_and_nothing_
         store.put(body)
     scaler = Scaler(
         store=store,
+        seen=store.put,
         cluster=Cluster(api_server.client()),
         settings=ScalingSettings(prometheus="http://127.0.0.1:9"),
         metrics=Instruments(OPERATOR),
     )
-    await scaler.step(Signals(loads={}, replicas={}, held={(namespace.name, names["edges"]): 3.0}))
+    await scaler.step(Signals(loads={}, replicas={}, held={(namespace.name, names["edges"]): 3.0}), {})
     replicas = {name: body["spec"].get("replicas") for name, body in namespace.list("DiffusionModel").items()}
     assert replicas == dict.fromkeys(names.values(), None) | {names["base"]: 1}
