@@ -17,6 +17,7 @@ from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, stage_pb2_gr
 from latentflow_nodes.peers import Peers
 from latentflow_nodes.server import Node, serve
 from latentflow_nodes.settings import NodeSettings
+from latentflow_nodes.transport import Transport
 from PIL import Image
 
 SECONDS = 120.0
@@ -131,8 +132,9 @@ async def started(
         for name, (role, subfolder) in parts.items():
             node = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, **settings)  # type: ignore[arg-type]
             nodes[name] = await stack.enter_async_context(serve(node))
+        metrics = next(iter(nodes.values())).context.metrics
         peers = await stack.enter_async_context(
-            Peers(token=None, tls=None, metrics=next(iter(nodes.values())).context.metrics)
+            Peers(token=None, tls=None, transport=Transport(memory=None, metrics=metrics), metrics=metrics)
         )
         yield Stack(nodes, peers)
 
