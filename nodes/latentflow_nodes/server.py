@@ -96,6 +96,7 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
         store = TensorStore(
             address=address, lease=node.lease, clock=time.monotonic, transport=transport, metrics=metrics
         )
+        stack.callback(store.close)
         turn = Turn(node.turn_file)
         stack.callback(turn.close)
         context = Context(settings=node, metrics=metrics, transport=transport, store=store, peers=peers, turn=turn)

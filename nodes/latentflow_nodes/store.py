@@ -98,6 +98,11 @@ class TensorStore:
         now = self._clock()
         return sum(self._drop(key) for key in [k for k, held in self._held.items() if held.expires <= now])
 
+    def close(self) -> None:
+        """Frees everything."""
+        for key in list(self._held):
+            self._drop(key)
+
     def lease(self) -> duration_pb2.Duration:
         duration = duration_pb2.Duration()
         duration.FromNanoseconds(int(self._lease * 1e9))

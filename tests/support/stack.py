@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,9 +116,15 @@ class Stack:
 
 @contextlib.asynccontextmanager
 async def started(
-    root: Path, uri: str, *, controls: dict[str, str] | None = None, loras: str | None = None, **settings: object
+    root: Path,
+    uri: str,
+    *,
+    controls: dict[str, str] | None = None,
+    loras: str | None = None,
+    own: Mapping[str, dict[str, object]] | None = None,
+    **settings: object,
 ) -> AsyncIterator[Stack]:
-    """The servers of a workflow over one pack."""
+    """The servers of a workflow over one pack; `own` settings, by server, go before those for all."""
     parts: dict[str, tuple[str, str | None]] = {
         "text": ("TextEncoder", None),
         "base": ("Denoiser", None),
@@ -130,7 +136,8 @@ async def started(
     async with contextlib.AsyncExitStack() as stack:
         nodes = {}
         for name, (role, subfolder) in parts.items():
-            node = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, **settings)  # type: ignore[arg-type]
+            its = settings | (own or {}).get(name, {})
+            node = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, **its)  # type: ignore[arg-type]
             nodes[name] = await stack.enter_async_context(serve(node))
         metrics = next(iter(nodes.values())).context.metrics
         peers = await stack.enter_async_context(
