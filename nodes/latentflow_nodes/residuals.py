@@ -118,6 +118,7 @@ class ResidualStream:
 
     def _end(self, error: LatentflowError) -> None:
         self._ended = self._ended or error
+        self._outgoing.put_nowait(None)
         while self._asked:
             _, future = self._asked.popleft()
             future.set_exception(self._ended)

@@ -35,7 +35,7 @@ class Transport:
     def __init__(self, *, memory: Memory | None, metrics: Instruments) -> None:
         self._memory = memory
         self._metrics = metrics
-        self._full = False
+        self._troubled = False
 
     @property
     def memory(self) -> str:
@@ -55,11 +55,11 @@ class Transport:
         self._metrics.of("latentflow_tensor_bytes_total", transport=kind, direction=direction).inc(size)
         self._metrics.of("latentflow_tensor_seconds_total", transport=kind, direction=direction).inc(seconds)
 
-    def full(self, problem: str | None) -> None:
-        """Says once that the shared memory has no room, until it has some again."""
-        if problem and not self._full:
-            _log.warning("shared memory has no room; tensors go over gRPC", problem=problem)
-        self._full = problem is not None
+    def report(self, problem: str | None) -> None:
+        """Says once that the shared memory cannot be written to, until it can again."""
+        if problem and not self._troubled:
+            _log.warning("the shared memory takes nothing; tensors go over gRPC", problem=problem)
+        self._troubled = problem is not None
 
 
 class Sender:
@@ -109,9 +109,9 @@ class Sender:
             self._page.write([codec.view(tensor) for tensor in tensors.values()])
         except OSError as error:
             self.close()
-            self._transport.full(error.strerror)
+            self._transport.report(error.strerror)
             return None
-        self._transport.full(None)
+        self._transport.report(None)
         return self._page
 
 
