@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import resource
-import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentflow.errors import FailedPreconditionError
 from latentflow.metrics import NODE, Instruments
@@ -31,7 +29,7 @@ from support.scraping import value
 from support.stack import Request, Stack, png, started
 from support.tensors import bundles, equal
 
-SECONDS = 30
+SECONDS = 120
 on_the_stack = pytest.mark.asyncio(loop_scope="session")
 
 
@@ -66,6 +64,7 @@ async def until(claim: Callable[[], bool]) -> None:
             pass
 
 
+@settings(deadline=None)
 @given(bundle=bundles())
 def test_a_bundle_comes_back_from_a_page(folder: Path, bundle: dict[str, torch.Tensor]) -> None:
     with contextlib.closing(Memory(folder)) as ours, contextlib.closing(Memory(folder)) as theirs:
@@ -121,6 +120,7 @@ NAMES = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(name=NAMES)
 def test_nothing_but_a_page_is_opened(folder: Path, name: str) -> None:
     with contextlib.closing(Memory(folder)) as ours, pytest.raises(PageError):
@@ -166,38 +166,41 @@ def test_what_finds_no_room_goes_as_bytes_and_leaves_no_page(folder: Path, memor
         assert equal(receiver.tensors["a"], again.tensors["a"])
 
 
-def _own_a_page(folder: Path, held: Event) -> None:
-    Memory(folder).page().write([memoryview(b"abc")])
-    held.set()
+PRELUDE = """
+import signal, sys
+from pathlib import Path
+from latentflow_nodes.memory import Memory, private_folder
+"""
+OWN_A_PAGE = """
+page = Memory(Path(sys.argv[1])).page()
+page.write([memoryview(b"abc")])
+print("held", flush=True)
+signal.pause()
+"""
+OWN_A_FOLDER = """
+with private_folder(Path(sys.argv[1])) as folder:
+    (folder / "file").write_text("abc")
+    print("held", flush=True)
     signal.pause()
-
-
-def _own_a_folder(parent: Path, held: Event) -> None:
-    with private_folder(parent) as folder:
-        assert folder is not None
-        _own_a_page(folder, held)
+"""
 
 
 @contextlib.contextmanager
-def running(target: Callable[[Path, Event], None], folder: Path) -> Iterator[None]:
+def running(program: str, folder: Path) -> Iterator[None]:
     """Another process, which is killed at the end."""
-    context = multiprocessing.get_context("spawn")
-    held = context.Event()
-    process = context.Process(target=target, args=(folder, held))
-    process.start()
-    try:
-        assert held.wait(SECONDS)
-        yield
-    finally:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(SECONDS)
+    with subprocess.Popen([sys.executable, "-c", PRELUDE + program, folder], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"held\n"
+            yield
+        finally:
+            process.kill()
 
 
 def test_what_a_killed_server_left_is_swept_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
     with contextlib.closing(Memory(tmp_path)) as survivor:
         page = survivor.page()
-        with running(_own_a_page, tmp_path):
+        with running(OWN_A_PAGE, tmp_path):
             survivor.sweep()
             assert len(pages(tmp_path)) == 2
         survivor.sweep()
@@ -207,7 +210,7 @@ def test_what_a_killed_server_left_is_swept_and_what_a_living_one_has_is_not(tmp
 
 
 def test_what_a_killed_runtime_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    with running(_own_a_folder, tmp_path):
+    with running(OWN_A_FOLDER, tmp_path):
         (left,) = tmp_path.iterdir()
         with private_folder(tmp_path):
             assert left.exists()
