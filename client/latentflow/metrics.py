@@ -65,7 +65,7 @@ NODE: tuple[Metric, ...] = (
         name="latentflow_tensor_bytes_total",
         kind="counter",
         labels=("transport", "direction"),
-        help="Bytes of tensors sent to and received from peers, by transport (local, grpc).",
+        help="Bytes of tensors sent to and received from peers, by transport (grpc, shared-memory).",
     ),
     Metric(
         name="latentflow_tensor_seconds_total",

@@ -67,6 +67,7 @@ def plan_models(
     device: str | None,
     cores: int,
     turn_file: Path,
+    shared_memory: Path | None,
     log_format: str,
 ) -> list[ProcessSpec]:
     """The model servers.
@@ -76,12 +77,14 @@ def plan_models(
         threads, device: For every model, over what the workflow says; None: as it says.
         cores: How many this machine has for them.
         turn_file: What servers share that would be in each other's way, computing at the same time.
+        shared_memory: The folder through which tensors go between them; None: over gRPC.
     """
     over = {key: value for key, value in (("threads", threads), ("device", device)) if value is not None}
     specs = []
     for name, model in models_of(workflows).items():
         uses = tuple(f"{w.name}:{m.name}" for w in workflows for m in w.spec.models if identity(m) == name)
         options = _options(name, model, model_root, addresses[name], log_format) | over
+        options["shared-memory"] = shared_memory
         own_threads = threads or model.engine.threads or cores
         if (device or model.engine.device) == "cpu" and own_threads > 1 and cores < 2 * own_threads:
             options["turn-file"] = turn_file

@@ -14,6 +14,7 @@ from latentflow.api import DiffusionWorkflow
 from latentflow.directory import Directory, Replicas
 from latentflow.errors import FailedPreconditionError
 from latentflow.metrics import LOCAL, Instruments
+from latentflow_nodes.memory import private_folder
 from latentflow_nodes.settings import usable_cores
 
 from latentflow_local import processes
@@ -64,7 +65,11 @@ async def run(
     host, _, port = metrics.rpartition(":")
     instruments = Instruments(LOCAL)
     instruments.serve(host=host, port=int(port))
-    with contextlib.closing(instruments), tempfile.TemporaryDirectory(prefix="latentflow-") as folder:
+    with (
+        contextlib.closing(instruments),
+        tempfile.TemporaryDirectory(prefix="latentflow-") as folder,
+        private_folder() as shared_memory,
+    ):
         free = _free_addresses(2 * len(models) + 1)
         addresses = {name: (free[2 * i], free[2 * i + 1]) for i, name in enumerate(models)}
         specs = plan_models(
@@ -75,6 +80,7 @@ async def run(
             device=device,
             cores=usable_cores(),
             turn_file=Path(folder) / "turn",
+            shared_memory=shared_memory,
             log_format=log_format,
         )
         directory = Path(folder) / "directory.json"

@@ -35,7 +35,7 @@ _MAX_BYTES = 8 << 30
 
 def inline(tensor: torch.Tensor) -> tensors_pb2.Tensor:
     """A tensor with its values in the message."""
-    return tensors_pb2.Tensor(dtype=_wire(tensor.dtype), shape=list(tensor.shape), inline=_bytes(tensor))
+    return tensors_pb2.Tensor(dtype=_wire(tensor.dtype), shape=list(tensor.shape), inline=bytes(view(tensor)))
 
 
 def described(tensor: torch.Tensor, handle: tensors_pb2.Handle) -> tensors_pb2.Tensor:
@@ -56,20 +56,37 @@ def from_inline(message: tensors_pb2.Tensor) -> torch.Tensor:
 
 def chunks(tensors: Mapping[str, torch.Tensor], *, size: int = CHUNK_BYTES) -> Iterator[tensors_pb2.TensorChunk]:
     """A bundle of tensors as pieces of at most `size` bytes; at least one piece."""
-    headers = [tensors_pb2.TensorHeader(name=n, dtype=_wire(t.dtype), shape=list(t.shape)) for n, t in tensors.items()]
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    total = total_bytes(tensors.values())
     piece, start, offset = bytearray(), 0, 0
     first = True
     for tensor in tensors.values():
-        view = memoryview(_bytes(tensor))
-        while view:
-            take = min(len(view), size - len(piece))
-            piece += view[:take]
-            view, offset = view[take:], offset + take
+        left = view(tensor)
+        while left:
+            take = min(len(left), size - len(piece))
+            piece += left[:take]
+            left, offset = left[take:], offset + take
             if len(piece) == size and offset < total:
-                yield tensors_pb2.TensorChunk(headers=headers if first else (), offset=start, data=bytes(piece))
+                yield tensors_pb2.TensorChunk(
+                    headers=headers(tensors) if first else (), offset=start, data=bytes(piece)
+                )
                 piece, start, first = bytearray(), offset, False
-    yield tensors_pb2.TensorChunk(headers=headers if first else (), offset=start, data=bytes(piece), last=True)
+    yield tensors_pb2.TensorChunk(headers=headers(tensors) if first else (), offset=start, data=bytes(piece), last=True)
+
+
+def headers(tensors: Mapping[str, torch.Tensor]) -> list[tensors_pb2.TensorHeader]:
+    """The description of a bundle."""
+    return [tensors_pb2.TensorHeader(name=n, dtype=_wire(t.dtype), shape=list(t.shape)) for n, t in tensors.items()]
+
+
+def empty(headers: Iterable[tensors_pb2.TensorHeader]) -> dict[str, torch.Tensor]:
+    """The bundle that headers describe, its values not set. DataLossError where they are nonsense."""
+    return {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in _described(headers)}
+
+
+def view(tensor: torch.Tensor) -> memoryview:
+    """A tensor's values as bytes: its own memory where it is contiguous and on the CPU, else a copy."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 class Assembler:
@@ -87,13 +104,8 @@ class Assembler:
     def add(self, chunk: tensors_pb2.TensorChunk) -> bool:
         """Takes one piece. DataLossError where pieces are missing, doubled or do not fit the headers."""
         if self._headers is None:
-            self._headers = [(h.name, *_checked(h.dtype, h.shape)) for h in chunk.headers]
-            names = [name for name, _, _ in self._headers]
-            if len(set(names)) != len(names):
-                raise DataLossError("A tensor bundle names a tensor twice; the sender is broken.")
+            self._headers = _described(chunk.headers)
             total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self._headers)
-            if total > _MAX_BYTES:
-                raise InvalidRequestError(f"A tensor bundle of {total} bytes is over the limit of {_MAX_BYTES}.")
             self._buffer = bytearray(total)
         elif chunk.headers:
             raise DataLossError("A tensor bundle carries its headers twice; pieces were mixed up.")
@@ -190,6 +202,16 @@ def _wire(dtype: torch.dtype) -> Any:
         raise TypeError(f"{dtype} does not travel between servers.") from None
 
 
+def _described(headers: Iterable[tensors_pb2.TensorHeader]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    described = [(h.name, *_checked(h.dtype, h.shape)) for h in headers]
+    if len({name for name, _, _ in described}) != len(described):
+        raise DataLossError("A tensor bundle names a tensor twice; the sender is broken.")
+    total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in described)
+    if total > _MAX_BYTES:
+        raise InvalidRequestError(f"A tensor bundle of {total} bytes is over the limit of {_MAX_BYTES}.")
+    return described
+
+
 def _checked(dtype: int, shape: Iterable[int]) -> tuple[torch.dtype, tuple[int, ...]]:
     sizes = tuple(shape)
     if dtype not in _DTYPES:
@@ -197,11 +219,6 @@ def _checked(dtype: int, shape: Iterable[int]) -> tuple[torch.dtype, tuple[int, 
     if len(sizes) > _MAX_DIMENSIONS or any(size < 0 for size in sizes):
         raise InvalidRequestError(f"Shape {sizes} is none: at most {_MAX_DIMENSIONS} dimensions, each at least 0.")
     return _DTYPES[dtype], sizes
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def _tensor(buffer: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a role is given to work with: settings, metrics, held tensors, peers, its turn to compute."""
+"""What a role is given to work with: settings, metrics, transport, held tensors, peers, its turn to compute."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from latentflow_nodes import weights
 from latentflow_nodes.peers import Peers
 from latentflow_nodes.settings import NodeSettings
 from latentflow_nodes.store import TensorStore
+from latentflow_nodes.transport import Transport
 from latentflow_nodes.turn import Turn
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -20,6 +21,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class Context:
     settings: NodeSettings
     metrics: Instruments
+    transport: Transport
     store: TensorStore
     peers: Peers
     turn: Turn

@@ -25,6 +25,8 @@ from latentflow.v1 import stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_gr
 
 from latentflow_nodes import codec
 from latentflow_nodes.adapters import Layer
+from latentflow_nodes.memory import PageError
+from latentflow_nodes.transport import Transport
 
 _log = structlog.get_logger()
 # Adapters kept after a request, so that the next one with the same need not pull them.
@@ -41,13 +43,15 @@ class Peers:
     Args:
         token: Sent as bearer token.
         tls: Credentials of this side; None for plain connections.
+        transport: What receives tensors.
     """
 
-    def __init__(self, *, token: str | None, tls: rpc.Tls | None, metrics: Instruments) -> None:
+    def __init__(self, *, token: str | None, tls: rpc.Tls | None, transport: Transport, metrics: Instruments) -> None:
         self._token = token
         self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._metrics = metrics
+        self.transport = transport
         self._adapters: LRUCache[tuple[str, str], Layers] = LRUCache(_ADAPTER_CACHE_BYTES, getsizeof=_layers_bytes)
 
     async def __aenter__(self) -> Peers:
@@ -87,14 +91,20 @@ class Peers:
         """The values of a tensor message. OwnerLostError where its owner is gone or no longer has it."""
         if tensor.WhichOneof("content") == "inline":
             return codec.from_inline(tensor)
-        handle = tensor.handle
+        try:
+            return await self._fetch(tensor.handle, name=name, memory=self.transport.memory)
+        except PageError as error:
+            _log.warning("page not readable; fetching bytes", tensor=name, problem=error.message)
+            return await self._fetch(tensor.handle, name=name, memory="")
+
+    async def _fetch(self, handle: tensors_pb2.Handle, *, name: str, memory: str) -> torch.Tensor:
         stub = tensors_pb2_grpc.TensorsStub(self.channel(handle.owner))
-        request = tensors_pb2.FetchRequest(id=handle.id, boot_id=handle.boot_id)
+        request = tensors_pb2.FetchRequest(id=handle.id, boot_id=handle.boot_id, memory=memory)
         started = time.perf_counter()
-        assembler = codec.Assembler()
+        receiver = self.transport.receiver()
         try:
             async for response in stub.Fetch(request, timeout=_FETCH_SECONDS, metadata=self.metadata()):
-                assembler.add(response.chunk)
+                receiver.add(response.chunk)
         except grpc.aio.AioRpcError as error:
             known = status.error_from(error)
             if isinstance(known, OwnerLostError | UnavailableError):
@@ -103,12 +113,12 @@ class Peers:
                     details={"owner": handle.owner, "tensor": name},
                 ) from None
             raise known from None
-        if not assembler.tensors:
+        if not receiver.tensors:
             raise OwnerLostError(
                 f"{handle.owner} sent no whole tensor {name!r}.", details={"owner": handle.owner, "tensor": name}
             )
-        self.count("receive", assembler.size, time.perf_counter() - started)
-        return next(iter(assembler.tensors.values()))
+        self.transport.count(receiver.kind, "receive", size=receiver.size, seconds=time.perf_counter() - started)
+        return next(iter(receiver.tensors.values()))
 
     async def adapters(self, refs: Sequence[stage_pb2.AdapterRef], component: str) -> list[tuple[Layers, float]]:
         """One component's part of every adapter, with its weight, in the request's order."""
@@ -128,25 +138,20 @@ class Peers:
         bound = structlog.contextvars.get_contextvars()
         request = stage_pb2.AdapterRequest(request_id=bound.get("request_id", ""), name=ref.name, component=component)
         started = time.perf_counter()
-        assembler = codec.Assembler()
+        receiver = self.transport.receiver()
         try:
             async for response in stub.Adapter(request, timeout=_ADAPTER_SECONDS, metadata=self.metadata()):
-                assembler.add(response.chunk)
+                receiver.add(response.chunk)
         except grpc.aio.AioRpcError as error:
             raise self.peer_error(error, peer=ref.store, what="LoRA store") from None
         seconds = time.perf_counter() - started
-        self.count("receive", assembler.size, seconds)
+        self.transport.count(receiver.kind, "receive", size=receiver.size, seconds=seconds)
         self._metrics.of("latentflow_loads_total", kind="adapter").inc()
         self._metrics.of("latentflow_load_seconds_total", kind="adapter").inc(seconds)
-        layers = unpack_layers(assembler.tensors)
+        layers = unpack_layers(receiver.tensors)
         if ref.digest and _layers_bytes(layers) < _ADAPTER_CACHE_BYTES:
             self._adapters[(ref.digest, component)] = layers
         return layers
-
-    def count(self, direction: str, size: int, seconds: float) -> None:
-        """Adds a transfer to the metrics."""
-        self._metrics.of("latentflow_tensor_bytes_total", transport="grpc", direction=direction).inc(size)
-        self._metrics.of("latentflow_tensor_seconds_total", transport="grpc", direction=direction).inc(seconds)
 
     @staticmethod
     def peer_error(error: grpc.RpcError, *, peer: stage_pb2.Peer, what: str) -> LatentflowError:

@@ -1,7 +1,7 @@
 """A denoiser's conversation with one ControlNet, on one gRPC stream for the whole request.
 
-The engine's thread asks for a step's residuals and gets a future; the event loop sends, receives and resolves. Answers
-come in the order of the questions.
+The engine's thread asks for a step's residuals and gets a future; the event loop sends, receives and resolves. A
+question is sent when the one before is answered: the ControlNet may then write the answer where that one was.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from concurrent.futures import Future
 from types import TracebackType
 
 import grpc
+import structlog
 import torch
 from latentflow.errors import LatentflowError, UnavailableError
 from latentflow.v1 import stage_pb2, stage_pb2_grpc
 
 from latentflow_nodes import codec
+from latentflow_nodes.memory import PageError
 from latentflow_nodes.peers import Peers
 from latentflow_nodes.sample import Residuals
+
+_log = structlog.get_logger()
 
 
 class ResidualStream:
@@ -35,7 +39,9 @@ class ResidualStream:
         self._opening = opening
         self._loop = asyncio.get_running_loop()
         self._outgoing: asyncio.Queue[stage_pb2.ResidualsRequest | None] = asyncio.Queue()
-        self._asked: deque[Future[Residuals]] = deque()
+        # Not answered yet; the ControlNet has the first of them.
+        self._asked: deque[tuple[stage_pb2.ResidualsRequest, Future[Residuals]]] = deque()
+        self._memory = peers.transport.memory
         self._ended: LatentflowError | None = None
         self._reader: asyncio.Task[None] | None = None
 
@@ -66,7 +72,13 @@ class ResidualStream:
         if self._ended is not None:
             future.set_exception(self._ended)
             return
-        self._asked.append(future)
+        self._asked.append((message, future))
+        if len(self._asked) == 1:
+            self._ask()
+
+    def _ask(self) -> None:
+        message, _ = self._asked[0]
+        message.step.memory = self._memory
         self._outgoing.put_nowait(message)
 
     async def _requests(self) -> AsyncIterator[stage_pb2.ResidualsRequest]:
@@ -74,16 +86,29 @@ class ResidualStream:
             yield message
 
     async def _read(self, stub: stage_pb2_grpc.StageStub) -> None:
-        assembler, started = codec.Assembler(), 0.0
+        transport = self._peers.transport
+        receiver, started = transport.receiver(), 0.0
         try:
             async for response in stub.Residuals(self._requests(), metadata=self._peers.metadata()):
                 started = started or time.perf_counter()
-                if not assembler.add(response.chunk):
+                try:
+                    whole = receiver.add(response.chunk)
+                except PageError as error:
+                    if not self._memory:
+                        raise
+                    _log.warning("page not readable; asking for bytes", step=response.step, problem=error.message)
+                    self._memory = ""
+                    self._ask()
                     continue
-                self._peers.count("receive", assembler.size, time.perf_counter() - started)
-                bundle, assembler, started = assembler.tensors, codec.Assembler(), 0.0
+                if not whole:
+                    continue
+                transport.count(receiver.kind, "receive", size=receiver.size, seconds=time.perf_counter() - started)
+                bundle, receiver, started = receiver.tensors, transport.receiver(), 0.0
                 down = tuple(bundle[f"down.{i}"] for i in range(len(bundle) - 1))
-                self._asked.popleft().set_result(Residuals(down=down, mid=bundle["mid"]))
+                _, future = self._asked.popleft()
+                future.set_result(Residuals(down=down, mid=bundle["mid"]))
+                if self._asked:
+                    self._ask()
         except grpc.RpcError as error:
             self._end(self._peers.peer_error(error, peer=self._ref.peer, what="ControlNet"))
         except (LatentflowError, KeyError, IndexError) as error:
@@ -93,5 +118,7 @@ class ResidualStream:
 
     def _end(self, error: LatentflowError) -> None:
         self._ended = self._ended or error
+        self._outgoing.put_nowait(None)
         while self._asked:
-            self._asked.popleft().set_exception(self._ended)
+            _, future = self._asked.popleft()
+            future.set_exception(self._ended)

@@ -33,10 +33,12 @@ from latentflow.v1 import (
 from latentflow_nodes import roles, settings
 from latentflow_nodes.calls import Calls, TokenInterceptor
 from latentflow_nodes.context import Context
+from latentflow_nodes.memory import Memory
 from latentflow_nodes.peers import Peers
 from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
 from latentflow_nodes.settings import NodeSettings
 from latentflow_nodes.store import TensorStore
+from latentflow_nodes.transport import Transport
 from latentflow_nodes.turn import Turn
 
 _log = structlog.get_logger()
@@ -84,11 +86,20 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
         raise _port_taken(node.metrics, "metrics", error) from None
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(metrics.close)
-        peers = await stack.enter_async_context(Peers(token=node.token, tls=node.tls, metrics=metrics))
-        store = TensorStore(address=address, lease=node.lease, clock=time.monotonic, metrics=metrics)
+        memory = Memory(node.shared_memory) if node.shared_memory else None
+        if memory:
+            stack.callback(memory.close)
+        transport = Transport(memory=memory, metrics=metrics)
+        peers = await stack.enter_async_context(
+            Peers(token=node.token, tls=node.tls, transport=transport, metrics=metrics)
+        )
+        store = TensorStore(
+            address=address, lease=node.lease, clock=time.monotonic, transport=transport, metrics=metrics
+        )
+        stack.callback(store.close)
         turn = Turn(node.turn_file)
         stack.callback(turn.close)
-        context = Context(settings=node, metrics=metrics, store=store, peers=peers, turn=turn)
+        context = Context(settings=node, metrics=metrics, transport=transport, store=store, peers=peers, turn=turn)
         role = roles.load(context)
         stack.callback(role.close)
         await role.warm_up()
@@ -110,7 +121,7 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
         await _set_health(serving.health, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         stack.push_async_callback(server.stop, 1.0)
-        sweeper = asyncio.create_task(_sweep(store))
+        sweeper = asyncio.create_task(_sweep(store, memory))
         stack.callback(sweeper.cancel)
         metrics.of("latentflow_ready").set(1)
         _log.info("ready", address=address, metrics_port=serving.metrics_port, seconds=time.perf_counter() - started)
@@ -167,11 +178,13 @@ async def _set_health(servicer: health.aio.HealthServicer, state: health_pb2.Hea
         await servicer.set(service, state)
 
 
-async def _sweep(store: TensorStore) -> None:
+async def _sweep(store: TensorStore, memory: Memory | None) -> None:
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
         if freed := store.sweep():
             _log.warning("leases ended without a release", tensors=freed)
+        if memory:
+            memory.sweep()
 
 
 if __name__ == "__main__":

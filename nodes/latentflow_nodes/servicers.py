@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +17,6 @@ from latentflow.v1 import (
     tensors_pb2_grpc,
 )
 
-from latentflow_nodes import codec
 from latentflow_nodes.calls import Calls, streaming, unary
 from latentflow_nodes.context import Context
 
@@ -55,13 +53,11 @@ class StageServicer(stage_pb2_grpc.StageServicer):
     @streaming
     async def Adapter(self, request: stage_pb2.AdapterRequest) -> AsyncIterator[Any]:
         for chunk in await self._of("adapter")(request):
-            self._context.peers.count("send", len(chunk.data), 0)
             yield stage_pb2.AdapterResponse(chunk=chunk)
 
     @streaming
     async def Residuals(self, requests: AsyncIterator[stage_pb2.ResidualsRequest]) -> AsyncIterator[Any]:
         async for response in self._of("residuals")(requests):
-            self._context.peers.count("send", len(response.chunk.data), 0)
             yield response
 
     @streaming
@@ -88,12 +84,9 @@ class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
 
     @streaming
     async def Fetch(self, request: tensors_pb2.FetchRequest) -> AsyncIterator[Any]:
-        tensor = self._context.store.get(boot_id=request.boot_id, key=request.id)
-        started, sent = time.perf_counter(), 0
-        for chunk in codec.chunks({"tensor": tensor}):
+        held = self._context.store.get(boot_id=request.boot_id, key=request.id)
+        for chunk in held.sender.pieces({"tensor": held.tensor}, memory=request.memory):
             yield tensors_pb2.FetchResponse(chunk=chunk)
-            sent += len(chunk.data)
-        self._context.peers.count("send", sent, time.perf_counter() - started)
 
     @unary
     async def Renew(self, request: tensors_pb2.RenewRequest) -> Any:

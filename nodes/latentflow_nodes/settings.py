@@ -34,6 +34,8 @@ class NodeSettings:
         lease: Seconds a handle lives without being renewed.
         drain: Seconds that running requests get when the server is told to stop.
         turn_file: Servers of one machine that name the same file compute one after the other; None: at any time.
+        shared_memory: A folder on memory that servers share: tensors between those that name it go through it; None:
+            over gRPC.
         token: Shared secret of the servers; None: none asked for.
     """
 
@@ -54,6 +56,7 @@ class NodeSettings:
     lease: float = 60.0
     drain: float = 30.0
     turn_file: Path | None = None
+    shared_memory: Path | None = None
     token: str | None = None
     tls: rpc.Tls | None = None
     log_format: Literal["console", "json"] = "console"
@@ -93,6 +96,12 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     add("--lease", type=float, default=60.0, help="seconds a handle lives unless renewed (default: 60)")
     add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
     add("--turn-file", type=Path, help="servers of one machine that name one file compute one after the other")
+    add(
+        "--shared-memory",
+        type=Path,
+        metavar="FOLDER",
+        help="folder on memory (a tmpfs) through which tensors go between the servers that name it (default: none)",
+    )
     add("--tls-cert", type=Path, help="certificate, PEM")
     add("--tls-key", type=Path, help="its key, PEM")
     add("--tls-ca", type=Path, help="CA of peers' certificates, PEM; makes TLS mutual")

@@ -17,12 +17,16 @@ from latentflow.metrics import Instruments
 from latentflow.v1 import tensors_pb2
 
 from latentflow_nodes import codec
+from latentflow_nodes.transport import Sender, Transport
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
+    """A tensor, and what sends it."""
+
     tensor: torch.Tensor
     expires: float
+    sender: Sender
 
 
 class TensorStore:
@@ -32,14 +36,18 @@ class TensorStore:
         address: host:port that peers fetch from.
         lease: Seconds a handle lives unless renewed.
         clock: Monotonic seconds.
+        transport: What sends them.
     """
 
-    def __init__(self, *, address: str, lease: float, clock: Callable[[], float], metrics: Instruments) -> None:
+    def __init__(
+        self, *, address: str, lease: float, clock: Callable[[], float], transport: Transport, metrics: Instruments
+    ) -> None:
         self.boot_id = secrets.token_hex(8)
         self._address = address
         self._lease = lease
         self._clock = clock
-        self._held: dict[bytes, _Held] = {}
+        self._transport = transport
+        self._held: dict[bytes, Held] = {}
         self._bytes = 0
         self._count_gauge = metrics.of("latentflow_tensors_held")
         self._bytes_gauge = metrics.of("latentflow_tensor_held_bytes")
@@ -51,7 +59,7 @@ class TensorStore:
         """Holds a tensor; the message has its handle."""
         tensor = tensor.detach()
         key = secrets.token_bytes(16)
-        self._held[key] = _Held(tensor, self._clock() + self._lease)
+        self._held[key] = Held(tensor, self._clock() + self._lease, self._transport.sender(constant=True))
         self._bytes += codec.total_bytes([tensor])
         self._report()
         return codec.described(
@@ -59,7 +67,7 @@ class TensorStore:
             tensors_pb2.Handle(owner=self._address, boot_id=self.boot_id, id=key, lease=self.lease()),
         )
 
-    def get(self, *, boot_id: str, key: bytes) -> torch.Tensor:
+    def get(self, *, boot_id: str, key: bytes) -> Held:
         """The tensor of a handle. OwnerLostError where it is not held, whatever the reason."""
         held = self._held.get(key) if boot_id == self.boot_id else None
         if held is None:
@@ -68,7 +76,7 @@ class TensorStore:
                 "Run the stage that made it again.",
                 details={"owner": self._address},
             )
-        return held.tensor
+        return held
 
     def renew(self, *, boot_id: str, keys: Iterable[bytes]) -> list[bytes]:
         """Extends leases; returns the keys that are not held here."""
@@ -90,6 +98,11 @@ class TensorStore:
         now = self._clock()
         return sum(self._drop(key) for key in [k for k, held in self._held.items() if held.expires <= now])
 
+    def close(self) -> None:
+        """Frees everything."""
+        for key in list(self._held):
+            self._drop(key)
+
     def lease(self) -> duration_pb2.Duration:
         duration = duration_pb2.Duration()
         duration.FromNanoseconds(int(self._lease * 1e9))
@@ -99,6 +112,7 @@ class TensorStore:
         held = self._held.pop(key, None)
         if held is None:
             return False
+        held.sender.close()
         self._bytes -= codec.total_bytes([held.tensor])
         self._report()
         return True

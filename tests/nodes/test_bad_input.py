@@ -15,6 +15,7 @@ from latentflow_nodes import adapters
 from latentflow_nodes.peers import Peers
 from latentflow_nodes.server import serve
 from latentflow_nodes.settings import NodeSettings
+from latentflow_nodes.transport import Transport
 from safetensors.torch import save_file
 from support.packs import MODELS, SHAPES
 from support.stack import Request, Stack, started
@@ -123,7 +124,8 @@ async def test_callers_without_the_token_are_refused() -> None:
             await stack.encode(Request())
         assert error_from(caught.value).code is grpc.StatusCode.UNAUTHENTICATED
         metrics = Instruments(NODE, model="m", role="r")
-        async with Peers(token="secret", tls=None, metrics=metrics) as peers:
+        transport = Transport(memory=None, metrics=metrics)
+        async with Peers(token="secret", tls=None, transport=transport, metrics=metrics) as peers:
             stub = control_pb2_grpc.ControlStub(peers.channel(stack.nodes["text"].address))
             said = await stub.Describe(
                 control_pb2.DescribeRequest(protocol_version=1), timeout=60, metadata=peers.metadata()

@@ -12,20 +12,7 @@ from hypothesis import strategies as st
 from latentflow.errors import DataLossError, InvalidRequestError, LatentflowError
 from latentflow.v1 import tensors_pb2
 from latentflow_nodes import codec
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
-
-
-@st.composite
-def tensors(draw: st.DrawFn) -> torch.Tensor:
-    shape = draw(st.lists(st.integers(0, 5), max_size=4))
-    dtype = draw(st.sampled_from(DTYPES))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    return (torch.randn(shape, generator=generator) * 50).to(dtype)
-
-
-def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+from support.tensors import bundles, equal, tensors
 
 
 @given(tensors())
@@ -34,7 +21,7 @@ def test_a_tensor_comes_back_from_a_message(tensor: torch.Tensor) -> None:
     assert equal(codec.from_inline(message), tensor)
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=5), tensors(), max_size=5), st.integers(1, 64))
+@given(bundles(), st.integers(1, 64))
 def test_a_bundle_comes_back_from_pieces_of_any_size(bundle: dict[str, torch.Tensor], size: int) -> None:
     assembler = codec.Assembler()
     pieces = list(codec.chunks(bundle, size=size))

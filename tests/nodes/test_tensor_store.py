@@ -7,6 +7,7 @@ import torch
 from latentflow.errors import OwnerLostError
 from latentflow.metrics import NODE, Instruments
 from latentflow_nodes.store import TensorStore
+from latentflow_nodes.transport import Transport
 
 
 class Clock:
@@ -25,14 +26,16 @@ def clock() -> Clock:
 
 @pytest.fixture
 def store(clock: Clock) -> TensorStore:
-    return TensorStore(address="a:1", lease=60, clock=clock, metrics=Instruments(NODE, model="m", role="VAE"))
+    metrics = Instruments(NODE, model="m", role="VAE")
+    transport = Transport(memory=None, metrics=metrics)
+    return TensorStore(address="a:1", lease=60, clock=clock, transport=transport, metrics=metrics)
 
 
 def test_a_held_tensor_is_read_any_number_of_times(store: TensorStore) -> None:
     tensor = torch.arange(3)
     handle = store.put(tensor).handle
     for _ in range(3):
-        assert torch.equal(store.get(boot_id=handle.boot_id, key=handle.id), tensor)
+        assert torch.equal(store.get(boot_id=handle.boot_id, key=handle.id).tensor, tensor)
 
 
 def test_a_lease_that_nobody_renews_ends(store: TensorStore, clock: Clock) -> None:

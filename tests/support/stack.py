@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, stage_pb2_gr
 from latentflow_nodes.peers import Peers
 from latentflow_nodes.server import Node, serve
 from latentflow_nodes.settings import NodeSettings
+from latentflow_nodes.transport import Transport
 from PIL import Image
 
 SECONDS = 120.0
@@ -115,9 +116,15 @@ class Stack:
 
 @contextlib.asynccontextmanager
 async def started(
-    root: Path, uri: str, *, controls: dict[str, str] | None = None, loras: str | None = None, **settings: object
+    root: Path,
+    uri: str,
+    *,
+    controls: dict[str, str] | None = None,
+    loras: str | None = None,
+    own: Mapping[str, dict[str, object]] | None = None,
+    **settings: object,
 ) -> AsyncIterator[Stack]:
-    """The servers of a workflow over one pack."""
+    """The servers of a workflow over one pack; `own` settings, by server, go before those for all."""
     parts: dict[str, tuple[str, str | None]] = {
         "text": ("TextEncoder", None),
         "base": ("Denoiser", None),
@@ -129,10 +136,12 @@ async def started(
     async with contextlib.AsyncExitStack() as stack:
         nodes = {}
         for name, (role, subfolder) in parts.items():
-            node = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, **settings)  # type: ignore[arg-type]
+            its = settings | (own or {}).get(name, {})
+            node = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, **its)  # type: ignore[arg-type]
             nodes[name] = await stack.enter_async_context(serve(node))
+        metrics = next(iter(nodes.values())).context.metrics
         peers = await stack.enter_async_context(
-            Peers(token=None, tls=None, metrics=next(iter(nodes.values())).context.metrics)
+            Peers(token=None, tls=None, transport=Transport(memory=None, metrics=metrics), metrics=metrics)
         )
         yield Stack(nodes, peers)
 

@@ -215,16 +215,18 @@ class ResidualsOpen(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., conditioning: _Optional[_Mapping[str, _tensors_pb2.Tensor]] = ..., guidance: _Optional[bool] = ..., image: _Optional[bytes] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class ResidualsStep(_message.Message):
-    __slots__ = ("step", "timestep", "sample", "scale")
+    __slots__ = ("step", "timestep", "sample", "scale", "memory")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TIMESTEP_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     step: int
     timestep: float
     sample: _tensors_pb2.Tensor
     scale: float
-    def __init__(self, step: _Optional[int] = ..., timestep: _Optional[float] = ..., sample: _Optional[_Union[_tensors_pb2.Tensor, _Mapping]] = ..., scale: _Optional[float] = ...) -> None: ...
+    memory: str
+    def __init__(self, step: _Optional[int] = ..., timestep: _Optional[float] = ..., sample: _Optional[_Union[_tensors_pb2.Tensor, _Mapping]] = ..., scale: _Optional[float] = ..., memory: _Optional[str] = ...) -> None: ...
 
 class ResidualsRequest(_message.Message):
     __slots__ = ("open", "step")

@@ -17,6 +17,7 @@ from latentflow_nodes import codec, weights
 from latentflow_nodes.context import Context
 from latentflow_nodes.families import FAMILIES
 from latentflow_nodes.forward import ForwardTimer
+from latentflow_nodes.transport import Sender
 from latentflow_nodes.worker import Worker
 
 
@@ -77,21 +78,27 @@ class ControlNet:
         """Answers a request's steps in their order."""
         inputs: dict[str, Any] | None = None
         image = torch.empty(0)
-        async for request in requests:
-            if request.WhichOneof("message") == "open":
-                conditioning = await self._context.peers.conditioning(request.open.conditioning, self._context.device)
-                inputs = FAMILIES[self.family].network_inputs(
-                    conditioning, guidance=request.open.guidance, width=request.open.width, height=request.open.height
-                )
-                image = self._image(request.open)
-                continue
-            if inputs is None:
-                raise InvalidRequestError("The first message of a Residuals stream has to be `open`.")
-            for response in await self._step(request.step, inputs, image):
-                yield response
+        with self._context.transport.sender() as sender:
+            async for request in requests:
+                if request.WhichOneof("message") == "open":
+                    conditioning = await self._context.peers.conditioning(
+                        request.open.conditioning, self._context.device
+                    )
+                    inputs = FAMILIES[self.family].network_inputs(
+                        conditioning,
+                        guidance=request.open.guidance,
+                        width=request.open.width,
+                        height=request.open.height,
+                    )
+                    image = self._image(request.open)
+                    continue
+                if inputs is None:
+                    raise InvalidRequestError("The first message of a Residuals stream has to be `open`.")
+                for response in await self._step(request.step, inputs, image, sender):
+                    yield response
 
     async def _step(
-        self, step: stage_pb2.ResidualsStep, inputs: dict[str, Any], image: torch.Tensor
+        self, step: stage_pb2.ResidualsStep, inputs: dict[str, Any], image: torch.Tensor, sender: Sender
     ) -> Iterator[stage_pb2.ResidualsResponse]:
         sample = self._here(codec.from_inline(step.sample))
         rows = inputs["encoder_hidden_states"].shape[0]
@@ -105,7 +112,7 @@ class ControlNet:
         )
         return (
             stage_pb2.ResidualsResponse(step=step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0)
-            for chunk in codec.chunks(bundle)
+            for chunk in sender.pieces(bundle, memory=step.memory)
         )
 
     def _run(

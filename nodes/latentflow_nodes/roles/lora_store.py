@@ -24,6 +24,7 @@ class LoRAStore:
     """The adapters of a folder."""
 
     def __init__(self, context: Context) -> None:
+        self._context = context
         source = context.source()
         folder = source.component or source.pipeline
         self.family = weights.family(source.pipeline) if (source.pipeline / "model_index.json").is_file() else ""
@@ -57,7 +58,8 @@ class LoRAStore:
         if adapter is None:
             adapter = await asyncio.to_thread(adapters.load, request.name, self._files[request.name])
             self._keep(adapter)
-        return codec.chunks(pack_layers(adapter.components.get(request.component, {})))
+        layers = pack_layers(adapter.components.get(request.component, {}))
+        return self._context.transport.sender().pieces(layers, memory="")
 
     def _keep(self, adapter: Adapter) -> None:
         if _size(adapter) <= _CACHE_BYTES:
