@@ -19,7 +19,8 @@ from latentflow_operator.binding import Binding, Conflict
 
 Body = dict[str, Any]
 _PULL = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
-_EXPECTED = {"Starting", "ScaledToZero"}
+DOWNLOADING = "Downloading"
+_EXPECTED = {"Starting", DOWNLOADING, "ScaledToZero"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 
 
@@ -67,24 +68,34 @@ def is_ready(pod: Body) -> bool:
 
 
 def of_model(
-    *, wanted: int, deployment: Body | None, pods: Sequence[Body], before: Mapping[str, Body]
+    *,
+    wanted: int,
+    deployment: Body | None,
+    pods: Sequence[Body],
+    before: Mapping[str, Body],
+    refused: Trouble | None = None,
+    downloading: str | None = None,
 ) -> tuple[Statement, ...]:
     """The conditions of a model.
 
     Args:
         wanted: Replicas there should be.
         before: Its conditions until now, by type.
+        refused: Why it has no pods yet; None where nothing stands in their way.
+        downloading: How far a server's download is, in a sentence; None where none fetches.
     """
     alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
     ready = sum(is_ready(pod) for pod in alive)
-    problem = _worst(alive) or _not_created(deployment)
+    problem = refused or _worst(alive) or _not_created(deployment)
+    if ready > 0 or wanted == 0 or problem is not None:
+        downloading = None
     loaded = ready > 0 or before.get(ConditionType.WEIGHTS_AVAILABLE, {}).get("status") == "True"
     return (
-        _model_ready(wanted, ready, problem),
-        _weights(loaded, problem),
+        _model_ready(wanted, ready, problem, downloading),
+        _weights(loaded, problem, downloading),
         _scheduled(alive, problem),
         _degraded(problem),
-        _progressing(wanted, ready),
+        _progressing(wanted, ready, downloading),
     )
 
 
@@ -236,7 +247,7 @@ def _not_created(deployment: Body | None) -> Trouble | None:
     return None
 
 
-def _model_ready(wanted: int, ready: int, problem: Trouble | None) -> Statement:
+def _model_ready(wanted: int, ready: int, problem: Trouble | None, downloading: str | None) -> Statement:
     about = ConditionType.READY
     if ready > 0:
         return Statement(
@@ -248,17 +259,21 @@ def _model_ready(wanted: int, ready: int, problem: Trouble | None) -> Statement:
         )
     if problem is not None:
         return Statement(type=about, status="False", reason=problem.reason, message=problem.message)
+    if downloading is not None:
+        return Statement(type=about, status="False", reason=DOWNLOADING, message=downloading)
     return Statement(
         type=about, status="False", reason="Starting", message="Its pods are starting: they load and warm up the model."
     )
 
 
-def _weights(loaded: bool, problem: Trouble | None) -> Statement:
+def _weights(loaded: bool, problem: Trouble | None, downloading: str | None) -> Statement:
     about = ConditionType.WEIGHTS_AVAILABLE
     if problem is not None and problem.about is about:
         return Statement(type=about, status="False", reason=problem.reason, message=problem.message)
     if loaded:
         return Statement(type=about, status="True", reason="WeightsLoaded", message="A server has loaded them.")
+    if downloading is not None:
+        return Statement(type=about, status="Unknown", reason=DOWNLOADING, message=downloading)
     return Statement(type=about, status="Unknown", reason="Starting", message="No server has loaded them yet.")
 
 
@@ -285,8 +300,10 @@ def _degraded(problem: Trouble | None) -> Statement:
     return Statement(type=about, status="False", reason="AsExpected")
 
 
-def _progressing(wanted: int, ready: int) -> Statement:
+def _progressing(wanted: int, ready: int, downloading: str | None) -> Statement:
     about = ConditionType.PROGRESSING
+    if downloading is not None:
+        return Statement(type=about, status="True", reason=DOWNLOADING, message=downloading)
     if ready < wanted:
         return Statement(
             type=about, status="True", reason="ReplicasStarting", message=f"{ready} of {wanted} replicas take requests."

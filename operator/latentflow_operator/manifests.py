@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from latentflow.api import API_VERSION, Role, Source
-from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Engine, ModelSpec, Pod
+from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Engine, ModelSpec
 
 from latentflow_operator.settings import OperatorSettings
 
@@ -28,7 +28,7 @@ class Owner(NamedTuple):
 MANAGED = {"app.kubernetes.io/managed-by": "latentflow-operator"}
 
 GRPC_PORT, METRICS_PORT = 8500, 8501
-_MODEL_ROOT, _CACHE, _CLAIM = "/models", "/cache", "/source"
+_MODEL_ROOT, _CACHE, _SOURCE = "/models", "/cache", "/source"
 # After the drain: time for what others still fetch, and for the process to end.
 _GRACE_BEYOND_DRAIN = 30
 # A start may download weights: a day, asked every ten seconds.
@@ -192,7 +192,8 @@ def _container(name: str, spec: ModelSpec, settings: OperatorSettings, uri: str,
         "imagePullPolicy": settings.pull_policy,
         "command": ["latentflow-node"],
         "args": _arguments(name, spec, uri, settings),
-        "env": _environment(spec.pod, settings),
+        "env": _environment(spec, settings),
+        **_environment_of_secret(spec.source, settings),
         "ports": [
             {"name": "grpc", "containerPort": GRPC_PORT},
             {"name": "metrics", "containerPort": METRICS_PORT},
@@ -221,6 +222,7 @@ def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings)
         "subfolder": spec.source.subfolder,
         "revision": spec.source.revision,
         "model-root": _MODEL_ROOT,
+        "cache": f"{_CACHE}/latentflow",
         "identity": name,
         "listen": f"0.0.0.0:{GRPC_PORT}",
         "advertise": f"$(POD_IP):{GRPC_PORT}",
@@ -236,7 +238,7 @@ def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings)
     return [f"--{key}={value}" for key, value in options.items() if value is not None]
 
 
-def _environment(pod: Pod, settings: OperatorSettings) -> list[Manifest]:
+def _environment(spec: ModelSpec, settings: OperatorSettings) -> list[Manifest]:
     variables: list[Manifest] = [
         {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
         {"name": "HF_HOME", "value": f"{_CACHE}/huggingface"},
@@ -244,10 +246,24 @@ def _environment(pod: Pod, settings: OperatorSettings) -> list[Manifest]:
         {"name": "HOME", "value": _CACHE},
         {"name": "TMPDIR", "value": _CACHE},
     ]
-    for variable, secret in (("LATENTFLOW_TOKEN", settings.token_secret), ("HF_TOKEN", settings.hub_secret)):
+    from_hub = _scheme(spec.source) == "hf"
+    if from_hub and settings.hub_endpoint is not None:
+        variables.append({"name": "HF_ENDPOINT", "value": settings.hub_endpoint})
+    secrets = {"LATENTFLOW_TOKEN": settings.token_secret, "HF_TOKEN": settings.hub_secret if from_hub else None}
+    for variable, secret in secrets.items():
         if secret is not None:
             variables.append({"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": "token"}}})
-    return variables + (pod.env or [])
+    return variables + (spec.pod.env or [])
+
+
+def _environment_of_secret(source: Source, settings: OperatorSettings) -> Manifest:
+    if settings.s3_secret is None or _scheme(source) != "s3":
+        return {}
+    return {"envFrom": [{"secretRef": {"name": settings.s3_secret}}]}
+
+
+def _scheme(source: Source) -> str:
+    return urlparse(source.uri).scheme
 
 
 def _weights(source: Source, settings: OperatorSettings) -> tuple[list[Manifest], list[Manifest], str]:
@@ -260,6 +276,11 @@ def _weights(source: Source, settings: OperatorSettings) -> tuple[list[Manifest]
         mounts.append({"name": "models", "mountPath": _MODEL_ROOT, "readOnly": True})
     if parsed.scheme == "pvc":
         volumes.append({"name": "source", "persistentVolumeClaim": {"claimName": parsed.netloc, "readOnly": True}})
-        mounts.append({"name": "source", "mountPath": _CLAIM, "readOnly": True})
-        uri = f"file://{_CLAIM}{parsed.path}"
+        mounts.append({"name": "source", "mountPath": _SOURCE, "readOnly": True})
+        uri = f"file://{_SOURCE}{parsed.path}"
+    if parsed.scheme == "oci":
+        image = {"reference": source.uri.removeprefix("oci://"), "pullPolicy": "IfNotPresent"}
+        volumes.append({"name": "source", "image": image})
+        mounts.append({"name": "source", "mountPath": _SOURCE, "readOnly": True})
+        uri = f"file://{_SOURCE}"
     return volumes, mounts, uri
