@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import boto3
 import structlog
@@ -30,7 +29,7 @@ from latentflow.errors import FailedPreconditionError
 from latentflow_nodes.fetching import Progress, Wanted
 
 _log = structlog.get_logger()
-_FILES_AT_ONCE = 4
+_FILES_AT_ONCE, _CONNECT_SECONDS, _SERVER_FAILED = 4, 10, 500
 _DENIED = {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 
 
@@ -50,39 +49,24 @@ def fetch(uri: str, *, wanted: Wanted, cache: Path, progress: Progress) -> Path:
     Args:
         cache: Where downloads are kept; may be shared with other servers, of other nodes too.
     """
-    bucket, prefix = urlparse(uri).netloc, urlparse(uri).path.strip("/")
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     home = cache / "s3" / _digest([uri, wanted.allow, wanted.ignore])
-    session = boto3.Session()
-    signed = session.get_credentials() is not None
-    client = session.client(
-        "s3",
-        config=Config(
-            # Without credentials there is still what is public.
-            signature_version=None if signed else UNSIGNED,
-            connect_timeout=10,
-            retries={"mode": "standard", "max_attempts": 5},
-        ),
-    )
+    signed = True
     try:
-        files = _listed(client, bucket, prefix, wanted)
-        if not files:
-            raise FailedPreconditionError(
-                f"{uri} could not be fetched: nothing there is weights or configuration of this role; check the path and "
-                "the subfolder.",
-                reason="WEIGHTS_UNAVAILABLE",
-            )
-        return _download(client, bucket, files, home, progress)
-    except (ConnectionError, HTTPClientError) as error:
-        if kept := _newest(home):
+        session = boto3.Session()
+        signed = session.get_credentials() is not None
+        # Without credentials there is still what is public.
+        config = Config(signature_version=None if signed else UNSIGNED, connect_timeout=_CONNECT_SECONDS)
+        client = session.client("s3", config=config)
+        files = _listed(client, bucket, prefix.strip("/"), wanted)
+        if files:
+            return _download(client, bucket, files, home, progress)
+        why = "nothing there is weights or configuration of this role; check the path and the subfolder"
+    except (BotoCoreError, ClientError, S3TransferFailedError, OSError, ValueError) as error:
+        if _is_out_of_reach(error) and (kept := _newest(home)):
             _log.warning("the bucket is out of reach; serving what was fetched before", source=uri, error=_line(error))
             return kept
-        why = f"{_line(error)}; check the network and AWS_ENDPOINT_URL"
-    except ClientError as error:
-        why = _refused(error, bucket, signed=signed)
-    except (BotoCoreError, S3TransferFailedError) as error:
-        why = f"{_line(error)}; check AWS_REGION and the credentials"
-    except OSError as error:
-        why = f"{_line(error)}; check the space of the cache {cache}"
+        why = _why(error, bucket, cache, signed=signed)
     raise FailedPreconditionError(f"{uri} could not be fetched: {why}.", reason="WEIGHTS_UNAVAILABLE") from None
 
 
@@ -165,14 +149,24 @@ def _newest(home: Path) -> Path | None:
     return max(whole, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _refused(error: ClientError, bucket: str, *, signed: bool) -> str:
-    code = error.response.get("Error", {}).get("Code", "")
+def _is_out_of_reach(error: Exception) -> bool:
+    if isinstance(error, ClientError):
+        return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= _SERVER_FAILED
+    return isinstance(error, ConnectionError | HTTPClientError)
+
+
+def _why(error: Exception, bucket: str, cache: Path, *, signed: bool) -> str:
+    code = error.response.get("Error", {}).get("Code", "") if isinstance(error, ClientError) else ""
     if code == "NoSuchBucket":
         return f"there is no bucket {bucket!r}; check the name and AWS_ENDPOINT_URL"
     if code in _DENIED:
         how = "its credentials (AWS_ACCESS_KEY_ID) may not read it" if signed else "there are no credentials"
         return f"the store refuses ({code}): {how}; check the Secret that gives them and the bucket's policy"
-    return f"the store answered {_line(error)}"
+    if _is_out_of_reach(error):
+        return f"{_line(error)}; check the network and AWS_ENDPOINT_URL"
+    if isinstance(error, OSError):
+        return f"{_line(error)}; check the space of the cache {cache}"
+    return f"{_line(error)}; check the AWS_* environment"
 
 
 def _digest(what: Any) -> str:

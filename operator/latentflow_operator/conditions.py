@@ -219,8 +219,9 @@ def _container(container: Body, pod: str) -> Trouble | None:
         )
     said = (ended.get("message") or "").strip()
     if ended.get("exitCode") == 2 and said:
-        # The server's own word, which says what, where and what to do.
-        return Trouble(about=ConditionType.WEIGHTS_AVAILABLE, reason="CannotLoad", message=_short(said))
+        # The server's own word, which says what, where and what to do; its log stands before it.
+        word = said[max(0, said.rfind("latentflow-node: ")) :]
+        return Trouble(about=ConditionType.WEIGHTS_AVAILABLE, reason="CannotLoad", message=_short(word))
     if ended.get("exitCode") == 0:
         return None
     return Trouble(

@@ -242,6 +242,13 @@ def test_credentials_that_are_wrong_or_missing_are_named(
 
 
 @pytest.mark.parametrize("remote", ["bucket"], indirect=True)
+def test_an_endpoint_that_is_no_url_is_said_to_be_one(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "minio:9000")
+    with pytest.raises(FailedPreconditionError, match=r"Invalid endpoint: minio:9000; check the AWS_\* environment"):
+        remote.fetch()
+
+
+@pytest.mark.parametrize("remote", ["bucket"], indirect=True)
 def test_an_object_that_changed_is_fetched_again_beside_the_old(remote: Remote, tmp_path: Path) -> None:
     assert isinstance(remote.server, Store)
     before = remote.fetch()
