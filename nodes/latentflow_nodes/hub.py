@@ -71,7 +71,8 @@ def _bars(progress: Progress) -> type[tqdm[Any]]:
     class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options | {"disable": True})
-            if options.get("unit") == "B":
+            self._counts_bytes = options.get("unit") == "B"
+            if self._counts_bytes:
                 bars.append(self)
 
         def update(self, n: float | None = 1) -> None:
@@ -84,7 +85,7 @@ def _bars(progress: Progress) -> type[tqdm[Any]]:
                 self._tell()
 
         def _tell(self) -> None:
-            if self in bars:
+            if self._counts_bytes:
                 progress.at(int(max(bar.n for bar in bars)), int(max(bar.total or 0 for bar in bars)))
 
     return Bar

@@ -13,9 +13,11 @@ import yaml
 from latentflow import Client
 from latentflow.api import DiffusionWorkflow
 from latentflow.errors import UnavailableError, UnimplementedError
+from latentflow_local.pinning import pinned
 from latentflow_local.planning import models_of
 from PIL import Image
 from support.bucket import BUCKET, Store
+from support.hub import Hub
 from support.packs import SHAPES
 from support.paths import EXAMPLES
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
@@ -37,6 +39,27 @@ def test_what_only_a_cluster_has_is_refused_with_its_name(uri: str) -> None:
     scheme = uri.partition(":")[0]
     assert f"model 'text' comes from {uri}" in caught.value.message
     assert f"{scheme}:// needs a cluster" in caught.value.message
+
+
+def test_the_models_of_a_hub_are_pinned_to_one_commit_while_they_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with Hub().running() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        workflows = [DiffusionWorkflow.model_validate(shapes_from("hf://org/shapes"))]
+        assert pinned(workflows) == workflows
+        commit = hub.push("org/shapes", SHAPES)
+        asked = hub.asked["revision"]
+        assert {model.source.revision for model in pinned(workflows)[0].spec.models if model.source} == {commit}
+        assert hub.asked["revision"] == asked + 1
+        hub.down = True
+        assert {model.source.revision for model in pinned(workflows)[0].spec.models if model.source} == {commit}
+
+
+def test_without_a_hub_source_nothing_is_pinned() -> None:
+    workflows = [DiffusionWorkflow.model_validate(shapes_from("shapes"))]
+    assert pinned(workflows) == workflows
 
 
 @retry(retry=retry_if_exception_type(UnavailableError), stop=stop_after_delay(240), wait=wait_fixed(0.5), reraise=True)

@@ -284,3 +284,6 @@ def test_in_a_store_a_half_precision_file_is_an_adapter_of_its_own() -> None:
 def test_a_controlnet_s_repository_may_be_the_component_itself() -> None:
     paths = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "sd/unet/config.json"]
     assert wanted("ControlNet", None).of(paths) == paths[:2]
+    folder = SHAPES / "controlnet-edges"
+    assert weights.Source(pipeline=folder).part("controlnet") == folder
+    assert weights.Source(pipeline=SHAPES).part("controlnet") == SHAPES / "controlnet"
