@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latentflow import sizes
+from latentflow.api.status import ConditionType
 from latentflow.metrics import NODE, Instruments
+from latentflow_operator.conditions import Trouble, of_model
 from latentflow_operator.downloads import Downloads, Reading, sentence, watched
 from latentflow_operator.store import Place, Store
 
@@ -68,6 +70,27 @@ def test_the_server_that_will_serve_first_speaks_and_none_that_is_done(readings:
     if said is not None:
         first = max(fetching, key=lambda one: one.done / one.total)
         assert said == f"A server fetches the weights: {sizes.progress(first.done, first.total)}."
+
+
+@pytest.mark.parametrize(
+    ("wanted", "pods", "refused", "reason"),
+    [
+        (1, [pod()], None, "Downloading"),
+        (1, [pod(ready=True)], None, "ReplicasReady"),
+        (0, [], None, "ScaledToZero"),
+        (1, [], Trouble(about=ConditionType.WEIGHTS_AVAILABLE, reason="CannotLoad", message="No."), "CannotLoad"),
+    ],
+)
+def test_a_download_is_told_only_of_a_model_that_waits_for_nothing_else(
+    wanted: int, pods: list[Any], refused: Trouble | None, reason: str
+) -> None:
+    statements = of_model(
+        wanted=wanted, deployment=None, pods=pods, before={}, refused=refused, downloading="1 of 2 GiB."
+    )
+    said = {one.type: one for one in statements}
+    assert said[ConditionType.READY].reason == reason
+    told = {one.reason for one in statements if one.message == "1 of 2 GiB."}
+    assert told == ({"Downloading"} if reason == "Downloading" else set())
 
 
 async def test_a_change_is_told_once_and_what_does_not_answer_changes_nothing() -> None:
