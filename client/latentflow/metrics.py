@@ -87,6 +87,12 @@ NODE: tuple[Metric, ...] = (
         labels=("kind",),
         help="Time spent on those loads.",
     ),
+    Metric(
+        name="latentflow_download_bytes",
+        kind="gauge",
+        help="Bytes of the weights' download, at start-up, that are here; 0 where nothing had to be downloaded.",
+    ),
+    Metric(name="latentflow_download_total_bytes", kind="gauge", help="Bytes that this download comes to."),
     Metric(name="latentflow_ready", kind="gauge", help="1 when the server is warmed up and takes requests."),
 )
 

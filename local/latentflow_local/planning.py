@@ -11,7 +11,7 @@ from latentflow.api import DiffusionWorkflow, Model, distinct_models, identity
 from latentflow.errors import InvalidRequestError, UnimplementedError
 
 GATEWAY = "gateway"
-_SERVED_SCHEMES = ("", "file", "hf")
+_SERVED_SCHEMES = ("", "file", "hf", "s3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def models_of(workflows: list[DiffusionWorkflow]) -> dict[str, Model]:
             if scheme not in _SERVED_SCHEMES:
                 raise UnimplementedError(
                     f"{where}: model {model.name!r} comes from {model.source.uri}; the embedded runtime reads folders, "
-                    "file:// and hf:// only."
+                    f"file://, hf:// and s3:// only; {scheme}:// needs a cluster."
                 )
     return distinct_models(workflows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import socket
@@ -18,6 +19,7 @@ from latentflow_nodes.memory import private_folder
 from latentflow_nodes.settings import usable_cores
 
 from latentflow_local import processes
+from latentflow_local.pinning import pinned
 from latentflow_local.planning import models_of, plan_gateway, plan_models
 from latentflow_local.supervisor import Supervised, Supervisor
 
@@ -59,8 +61,9 @@ async def run(
         drain: Seconds that running requests get at the end.
         log_level: Least level that the processes log.
     """
-    models = models_of(workflows)
     processes.prepare()
+    workflows = await asyncio.to_thread(pinned, workflows)
+    models = models_of(workflows)
     target, metrics = _check_free(listen), _check_free(metrics)
     host, _, port = metrics.rpartition(":")
     instruments = Instruments(LOCAL)

@@ -8,6 +8,7 @@ import torch
 from latentflow.metrics import Instruments
 
 from latentflow_nodes import weights
+from latentflow_nodes.fetching import Progress
 from latentflow_nodes.peers import Peers
 from latentflow_nodes.settings import NodeSettings
 from latentflow_nodes.store import TensorStore
@@ -36,9 +37,13 @@ class Context:
 
     def source(self) -> weights.Source:
         """The model's folder; downloads it where it is remote."""
+        settings = self.settings
         return weights.locate(
-            uri=self.settings.uri,
-            subfolder=self.settings.subfolder,
-            revision=self.settings.revision,
-            model_root=self.settings.model_root,
+            uri=settings.uri,
+            subfolder=settings.subfolder,
+            revision=settings.revision,
+            role=settings.role,
+            model_root=settings.model_root,
+            cache=settings.cache,
+            progress=Progress(self.metrics, source=settings.uri),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -132,9 +133,12 @@ async def run(node: NodeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    # A server that still fetches or loads has nothing to drain, and what it has half fetched is taken up again.
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+        signal.signal(signum, lambda *_: os._exit(0))
     async with serve(node) as serving:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, stop.set)
         await stop.wait()
         _log.info("draining")
         await serving.drain(node.drain)

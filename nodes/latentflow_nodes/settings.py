@@ -11,6 +11,7 @@ from typing import Literal
 
 from latentflow import rpc
 
+_CACHE = Path(os.path.expanduser("~/.cache/latentflow"))
 ROLES = ("TextEncoder", "Denoiser", "ControlNet", "LoRAStore", "VAE")
 
 
@@ -22,6 +23,7 @@ class NodeSettings:
         role: What to load and serve.
         uri, subfolder, revision: The model's source.
         model_root: What relative URIs resolve against.
+        cache: Where downloads from buckets are kept.
         identity: The model's identity, for logs and `Describe`.
         listen: host:port to serve gRPC on; port 0 lets the system choose.
         advertise: host:port that peers reach this server by; None: `listen`.
@@ -44,6 +46,7 @@ class NodeSettings:
     subfolder: str | None = None
     revision: str | None = None
     model_root: Path = Path("models")
+    cache: Path = _CACHE
     identity: str = ""
     listen: str = "127.0.0.1:0"
     advertise: str | None = None
@@ -78,10 +81,20 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     )
     add = parser.add_argument
     add("--role", required=True, choices=ROLES, help="what the model is for")
-    add("--uri", required=True, help="the source: a folder under the model root, file:///abs or hf://org/repo")
+    add(
+        "--uri",
+        required=True,
+        help="the source: a folder under the model root, file:///abs, hf://org/repo or s3://bucket/path",
+    )
     add("--subfolder", help="one component of the source")
     add("--revision", help="revision of an hf:// source")
     add("--model-root", type=Path, default=Path("models"), help="what relative URIs resolve against (default: models)")
+    add(
+        "--cache",
+        type=Path,
+        default=_CACHE,
+        help="where downloads from buckets are kept (default: ~/.cache/latentflow); those from hubs are where HF_HOME says",
+    )
     add("--identity", default="", help="the model's identity, for logs and Describe")
     add("--listen", default="127.0.0.1:0", help="host:port for gRPC (default: a free port of this host)")
     add("--advertise", help="host:port by which peers reach this server (default: as --listen)")

@@ -16,6 +16,8 @@ from urllib.parse import urlparse
 from latentflow.errors import DataLossError, FailedPreconditionError
 from safetensors import SafetensorError, safe_open
 
+from latentflow_nodes.fetching import Progress, wanted
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _BLOCK = 1 << 20
 
@@ -33,15 +35,43 @@ class Source:
     component: Path | None = None
 
     def part(self, name: str) -> Path:
-        """Folder of a part of the pipeline, or the one component that was named instead."""
-        return self.component or self.pipeline / name
+        """Folder of a part of the pipeline, or the one component that was named instead, or that the source itself is."""
+        if self.component is not None:
+            return self.component
+        folder = self.pipeline / name
+        is_component = not folder.is_dir() and (self.pipeline / "config.json").is_file()
+        return self.pipeline if is_component else folder
 
 
-def locate(*, uri: str, subfolder: str | None, revision: str | None, model_root: Path) -> Source:
-    """Finds a source's folder; downloads it for `hf://`. FailedPreconditionError where there is none."""
+def locate(
+    *,
+    uri: str,
+    subfolder: str | None,
+    revision: str | None,
+    role: str,
+    model_root: Path,
+    cache: Path,
+    progress: Progress,
+) -> Source:
+    """Finds a source's folder; downloads what the role reads of it for `hf://` and `s3://`.
+
+    Args:
+        cache: Where downloads from buckets are kept; those from hubs are where huggingface_hub keeps them.
+        progress: Is told how far a download is.
+
+    Raises:
+        FailedPreconditionError: There is no such folder, or it cannot be fetched.
+    """
     scheme = urlparse(uri).scheme
+    # Imported here: only such sources need them.
     if scheme == "hf":
-        root = _download(uri, subfolder=subfolder, revision=revision)
+        from latentflow_nodes import hub
+
+        root = hub.fetch(uri, revision=revision, wanted=wanted(role, subfolder), progress=progress)
+    elif scheme == "s3":
+        from latentflow_nodes import bucket
+
+        root = bucket.fetch(uri, wanted=wanted(role, subfolder), cache=cache, progress=progress)
     elif scheme == "file":
         root = Path(urlparse(uri).path)
     elif scheme == "":
@@ -53,7 +83,8 @@ def locate(*, uri: str, subfolder: str | None, revision: str | None, model_root:
             )
     else:
         raise FailedPreconditionError(
-            f"This server cannot read {scheme}:// sources ({uri!r}); use a folder, file:///… or hf://org/repo.",
+            f"This server cannot read {scheme}:// sources ({uri!r}); use a folder, file:///…, hf://org/repo or "
+            "s3://bucket/path.",
             reason="WEIGHTS_UNAVAILABLE",
         )
     folder = root / subfolder if subfolder else root
@@ -138,26 +169,3 @@ def family(pipeline: Path) -> str:
         f"{pipeline} holds a {name or 'pipeline without a class name'}; this server runs Stable Diffusion 1.x, 2.x and XL.",
         reason="UNSUPPORTED_FAMILY",
     )
-
-
-def _download(uri: str, *, subfolder: str | None, revision: str | None) -> Path:
-    # Imported here: only hub sources need it, and it reads the network settings when imported.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    parsed = urlparse(uri)
-    patterns = [f"{subfolder}/*"] if subfolder else None
-    try:
-        return Path(
-            snapshot_download(
-                f"{parsed.netloc}{parsed.path}",
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=["*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx*"],
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FailedPreconditionError(
-            f"{uri} could not be fetched: {error}. Check the name, the revision, the network and HF_TOKEN.",
-            reason="WEIGHTS_UNAVAILABLE",
-        ) from None

@@ -1,12 +1,10 @@
 """What to say of a model and of a workflow: pure, from what the cluster shows to the statuses that users read.
 
-A pod's own words (why it is not scheduled, its image not pulled, its container ended) become one reason and one sentence;
-the worst pod speaks for its model, the first model in trouble for its workflow. `docs/status.md` is the contract.
+The worst pod (`troubles`) speaks for its model, the first model in trouble for its workflow. `docs/status.md` is the contract.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,11 +14,11 @@ from latentflow.api.status import ConditionType
 
 from latentflow_operator import events
 from latentflow_operator.binding import Binding, Conflict
+from latentflow_operator.troubles import Trouble, is_ready, not_created, short, worst
 
 Body = dict[str, Any]
-_PULL = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
-_EXPECTED = {"Starting", "ScaledToZero"}
-_CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+DOWNLOADING = "Downloading"
+_EXPECTED = {"Starting", DOWNLOADING, "ScaledToZero"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,45 +31,6 @@ class Statement:
     message: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trouble:
-    """What keeps a pod from serving. `about` is the condition it belongs to."""
-
-    about: ConditionType
-    reason: str
-    message: str
-
-
-def trouble(pod: Body, *, is_own: Callable[[str], bool]) -> Trouble | None:
-    """What is wrong with a model's server in a pod; None while nothing is known to be.
-
-    Args:
-        is_own: Whether a container, by name, is the model's; a pod may hold several models. What keeps the whole pod from
-            running is the trouble of each.
-    """
-    status = pod.get("status", {})
-    for condition in status.get("conditions", ()):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return _unscheduled(condition)
-    own = [container for container in status.get("containerStatuses", ()) if is_own(container["name"])]
-    for container in (*status.get("initContainerStatuses", ()), *own):
-        found = _container(container, pod["metadata"]["name"])
-        if found is not None:
-            return found
-    if status.get("phase") == "Failed":
-        return Trouble(
-            about=ConditionType.READY,
-            reason=status.get("reason") or "PodFailed",
-            message=_sentence(f"Pod {pod['metadata']['name']} has failed", status.get("message")),
-        )
-    return None
-
-
-def is_ready(pod: Body) -> bool:
-    """Whether a pod takes requests."""
-    return any(c["type"] == "Ready" and c["status"] == "True" for c in pod.get("status", {}).get("conditions", ()))
-
-
 def of_model(
     *,
     wanted: int,
@@ -80,6 +39,8 @@ def of_model(
     is_own: Callable[[str], bool],
     before: Mapping[str, Body],
     blind: bool,
+    refused: Trouble | None = None,
+    downloading: str | None = None,
 ) -> tuple[Statement, ...]:
     """The conditions of a model.
 
@@ -88,17 +49,21 @@ def of_model(
         is_own: As of `trouble`.
         before: Its conditions until now, by type.
         blind: Whether its scheduler knows nothing of its load.
+        refused: Why it has no pods yet; None where nothing stands in their way.
+        downloading: How far a server's download is, in a sentence; None where none fetches.
     """
     alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
     ready = sum(is_ready(pod) for pod in alive)
-    problem = _worst(alive, is_own) or _not_created(deployment)
+    problem = refused or worst(alive, is_own) or not_created(deployment)
+    if ready > 0 or wanted == 0 or problem is not None:
+        downloading = None
     loaded = ready > 0 or before.get(ConditionType.WEIGHTS_AVAILABLE, {}).get("status") == "True"
     return (
-        _model_ready(wanted, ready, problem),
-        _weights(loaded, problem),
+        _model_ready(wanted, ready, problem, downloading),
+        _weights(loaded, problem, downloading),
         _scheduled(alive, problem),
         _degraded(problem, wanted=wanted, blind=blind),
-        _progressing(wanted, ready),
+        _progressing(wanted, ready, downloading),
     )
 
 
@@ -175,83 +140,7 @@ def by_type(body: Body | None) -> dict[str, Body]:
     return {c["type"]: c for c in (body or {}).get("status", {}).get("conditions", ())}
 
 
-def _unscheduled(condition: Body) -> Trouble:
-    message = condition.get("message", "")
-    missing = re.search(r'persistentvolumeclaim "([^"]+)" not found', message)
-    if missing:
-        return Trouble(
-            about=ConditionType.SCHEDULED,
-            reason="PersistentVolumeClaimNotFound",
-            message=f"The PersistentVolumeClaim {missing[1]!r} does not exist in this namespace; create it.",
-        )
-    return Trouble(
-        about=ConditionType.SCHEDULED,
-        reason=condition.get("reason") or "Unschedulable",
-        message=_sentence("No node takes the pod", message),
-    )
-
-
-def _container(container: Body, pod: str) -> Trouble | None:
-    waiting = container.get("state", {}).get("waiting", {})
-    reason, message = waiting.get("reason", ""), waiting.get("message", "")
-    if reason in _PULL:
-        return Trouble(
-            about=ConditionType.READY,
-            reason="ImagePullBackOff" if reason == "ErrImagePull" else reason,
-            message=_sentence(f"The image {container.get('image', '')} cannot be pulled", message),
-        )
-    if reason in _CONFIG:
-        missing = re.search(r'(secret|configmap) "([^"]+)" not found', message)
-        if missing:
-            kind = "Secret" if missing[1] == "secret" else "ConfigMap"
-            return Trouble(
-                about=ConditionType.READY,
-                reason=f"{kind}NotFound",
-                message=f"The {kind} {missing[2]!r} does not exist in this namespace; create it.",
-            )
-        return Trouble(about=ConditionType.READY, reason=reason, message=_sentence(f"Pod {pod} cannot start", message))
-    ended = container.get("state", {}).get("terminated") or container.get("lastState", {}).get("terminated")
-    if not ended or container.get("ready"):
-        return None
-    if ended.get("reason") == "OOMKilled":
-        return Trouble(
-            about=ConditionType.READY,
-            reason="OOMKilled",
-            message=f"Pod {pod} was killed for using more memory than its limit; raise the model's "
-            "resources.limits.memory.",
-        )
-    said = (ended.get("message") or "").strip()
-    if ended.get("exitCode") == 2 and said:
-        # The server's own word, which says what, where and what to do.
-        return Trouble(about=ConditionType.WEIGHTS_AVAILABLE, reason="CannotLoad", message=_short(said))
-    if ended.get("exitCode") == 0:
-        return None
-    return Trouble(
-        about=ConditionType.READY,
-        reason="CrashLoopBackOff" if reason == "CrashLoopBackOff" else "ContainerEnded",
-        message=_sentence(f"Pod {pod} ended with exit code {ended.get('exitCode')}", said),
-    )
-
-
-def _worst(pods: Sequence[Body], is_own: Callable[[str], bool]) -> Trouble | None:
-    in_order = sorted(pods, key=lambda pod: pod["metadata"]["name"])
-    found = [found for pod in in_order if (found := trouble(pod, is_own=is_own))]
-    # What the weights say is about all replicas; what one pod says may be about its node.
-    return next((one for one in found if one.about is ConditionType.WEIGHTS_AVAILABLE), found[0] if found else None)
-
-
-def _not_created(deployment: Body | None) -> Trouble | None:
-    for condition in (deployment or {}).get("status", {}).get("conditions", ()):
-        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
-            return Trouble(
-                about=ConditionType.READY,
-                reason=condition.get("reason") or "FailedCreate",
-                message=_sentence("The API server refuses the pods", condition.get("message")),
-            )
-    return None
-
-
-def _model_ready(wanted: int, ready: int, problem: Trouble | None) -> Statement:
+def _model_ready(wanted: int, ready: int, problem: Trouble | None, downloading: str | None) -> Statement:
     about = ConditionType.READY
     if ready > 0:
         return Statement(
@@ -263,17 +152,21 @@ def _model_ready(wanted: int, ready: int, problem: Trouble | None) -> Statement:
         )
     if problem is not None:
         return Statement(type=about, status="False", reason=problem.reason, message=problem.message)
+    if downloading is not None:
+        return Statement(type=about, status="False", reason=DOWNLOADING, message=downloading)
     return Statement(
         type=about, status="False", reason="Starting", message="Its pods are starting: they load and warm up the model."
     )
 
 
-def _weights(loaded: bool, problem: Trouble | None) -> Statement:
+def _weights(loaded: bool, problem: Trouble | None, downloading: str | None) -> Statement:
     about = ConditionType.WEIGHTS_AVAILABLE
     if problem is not None and problem.about is about:
         return Statement(type=about, status="False", reason=problem.reason, message=problem.message)
     if loaded:
         return Statement(type=about, status="True", reason="WeightsLoaded", message="A server has loaded them.")
+    if downloading is not None:
+        return Statement(type=about, status="Unknown", reason=DOWNLOADING, message=downloading)
     return Statement(type=about, status="Unknown", reason="Starting", message="No server has loaded them yet.")
 
 
@@ -307,8 +200,10 @@ def _degraded(problem: Trouble | None, *, wanted: int, blind: bool) -> Statement
     return Statement(type=about, status="False", reason="AsExpected")
 
 
-def _progressing(wanted: int, ready: int) -> Statement:
+def _progressing(wanted: int, ready: int, downloading: str | None) -> Statement:
     about = ConditionType.PROGRESSING
+    if downloading is not None:
+        return Statement(type=about, status="True", reason=DOWNLOADING, message=downloading)
     if ready < wanted:
         return Statement(
             type=about, status="True", reason="ReplicasStarting", message=f"{ready} of {wanted} replicas take requests."
@@ -335,7 +230,7 @@ def _blame(binding: Binding, model: Body | None) -> Trouble | None:
     return Trouble(
         about=ConditionType.READY,
         reason=condition["reason"],
-        message=_short(f"Model {binding.name!r} ({binding.model}): {condition['message']}"),
+        message=short(f"Model {binding.name!r} ({binding.model}): {condition['message']}"),
     )
 
 
@@ -352,7 +247,7 @@ def _every(
                     type=about,
                     status=status,
                     reason=said["reason"],
-                    message=_short(f"Model {binding.name!r}: {said['message']}"),
+                    message=short(f"Model {binding.name!r}: {said['message']}"),
                 )
     return Statement(type=about, status="True", reason=good)
 
@@ -362,13 +257,13 @@ def _workflow_degraded(
 ) -> Statement:
     about = ConditionType.DEGRADED
     if conflicts:
-        message = _short(" ".join(conflict.message for conflict in conflicts))
+        message = short(" ".join(conflict.message for conflict in conflicts))
         return Statement(type=about, status="True", reason="SharedSettingsConflict", message=message)
     for binding in bindings:
         for name in (binding.model, binding.next):
             condition = by_type(models.get(name) if name else None).get(ConditionType.DEGRADED)
             if condition and condition["status"] == "True":
-                message = _short(f"Model {binding.name!r} ({name}): {condition['message']}")
+                message = short(f"Model {binding.name!r} ({name}): {condition['message']}")
                 return Statement(type=about, status="True", reason=condition["reason"], message=message)
     return Statement(type=about, status="False", reason="AsExpected")
 
@@ -386,13 +281,3 @@ def _workflow_progressing(changing: Sequence[Binding], first: Trouble | None) ->
 
 def _word(value: bool) -> str:
     return "True" if value else "False"
-
-
-def _sentence(what: str, said: str | None) -> str:
-    said = _short((said or "").strip())
-    return f"{what}: {said}" if said else f"{what}."
-
-
-def _short(text: str, most: int = 1000) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -91,10 +91,9 @@ async def operate(
         if lease is not None:
             await lease.acquire()
         reconciler.queue.open()
-        tasks = [asyncio.create_task(lease.hold())] if lease is not None else []
+        tasks = [asyncio.create_task(reconciler.downloads.run())]
+        tasks += [asyncio.create_task(lease.hold())] if lease is not None else []
         tasks += [asyncio.create_task(scaler.run())] if scaler is not None else []
-        if not tasks:
-            return
         try:
             await asyncio.gather(*tasks)
         finally:

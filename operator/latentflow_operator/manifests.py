@@ -41,7 +41,7 @@ MANAGED = {"app.kubernetes.io/managed-by": "latentflow-operator"}
 GRPC_PORT, METRICS_PORT = 8500, 8501
 # Of companions, by their places; what lies between is theirs alone, so that network policies can name ranges.
 _COMPANION_GRPC, _COMPANION_METRICS = 8510, 8610
-_MODEL_ROOT, _CACHE, _CLAIM, _MEMORY = "/models", "/cache", "/source", "/memory"
+_MODEL_ROOT, _CACHE, _SOURCE, _MEMORY = "/models", "/cache", "/source", "/memory"
 # After the drain: time for what others still fetch, and for the process to end.
 _GRACE_BEYOND_DRAIN = 30
 # A start may download weights: a day, asked every ten seconds.
@@ -186,11 +186,16 @@ def _deployment(name: str, metadata: Manifest, spec: ModelSpec, settings: Operat
     }
 
 
+def metrics_port(place: int) -> int:
+    """Where the server at a place in its pods has its /metrics; 0 is that of the pods' own model."""
+    return _COMPANION_METRICS + place if place else METRICS_PORT
+
+
 def _seat(name: str, place: int, *, memory: bool = True) -> Seat:
     """Of the pods' own model at place 0, of its companions from 1."""
     if place == 0:
         return Seat("node", "grpc", GRPC_PORT, "metrics", METRICS_PORT, memory)
-    return Seat(name, f"grpc-{place}", _COMPANION_GRPC + place, f"metrics-{place}", _COMPANION_METRICS + place, memory)
+    return Seat(name, f"grpc-{place}", _COMPANION_GRPC + place, f"metrics-{place}", metrics_port(place), memory)
 
 
 def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
@@ -269,7 +274,8 @@ def _container(
         "imagePullPolicy": settings.pull_policy,
         "command": ["latentflow-node"],
         "args": _arguments(name, spec, uri, settings, seat),
-        "env": _environment(spec.pod, settings),
+        "env": _environment(spec, settings),
+        **_environment_of_secret(spec.source, settings),
         "ports": [
             {"name": seat.grpc, "containerPort": seat.grpc_port},
             {"name": seat.metrics, "containerPort": seat.metrics_port},
@@ -298,6 +304,7 @@ def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings,
         "subfolder": spec.source.subfolder,
         "revision": spec.source.revision,
         "model-root": _MODEL_ROOT,
+        "cache": f"{_CACHE}/latentflow",
         "identity": name,
         "listen": f"0.0.0.0:{seat.grpc_port}",
         "advertise": f"$(POD_IP):{seat.grpc_port}",
@@ -314,7 +321,7 @@ def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings,
     return [f"--{key}={value}" for key, value in options.items() if value is not None]
 
 
-def _environment(pod: Pod, settings: OperatorSettings) -> list[Manifest]:
+def _environment(spec: ModelSpec, settings: OperatorSettings) -> list[Manifest]:
     variables: list[Manifest] = [
         {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
         {"name": "HF_HOME", "value": f"{_CACHE}/huggingface"},
@@ -322,10 +329,24 @@ def _environment(pod: Pod, settings: OperatorSettings) -> list[Manifest]:
         {"name": "HOME", "value": _CACHE},
         {"name": "TMPDIR", "value": _CACHE},
     ]
-    for variable, secret in (("LATENTFLOW_TOKEN", settings.token_secret), ("HF_TOKEN", settings.hub_secret)):
+    from_hub = _scheme(spec.source) == "hf"
+    if from_hub and settings.hub_endpoint is not None:
+        variables.append({"name": "HF_ENDPOINT", "value": settings.hub_endpoint})
+    secrets = {"LATENTFLOW_TOKEN": settings.token_secret, "HF_TOKEN": settings.hub_secret if from_hub else None}
+    for variable, secret in secrets.items():
         if secret is not None:
             variables.append({"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": "token"}}})
-    return variables + (pod.env or [])
+    return variables + (spec.pod.env or [])
+
+
+def _environment_of_secret(source: Source, settings: OperatorSettings) -> Manifest:
+    if settings.s3_secret is None or _scheme(source) != "s3":
+        return {}
+    return {"envFrom": [{"secretRef": {"name": settings.s3_secret}}]}
+
+
+def _scheme(source: Source) -> str:
+    return urlparse(source.uri).scheme
 
 
 def _weights(source: Source, settings: OperatorSettings) -> tuple[list[Manifest], list[Manifest], str]:
@@ -338,6 +359,11 @@ def _weights(source: Source, settings: OperatorSettings) -> tuple[list[Manifest]
         mounts.append({"name": "models", "mountPath": _MODEL_ROOT, "readOnly": True})
     if parsed.scheme == "pvc":
         volumes.append({"name": "source", "persistentVolumeClaim": {"claimName": parsed.netloc, "readOnly": True}})
-        mounts.append({"name": "source", "mountPath": _CLAIM, "readOnly": True})
-        uri = f"file://{_CLAIM}{parsed.path}"
+        mounts.append({"name": "source", "mountPath": _SOURCE, "readOnly": True})
+        uri = f"file://{_SOURCE}{parsed.path}"
+    if parsed.scheme == "oci":
+        image = {"reference": source.uri.removeprefix("oci://"), "pullPolicy": "IfNotPresent"}
+        volumes.append({"name": "source", "image": image})
+        mounts.append({"name": "source", "mountPath": _SOURCE, "readOnly": True})
+        uri = f"file://{_SOURCE}"
     return volumes, mounts, uri

@@ -8,6 +8,7 @@ event that comes twice, late, or after a crash changes nothing in the outcome. H
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -15,15 +16,18 @@ from typing import Any, NamedTuple
 import structlog
 from kubernetes.client import ApiException
 from latentflow.api.status import ConditionType
-from latentflow.api.types import API_VERSION, MODEL_LABEL, ModelSpec
+from latentflow.api.types import API_VERSION, MODEL_LABEL, ModelSpec, Source
 
 from latentflow_operator import conditions, manifests
 from latentflow_operator.binding import Binding, Conflict, bind, wished
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.comparison import covered, sealed
+from latentflow_operator.downloads import Downloads
 from latentflow_operator.manifests import MANAGED, Manifest
+from latentflow_operator.pinning import Pins, ask_hub, recorded
 from latentflow_operator.settings import OperatorSettings
 from latentflow_operator.store import Known, Store, bound_models, place_of
+from latentflow_operator.troubles import Trouble, is_ready
 from latentflow_operator.workqueue import WorkQueue
 
 _log = structlog.get_logger()
@@ -44,6 +48,7 @@ class Reconciler:
 
     Args:
         clock: The present time; UTC.
+        ask: The commit of an hf:// source; None: asks the hub.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Reconciler:
         settings: OperatorSettings,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         workers: int = 4,
+        ask: Callable[[Source], str] | None = None,
     ) -> None:
         self.store = Store()
         self._cluster = cluster
@@ -61,6 +67,9 @@ class Reconciler:
         # Since when no workflow is served by a model any more.
         self._left: dict[tuple[str, str], float] = {}
         self.queue: WorkQueue[Key] = WorkQueue(self._pass, workers=workers)
+        ask = ask or functools.partial(ask_hub, endpoint=settings.hub_endpoint)
+        self._pins: Pins[Key] = Pins(ask, wake=self.queue.add)
+        self.downloads = Downloads(store=self.store, changed=lambda place: self.queue.add(Key("model", *place)))
 
     def seen(self, body: Manifest) -> None:
         """An object is as `body` says."""
@@ -118,11 +127,36 @@ class Reconciler:
         if body is None or "deletionTimestamp" in body["metadata"]:
             return
         spec = ModelSpec.model_validate(body["spec"])
+        source = recorded(spec.source, body.get("status", {}))
+        if source is None:
+            answer = self._pins.of(spec.source, Key("model", namespace, name))
+            if not isinstance(answer, Source):
+                if answer is not None:
+                    refused = Trouble(
+                        about=ConditionType.WEIGHTS_AVAILABLE, reason=answer.reason, message=answer.message
+                    )
+                    await self._model_status(body, spec, refused=refused)
+                return
+            source = answer
+            # Recorded before the first pod starts, so that a crash between the two changes nothing.
+            body = await self._model_status(body, spec, source=source)
+        companions = []
+        for companion in spec.companions or ():
+            known = self.store.get("DiffusionModel", namespace, companion.model) or {}
+            found = recorded(companion.source, known.get("status", {})) or self._pins.of(
+                companion.source, Key("model", namespace, name)
+            )
+            if not isinstance(found, Source):
+                # Why not is for the companion's own pass to say.
+                await self._model_status(body, spec, source=source)
+                return
+            companions.append(companion.model_copy(update={"source": found}))
+        pinned = spec.model_copy(update={"source": source, "companions": companions or None})
         for wish in manifests.manifests(
-            name=name, namespace=namespace, uid=body["metadata"]["uid"], spec=spec, settings=self._settings
+            name=name, namespace=namespace, uid=body["metadata"]["uid"], spec=pinned, settings=self._settings
         ):
             await self._ensure(wish)
-        await self._model_status(body, spec)
+        await self._model_status(body, spec, source=source)
 
     async def _owned(self, namespace: str, name: str, body: Manifest | None) -> Manifest | None:
         """Makes, changes or deletes a model as its workflows say; what it is then."""
@@ -183,7 +217,20 @@ class Reconciler:
         self.seen(body)
         return self.store.get(body["kind"], *place_of(body)) or body
 
-    async def _model_status(self, body: Manifest, spec: ModelSpec) -> None:
+    async def _model_status(
+        self,
+        body: Manifest,
+        spec: ModelSpec,
+        *,
+        source: Source | None = None,
+        refused: Trouble | None = None,
+    ) -> Manifest:
+        """Says what has become of a model; the model with that.
+
+        Args:
+            source: As resolved; None while it is not.
+            refused: Why not.
+        """
         namespace, name = place_of(body)
         host = manifests.pods_of(name, spec)
         pods = list(self.store.pods(namespace, host))
@@ -195,18 +242,22 @@ class Reconciler:
             is_own=manifests.is_its_container(name, spec),
             before=before,
             blind=body.get("status", {}).get("scheduling", {}).get("signals") == "Missing",
+            refused=refused,
+            downloading=self.downloads.said((namespace, name), before),
         )
         alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         status = {
             "observedGeneration": body["metadata"]["generation"],
             "conditions": self._stamped(statements, before, body),
             "replicas": len(alive),
-            "readyReplicas": sum(map(conditions.is_ready, alive)),
+            "readyReplicas": sum(map(is_ready, alive)),
             "selector": f"{MODEL_LABEL}={host}",
             # This version's servers spread neither a request nor weights.
             "parallelism": {"latent": 1, "tensor": 1},
         }
-        await self._say(body, status)
+        if source is not None:
+            status["source"] = source.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return await self._say(body, status)
 
     def _replicas(self, body: Manifest) -> int:
         """How many pods there should be that a model runs in."""
@@ -272,18 +323,19 @@ class Reconciler:
         now = self._clock().strftime("%Y-%m-%dT%H:%M:%SZ")
         return conditions.stamped(statements, before=before, now=now, generation=body["metadata"]["generation"])
 
-    async def _say(self, body: Manifest, status: Manifest) -> None:
-        """Writes a status that differs, and an Event where Ready has changed."""
+    async def _say(self, body: Manifest, status: Manifest) -> Manifest:
+        """Writes a status that differs, and an Event where Ready has changed; the object with that status."""
         old = body.get("status", {})
         if all(old.get(key) == value for key, value in status.items()):
-            return
+            return body
         namespace, name = place_of(body)
         metadata = {"name": name, "namespace": namespace}
         wish = {"apiVersion": API_VERSION, "kind": body["kind"], "metadata": metadata, "status": status}
-        self._written(await asyncio.to_thread(self._cluster.apply_status, wish))
+        written = self._written(await asyncio.to_thread(self._cluster.apply_status, wish))
         event = conditions.transition(body, status, now=self._clock())
         if event is not None:
             await asyncio.to_thread(self._cluster.create, event)
+        return written
 
 
 def _is_ours(body: Manifest) -> bool:

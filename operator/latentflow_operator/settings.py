@@ -79,6 +79,12 @@ class OperatorSettings(Typed):
     hub_secret: str | None = Field(
         default=None, description="The Secret whose key `token` opens gated hf:// repositories."
     )
+    hub_endpoint: str | None = Field(
+        default=None, pattern="^https?://[^ ]+[^/ ]$", description="URL of a mirror of the hub; absent: the public one."
+    )
+    s3_secret: str | None = Field(
+        default=None, description="The Secret whose keys are the AWS_* environment of servers with s3:// sources."
+    )
     endpoint: str | None = Field(
         default=None, description="host:port of the gateways in the cluster, told in a workflow's status."
     )

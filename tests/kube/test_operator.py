@@ -213,7 +213,10 @@ TROUBLES = [
         {
             "state": {"waiting": {"reason": "CrashLoopBackOff"}},
             "lastState": {
-                "terminated": {"exitCode": 2, "message": "latentflow-node: The folder /models/x is missing."}
+                "terminated": {
+                    "exitCode": 2,
+                    "message": '{"event": "downloading"}\n' * 60 + "latentflow-node: The folder /models/x is missing.",
+                }
             },
         },
         "The folder /models/x is missing.",

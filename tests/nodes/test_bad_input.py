@@ -138,7 +138,7 @@ async def test_callers_without_the_token_are_refused() -> None:
     [
         ("VAE", None, "absent", "There is no weights folder"),
         ("VAE", None, "../shapes", "leads out of the model root"),
-        ("VAE", None, "s3://bucket/x", "cannot read s3:// sources"),
+        ("VAE", None, "oci://registry/x", "cannot read oci:// sources"),
         ("LoRAStore", "vae", "shapes", None),
         ("ControlNet", "loras", "shapes", "no *.safetensors file"),
     ],

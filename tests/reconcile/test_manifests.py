@@ -15,6 +15,8 @@ SETTINGS = OperatorSettings(
     model_root={"hostPath": {"path": "/srv/models"}},
     token_secret="latentflow-token",
     hub_secret="hub",
+    hub_endpoint="https://hub.example",
+    s3_secret="s3",
 )
 
 
@@ -89,6 +91,24 @@ def test_a_claim_is_mounted_and_read_as_a_folder() -> None:
     assert not [volume for volume in spec["volumes"] if volume["name"] == "models"]
 
 
+def test_an_image_is_mounted_and_read_as_a_folder() -> None:
+    spec = pod(source={"uri": "oci://registry.example:5000/models/shapes@sha256:00"})
+    image = {"reference": "registry.example:5000/models/shapes@sha256:00", "pullPolicy": "IfNotPresent"}
+    assert {"name": "source", "image": image} in spec["volumes"]
+    assert {"name": "source", "mountPath": "/source", "readOnly": True} in spec["containers"][0]["volumeMounts"]
+    assert "--uri=file:///source" in spec["containers"][0]["args"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "hub", "s3"), [("hf://org/repo", True, False), ("s3://bucket/x", False, True), ("shapes", False, False)]
+)
+def test_only_servers_that_need_them_get_a_store_s_credentials(uri: str, hub: bool, s3: bool) -> None:
+    (container,) = pod(source={"uri": uri})["containers"]
+    names = {variable["name"] for variable in container["env"]}
+    assert ("HF_TOKEN" in names, "HF_ENDPOINT" in names) == (hub, hub)
+    assert container.get("envFrom", []) == ([{"secretRef": {"name": "s3"}}] if s3 else [])
+
+
 def test_pod_overrides_pass_through() -> None:
     spec = pod(
         pod={
@@ -108,7 +128,8 @@ def test_pod_overrides_pass_through() -> None:
 
 
 def test_secrets_are_referred_to_and_never_written_out() -> None:
-    variables = {variable["name"]: variable for variable in pod()["containers"][0]["env"]}
+    (container,) = pod(source={"uri": "hf://org/repo"})["containers"]
+    variables = {variable["name"]: variable for variable in container["env"]}
     for name, secret in (("LATENTFLOW_TOKEN", "latentflow-token"), ("HF_TOKEN", "hub")):
         assert variables[name]["valueFrom"] == {"secretKeyRef": {"name": secret, "key": "token"}}
 

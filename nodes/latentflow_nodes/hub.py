@@ -1,0 +1,95 @@
+"""Weights from a hub of models: `hf://` sources, by huggingface_hub, whose cache several servers may share.
+
+That library keeps what it has, takes a broken download up again, locks a file while it is fetched, and asks the hub nothing
+about a commit that is here whole.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import httpx2
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from latentflow.errors import FailedPreconditionError
+from tqdm.auto import tqdm
+
+from latentflow_nodes.fetching import Progress, Wanted
+
+
+def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress) -> Path:
+    """The folder of a repository's files; FailedPreconditionError, in one sentence, where it cannot be had."""
+    repository = urlparse(uri).netloc + urlparse(uri).path
+    at = f"{uri}@{revision}" if revision else uri
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(wanted.allow),
+                ignore_patterns=list(wanted.ignore),
+                # Read now, as the library reads it when it is imported.
+                endpoint=os.environ.get("HF_ENDPOINT"),
+                tqdm_class=_bars(progress),
+            )
+        )
+    except GatedRepoError:
+        why = "the hub gives it only to those who accepted its terms; accept them, and set HF_TOKEN to a token of that account"
+    except RepositoryNotFoundError:
+        why = (
+            "the hub has no such repository, or shows it to others only; check the name, and HF_TOKEN if it is private"
+        )
+    except RevisionNotFoundError:
+        why = "the repository has no such branch, tag or commit; check the revision"
+    except (IncompleteSnapshotError, LocalEntryNotFoundError):
+        why = "the hub is out of reach, and not all of it is in the cache; check the network and HF_ENDPOINT"
+    except HfHubHTTPError as error:
+        why = f"the hub answered {error.response.status_code}; try again later, or check HF_ENDPOINT and HF_TOKEN"
+    except (httpx2.HTTPError, OSError) as error:
+        why = f"{_line(error)}; check the network, HF_ENDPOINT and the space of the cache"
+    raise FailedPreconditionError(f"{at} could not be fetched: {why}.", reason="WEIGHTS_UNAVAILABLE") from None
+
+
+def _bars(progress: Progress) -> type[tqdm[Any]]:
+    """A class of progress bars, as the library wants one, that tells `progress` instead of drawing.
+
+    The library makes several, of which those of bytes matter; which of them moves depends on how a file travels.
+    """
+    lock, bars = threading.Lock(), list[Any]()
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"disable": True})
+            self._counts_bytes = options.get("unit") == "B"
+            if self._counts_bytes:
+                bars.append(self)
+
+        def update(self, n: float | None = 1) -> None:
+            with lock:
+                self.n += n or 0
+                self._tell()
+
+        def refresh(self, *args: Any, **options: Any) -> None:
+            with lock:
+                self._tell()
+
+        def _tell(self) -> None:
+            if self._counts_bytes:
+                progress.at(int(max(bar.n for bar in bars)), int(max(bar.total or 0 for bar in bars)))
+
+    return Bar
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__

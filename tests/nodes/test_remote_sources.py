@@ -1,0 +1,289 @@
+"""Weights from a hub and from a bucket, over real HTTP: what is fetched, once, whole, and what is said when it is not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from latentflow.errors import FailedPreconditionError
+from latentflow.metrics import NODE, Instruments
+from latentflow_nodes import weights
+from latentflow_nodes.fetching import Progress, wanted
+from support.bucket import BUCKET, Store
+from support.hub import Hub
+from support.packs import SHAPES
+from support.stack import Request, Stack, started
+
+FETCH = """
+import sys
+from pathlib import Path
+from latentflow.metrics import NODE, Instruments
+from latentflow_nodes import weights
+from latentflow_nodes.fetching import Progress
+print("begun", flush=True)
+weights.locate(
+    uri=sys.argv[1], subfolder=None, revision=None, role="VAE", model_root=Path("."), cache=Path(sys.argv[2]),
+    progress=Progress(Instruments(NODE, model="m", role="VAE"), source="s"),
+)
+"""
+
+
+@dataclass(kw_only=True)
+class Remote:
+    """A place that has the shapes pack, and pickles beside it, and what fetches from there on this machine."""
+
+    server: Hub | Store
+    uri: str
+    environment: dict[str, str]
+    cache: Path
+
+    @property
+    def files(self) -> Counter[str]:
+        """How often each file was sent, by its name in the pack."""
+        sent = (key.removeprefix("GET ").removeprefix("packs/shapes/") for key in self.server.asked.elements())
+        return Counter(name for name in sent if "/" in name or name.endswith(".json"))
+
+    def fetch(self, role: str = "VAE", *, metrics: Instruments | None = None, **source: str) -> Path:
+        said = {"uri": self.uri, "subfolder": None, "revision": None} | source
+        progress = Progress(metrics or Instruments(NODE, model="m", role=role), source="s")
+        return weights.locate(
+            **said,
+            role=role,
+            model_root=Path(),
+            cache=self.cache,
+            progress=progress,  # type: ignore[arg-type]
+        ).pipeline
+
+    def process(self) -> subprocess.Popen[bytes]:
+        """A process that has begun to fetch the VAE."""
+        command = [sys.executable, "-c", FETCH, self.uri, str(self.cache)]
+        child = subprocess.Popen(command, env=os.environ | self.environment, stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"begun\n"
+        return child
+
+
+@pytest.fixture(params=["hub", "bucket"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
+    pack = tmp_path / "shapes"
+    shutil.copytree(SHAPES, pack)
+    (pack / "vae/diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (pack / "vae/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half")
+    cache = tmp_path / "cache"
+    if request.param == "hub":
+        hub = Hub()
+        hub.push("org/shapes", pack)
+        environment = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache)}
+        # Read when the library was imported, which another test may have done.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        made, uri = hub.running(), "hf://org/shapes"
+    else:
+        store = Store()
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
+        environment = keys | {"AWS_ENDPOINT_URL": store.url, "AWS_MAX_ATTEMPTS": "1"}
+        made, uri = store.running(), f"s3://{BUCKET}/packs/shapes"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with made as server:
+        if isinstance(server, Store):
+            server.upload(pack, "packs/shapes")
+        yield Remote(server=server, uri=uri, environment=environment, cache=cache)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+VAE = {"model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_a_fetched_pack_serves_the_image_of_the_folder(remote: Remote, shapes: Stack, tmp_path: Path) -> None:
+    async with started(tmp_path, remote.uri, cache=remote.cache) as fetched:
+        _, image = await fetched.generate(Request())
+    _, same = await shapes.generate(Request())
+    assert image.tobytes() == same.tobytes()
+
+
+def test_a_role_fetches_what_it_reads_and_no_pickle(remote: Remote) -> None:
+    assert content(remote.fetch()) == {name: (SHAPES / name).read_bytes() for name in VAE}
+
+
+def test_a_subfolder_limits_what_is_fetched(remote: Remote) -> None:
+    found = content(remote.fetch("LoRAStore", subfolder="loras"))
+    assert {name.partition("/")[0] for name in found} == {"model_index.json", "loras"}
+
+
+def test_a_second_server_of_the_same_cache_fetches_nothing(remote: Remote) -> None:
+    first = remote.fetch()
+    assert remote.files == dict.fromkeys(VAE, 1)
+    assert remote.fetch() == first
+    assert remote.files == dict.fromkeys(VAE, 1)
+
+
+def test_two_servers_that_start_at_once_fetch_each_file_once(remote: Remote) -> None:
+    remote.server.going.clear()
+    one, other = remote.process(), remote.process()
+    assert remote.server.halted.wait(60)
+    remote.server.going.set()
+    assert (one.wait(60), other.wait(60)) == (0, 0)
+    assert remote.files == dict.fromkeys(VAE, 1)
+
+
+def test_what_a_killed_server_has_half_fetched_is_never_served(remote: Remote) -> None:
+    remote.server.going.clear()
+    child = remote.process()
+    assert remote.server.halted.wait(60)
+    child.kill()
+    child.wait()
+    remote.server.going.set()
+    assert content(remote.fetch()) == {name: (SHAPES / name).read_bytes() for name in VAE}
+
+
+def test_what_is_here_whole_serves_while_the_other_side_is_out_of_reach(remote: Remote) -> None:
+    before = remote.fetch()
+    if isinstance(remote.server, Hub):
+        remote.server.down = True
+    else:
+        remote.server.stop()
+    assert remote.fetch() == before
+    with pytest.raises(FailedPreconditionError, match=r"could not be fetched: .*check the network"):
+        remote.fetch("TextEncoder")
+
+
+def test_how_far_a_download_is_shows_in_the_metrics(remote: Remote) -> None:
+    metrics = Instruments(NODE, model="m", role="VAE")
+    total = sum((SHAPES / name).stat().st_size for name in VAE)
+    seen: list[tuple[int, int]] = []
+
+    class Watched(Progress):
+        def at(self, done: int, total: int) -> None:
+            super().at(done, total)
+            seen.append((done, total))
+
+    weights.locate(
+        uri=remote.uri,
+        subfolder=None,
+        revision=None,
+        role="VAE",
+        model_root=Path(),
+        cache=remote.cache,
+        progress=Watched(metrics, source="s"),
+    )
+    labels = {"model": "m", "role": "VAE"}
+    assert metrics.registry.get_sample_value("latentflow_download_bytes", labels) == total
+    assert metrics.registry.get_sample_value("latentflow_download_total_bytes", labels) == total
+    assert any(0 < done < total for done, total in seen)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("remote", ["hub"], indirect=True)
+@pytest.mark.parametrize(
+    ("uri", "revision", "words"),
+    [
+        ("hf://org/nothing", None, "no such repository, or shows it to others only; check the name, and HF_TOKEN"),
+        ("hf://org/shapes", "v9", "no such branch, tag or commit; check the revision"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_said_in_one_sentence(
+    remote: Remote, uri: str, revision: str | None, words: str
+) -> None:
+    with pytest.raises(FailedPreconditionError) as caught:
+        remote.fetch(uri=uri, **({"revision": revision} if revision else {}))
+    assert caught.value.message.startswith(uri)
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("remote", ["hub"], indirect=True)
+def test_a_private_repository_opens_to_its_token_only(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(remote.server, Hub)
+    remote.server.token = "hub-token"
+    with pytest.raises(FailedPreconditionError, match="HF_TOKEN if it is private"):
+        remote.fetch()
+    monkeypatch.setenv("HF_TOKEN", "hub-token")
+    assert content(remote.fetch()).keys() == VAE
+
+
+@pytest.mark.parametrize("remote", ["bucket"], indirect=True)
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("s3://nowhere/packs/shapes", "there is no bucket 'nowhere'; check the name and AWS_ENDPOINT_URL"),
+        (f"s3://{BUCKET}/packs/shape", "nothing there is weights or configuration of this role; check the path"),
+    ],
+)
+def test_what_the_bucket_does_not_have_is_said_in_one_sentence(remote: Remote, uri: str, words: str) -> None:
+    with pytest.raises(FailedPreconditionError) as caught:
+        remote.fetch(uri=uri)
+    assert caught.value.message.startswith(f"{uri} could not be fetched")
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("remote", ["bucket"], indirect=True)
+@pytest.mark.parametrize(("keys", "words"), [(True, "may not read it"), (False, "there are no credentials")])
+def test_credentials_that_are_wrong_or_missing_are_named(
+    remote: Remote, monkeypatch: pytest.MonkeyPatch, keys: bool, words: str
+) -> None:
+    assert isinstance(remote.server, Store)
+    remote.server.denied = True
+    if not keys:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(remote.cache / "none"))
+    with pytest.raises(FailedPreconditionError, match=words):
+        remote.fetch()
+
+
+@pytest.mark.parametrize("remote", ["bucket"], indirect=True)
+def test_an_endpoint_that_is_no_url_is_said_to_be_one(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "minio:9000")
+    with pytest.raises(FailedPreconditionError, match=r"Invalid endpoint: minio:9000; check the AWS_\* environment"):
+        remote.fetch()
+
+
+@pytest.mark.parametrize("remote", ["bucket"], indirect=True)
+def test_an_object_that_changed_is_fetched_again_beside_the_old(remote: Remote, tmp_path: Path) -> None:
+    assert isinstance(remote.server, Store)
+    before = remote.fetch()
+    remote.server.client().put_object(Bucket=BUCKET, Key="packs/shapes/vae/config.json", Body=b"{}")
+    after = remote.fetch()
+    assert (after / "vae/config.json").read_bytes() == b"{}"
+    assert content(before) == {name: (SHAPES / name).read_bytes() for name in VAE}
+
+
+@pytest.mark.parametrize("remote", ["bucket"], indirect=True)
+def test_a_server_that_cannot_fetch_ends_with_two_and_says_why(remote: Remote) -> None:
+    command = [sys.executable, "-m", "latentflow_nodes.server", "--role=VAE", "--uri=s3://nowhere/shapes"]
+    done = subprocess.run(command, env=os.environ | remote.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("latentflow-node: s3://nowhere/shapes could not be fetched")
+
+
+def test_a_server_that_is_told_to_stop_while_it_fetches_ends_at_once(remote: Remote) -> None:
+    remote.server.going.clear()
+    command = [sys.executable, "-m", "latentflow_nodes.server", "--role=VAE", f"--uri={remote.uri}"]
+    child = subprocess.Popen([*command, f"--cache={remote.cache}"], env=os.environ | remote.environment)
+    assert remote.server.halted.wait(60)
+    child.terminate()
+    assert child.wait(10) == 0
+
+
+def test_in_a_store_a_half_precision_file_is_an_adapter_of_its_own() -> None:
+    assert wanted("LoRAStore", "loras").of(["loras/a.fp16.safetensors", "loras/a.bin", "vae/config.json"]) == [
+        "loras/a.fp16.safetensors"
+    ]
+
+
+def test_a_controlnet_s_repository_may_be_the_component_itself() -> None:
+    paths = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "sd/unet/config.json"]
+    assert wanted("ControlNet", None).of(paths) == paths[:2]
+    folder = SHAPES / "controlnet-edges"
+    assert weights.Source(pipeline=folder).part("controlnet") == folder
+    assert weights.Source(pipeline=SHAPES).part("controlnet") == SHAPES / "controlnet"
