@@ -9,11 +9,11 @@ import aiohttp
 from latentflow.errors import UnavailableError
 
 from latentflow_scheduler.policy import Load
+from latentflow_scheduler.scrapes import CALLS
 
 Place = tuple[str, str]
 _SECONDS = 5.0
-# The calls that are somebody's request of the model; the others are about it.
-_CALLS = "Encode|Denoise|Decode|Residuals|Adapter"
+_CALLS = "|".join(CALLS)
 
 
 @dataclass(frozen=True, kw_only=True)
