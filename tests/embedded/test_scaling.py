@@ -7,11 +7,14 @@ import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from latentflow import NO_RETRIES, AsyncClient, Progress, results
 from latentflow.api import parse_workflows
+from latentflow.errors import FailedPreconditionError
+from latentflow_local import addresses
 from latentflow_local.runtime import Runtime, run
 from latentflow_local.scaling import Pace
 from latentflow_local.supervisor import State, Supervised
@@ -145,7 +148,7 @@ async def test_a_replica_that_is_removed_in_mid_request_is_not_started_again_and
         AsyncClient(runtime.target, timeout=SECONDS) as client,
     ):
         model = denoiser(runtime)
-        assert {model, f"{model}-2"} < set(runtime.supervised)
+        both = [runtime.supervised[name] for name in (model, f"{model}-2")]
         arguments: dict[str, Any] = {"seed": 5, "steps": 100}
         expected = (await client.generate(PROMPT, **arguments)).image.tobytes()
         removed: Supervised | None = None
@@ -153,13 +156,28 @@ async def test_a_replica_that_is_removed_in_mid_request_is_not_started_again_and
         async for event in client.stream(PROMPT, **arguments):
             collector.take(event)
             if isinstance(event, Progress) and removed is None and event.step >= 20:
-                removed = runtime.supervised[model]
-                assert value(removed.spec.metrics, "latentflow_in_flight") == 1
-                runtime.supervisor.remove(model)
+                removed = next(one for one in both if value(one.spec.metrics, "latentflow_in_flight"))
+                runtime.supervisor.remove(removed.spec.name)
                 if killed:
                     assert removed.pid is not None
                     os.kill(removed.pid, signal.SIGKILL)
-        await runtime.supervisor.until(lambda: model not in runtime.supervised, seconds=SECONDS)
-        assert collector.result().image.tobytes() == expected
         assert removed is not None
+        await runtime.supervisor.until(lambda: removed.spec.name not in runtime.supervised, seconds=SECONDS)
         assert (removed.state, removed.restarts) == (State.STOPPED, 0)
+        assert collector.result().image.tobytes() == expected
+
+
+async def test_a_replica_that_cannot_be_started_ends_nothing_while_another_serves() -> None:
+    async with served("{}", pace=pace(down=0.0)) as runtime, AsyncClient(runtime.target, timeout=SECONDS) as client:
+        supervisor, serving = runtime.supervisor, runtime.supervised[denoiser(runtime)]
+        failed = asyncio.create_task(supervisor.failed())
+        address, metrics = addresses.free(2)
+        another = serving.spec.another(2, address=address, metrics=metrics)
+        supervisor.add(replace(another, options=(*another.options, "--dtype=none")))
+        broken = runtime.supervised[another.name]
+        await supervisor.until(lambda: broken.state is State.FAILED, seconds=SECONDS)
+        assert len((await client.generate(PROMPT)).images) == 1
+        assert not failed.done()
+        supervisor.remove(serving.spec.name)
+        with pytest.raises(FailedPreconditionError, match=r"Denoiser .* cannot be served"):
+            await failed
