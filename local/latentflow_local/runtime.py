@@ -116,7 +116,7 @@ def _bounds(name: str, model: Model, *, room: int | None) -> Bounds:
     found, asked = bounds(model, room=room), model.scaling.max_replicas
     if model.scaling.mode == "Managed" and found.most < asked:
         _log.warning(
-            "no cores for as many replicas as maxReplicas; give the models fewer threads (--threads) for more",
+            "fewer replicas than maxReplicas allows: each takes its threads (--threads) of the cores",
             model=name,
             most=found.most,
             max_replicas=asked,

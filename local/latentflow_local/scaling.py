@@ -40,7 +40,7 @@ class Pace:
     interval_seconds: float = 1.0
     window_seconds: float = 10.0
     settings: Settings = field(
-        default_factory=lambda: Settings(backlog_seconds=10.0, up_seconds=10.0, down_seconds=30.0, idle_seconds=120.0)
+        default_factory=lambda: Settings(backlog_seconds=10.0, up_seconds=10.0, down_seconds=30.0, idle_seconds=90.0)
     )
 
 
