@@ -168,8 +168,8 @@ GATEWAY: tuple[Metric, ...] = (
     ),
 )
 
-# The operator, with its scheduler.
-OPERATOR: tuple[Metric, ...] = (
+# The scheduler, which the operator and the embedded runtime run.
+SCHEDULER: tuple[Metric, ...] = (
     Metric(
         name="latentflow_scheduler_demand",
         kind="gauge",
@@ -190,7 +190,7 @@ OPERATOR: tuple[Metric, ...] = (
     ),
 )
 
-# The embedded runtime.
+# The embedded runtime, beside SCHEDULER.
 LOCAL: tuple[Metric, ...] = (
     Metric(
         name="latentflow_local_restarts_total",
@@ -209,7 +209,7 @@ LOCAL: tuple[Metric, ...] = (
 TABLES: dict[str, tuple[Metric, ...]] = {
     "Model servers": NODE,
     "Gateways": GATEWAY,
-    "Operator": OPERATOR,
+    "Scheduler, in the operator and in `latentflow up`": SCHEDULER,
     "Embedded runtime": LOCAL,
 }
 

@@ -33,10 +33,12 @@ def up(
         int | None, typer.Option("--threads", min=1, help="Threads of every model.", show_default="all cores")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda, for every model.")] = None,
-    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds running requests get at the end.")] = 10.0,
+    drain: Annotated[
+        float, typer.Option("--drain", min=0, help="Seconds running requests get when a process is ended.")
+    ] = 10.0,
     log_format: Annotated[str, typer.Option("--log-format", help="console or json.")] = "console",
 ) -> None:
-    """Serve workflows on this machine: one process for each distinct model, and a gateway. Ctrl-C ends it."""
+    """Serve workflows on this machine: processes for each distinct model, and a gateway. Ctrl-C ends it."""
     logs.configure(process="up", form="json" if log_format == "json" else "console")
     workflows = [workflow for path in files for workflow in load_workflows(path)]
     asyncio.run(
@@ -79,7 +81,7 @@ async def _serve(
         log_format=log_format,
     ) as runtime:
         stopped = asyncio.create_task(stop.wait())
-        with _console.status(f"starting {len(runtime.supervised) - 1} models and a gateway"):
+        with _console.status(f"starting {len(runtime.supervised) - 1} model servers and a gateway"):
             ready = asyncio.create_task(runtime.supervisor.ready(_READY_SECONDS))
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not stopped.done():

@@ -1,14 +1,15 @@
-"""Which processes a set of workflows needs: pure. One for each distinct model, one for the gateway."""
+"""Which processes a set of workflows needs: pure. One for each replica of a distinct model, one for the gateway."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
 
 from latentflow.api import DiffusionWorkflow, Model, distinct_models, identity
 from latentflow.errors import InvalidRequestError, UnimplementedError
+from latentflow_scheduler.policy import Bounds
 
 GATEWAY = "gateway"
 _SERVED_SCHEMES = ("", "file", "hf", "s3")
@@ -19,20 +20,36 @@ class ProcessSpec:
     """A process to keep running.
 
     Attributes:
-        name: The model's identity, or "gateway".
+        name: The model's identity, with a number after it for all but the first of its replicas; or "gateway".
+        model: The model's identity, or "gateway".
         role: The model's role, or "Gateway".
         uses: "workflow:name" of every use.
         address: host:port it serves on, the same after a restart.
         metrics: host:port of its /metrics, likewise.
-        argv: Arguments of its `main`.
+        options: Arguments of its `main`, beside the two addresses.
     """
 
     name: str
+    model: str
     role: str
     uses: tuple[str, ...]
     address: str
     metrics: str
-    argv: tuple[str, ...]
+    options: tuple[str, ...]
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """Arguments of its `main`."""
+        return (*self.options, f"--listen={self.address}", f"--metrics={self.metrics}")
+
+    def another(self, number: int, *, address: str, metrics: str) -> ProcessSpec:
+        """Another replica of the model. Only its name and addresses differ, so that it makes the same pixels.
+
+        Args:
+            number: From 1, which is the first.
+        """
+        name = self.model if number == 1 else f"{self.model}-{number}"
+        return replace(self, name=name, address=address, metrics=metrics)
 
 
 def models_of(workflows: list[DiffusionWorkflow]) -> dict[str, Model]:
@@ -70,7 +87,7 @@ def plan_models(
     shared_memory: Path | None,
     log_format: str,
 ) -> list[ProcessSpec]:
-    """The model servers.
+    """A model server for each distinct model: its first replica.
 
     Args:
         addresses: By identity host:port for gRPC and for /metrics.
@@ -83,19 +100,20 @@ def plan_models(
     specs = []
     for name, model in models_of(workflows).items():
         uses = tuple(f"{w.name}:{m.name}" for w in workflows for m in w.spec.models if identity(m) == name)
-        options = _options(name, model, model_root, addresses[name], log_format) | over
+        options = _options(name, model, model_root, log_format) | over
         options["shared-memory"] = shared_memory
         own_threads = threads or model.engine.threads or cores
-        if (device or model.engine.device) == "cpu" and own_threads > 1 and cores < 2 * own_threads:
+        if own_threads > 1 and room(model, threads=threads, device=device, cores=cores) == 1:
             options["turn-file"] = turn_file
         specs.append(
             ProcessSpec(
                 name=name,
+                model=name,
                 role=model.role.value,
                 uses=uses,
                 address=addresses[name][0],
                 metrics=addresses[name][1],
-                argv=_argv(options),
+                options=_argv(options),
             )
         )
     return specs
@@ -103,13 +121,47 @@ def plan_models(
 
 def plan_gateway(*, directory: Path, listen: str, metrics: str, log_format: str) -> ProcessSpec:
     """The gateway."""
-    argv = (f"--directory={directory}", f"--listen={listen}", f"--metrics={metrics}", f"--log-format={log_format}")
-    return ProcessSpec(name=GATEWAY, role="Gateway", uses=(), address=listen, metrics=metrics, argv=argv)
+    return ProcessSpec(
+        name=GATEWAY,
+        model=GATEWAY,
+        role="Gateway",
+        uses=(),
+        address=listen,
+        metrics=metrics,
+        options=(f"--directory={directory}", f"--log-format={log_format}"),
+    )
 
 
-def _options(
-    name: str, model: Model, root: Path, address: tuple[str, str], log_format: str
-) -> dict[str, str | int | Path | None]:
+def room(model: Model, *, threads: int | None, device: str | None, cores: int) -> int | None:
+    """How many replicas of a model can compute at a time without being in each other's way, at least one; None where
+    cores do not limit it. Arguments as those of `plan_models`."""
+    if (device or model.engine.device) != "cpu":
+        return None
+    return max(1, cores // (threads or model.engine.threads or cores))
+
+
+def initial(model: Model) -> int:
+    """How many replicas a model starts with: enough to serve."""
+    return max(1, model.scaling.min_replicas)
+
+
+def bounds(model: Model, *, room: int | None) -> Bounds:
+    """Between how many replicas a model is scaled on this machine; equal where it is not.
+
+    More than there is room for would compute in turns, and no request would be done sooner; `minReplicas` there are in
+    any case. An External model stays as it starts, as nobody else scales processes.
+
+    Args:
+        room: As `room` says.
+    """
+    scaling = model.scaling
+    if scaling.mode == "External":
+        return Bounds(fewest=initial(model), most=initial(model))
+    most = scaling.max_replicas if room is None else min(scaling.max_replicas, room)
+    return Bounds(fewest=scaling.min_replicas, most=max(most, initial(model)))
+
+
+def _options(name: str, model: Model, root: Path, log_format: str) -> dict[str, str | int | Path | None]:
     source, engine = model.source, model.engine
     if source is None:
         raise InvalidRequestError(f"Model {name} has no source.")
@@ -120,8 +172,6 @@ def _options(
         "revision": source.revision,
         "model-root": root,
         "identity": name,
-        "listen": address[0],
-        "metrics": address[1],
         "threads": engine.threads,
         "device": engine.device,
         "dtype": model.dtype,

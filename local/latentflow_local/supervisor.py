@@ -1,4 +1,4 @@
-"""Keeps processes running: notices at once when one ends, starts it again with patience, ends them all in order.
+"""Keeps processes running: notices at once when one ends, starts it again with patience, ends them in order.
 
 Runs in an event loop; what happens is told to a listener (the command's table, a test).
 """
@@ -41,6 +41,7 @@ class State(StrEnum):
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"
+    DRAINING = "draining"
     FAILED = "failed"
     STOPPED = "stopped"
 
@@ -55,6 +56,8 @@ class Supervised:
     started: float = field(default_factory=time.monotonic)
     ready_seconds: float | None = None
     process: processes.Process | None = None
+    # Set when it shall end for good.
+    removed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def pid(self) -> int | None:
@@ -67,7 +70,7 @@ def pause(failures: int) -> float:
 
 
 class Supervisor:
-    """Runs specs until left; an async context manager.
+    """Runs specs, and what is added to them, until left; an async context manager.
 
     Args:
         drain: Seconds that processes get to end by themselves.
@@ -89,12 +92,13 @@ class Supervisor:
         self._environment = environment
         self._drain = drain
         self._changed = changed
-        self._tasks: list[asyncio.Task[None]] = []
+        self._keeping: dict[str, asyncio.Task[None]] = {}
+        self._removing: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Condition()
         self._stopping = False
 
     async def __aenter__(self) -> Supervisor:
-        self._tasks = [asyncio.create_task(self._keep(one)) for one in self.supervised.values()]
+        self._keeping = {name: asyncio.create_task(self._keep(one)) for name, one in self.supervised.items()}
         return self
 
     async def __aexit__(
@@ -108,16 +112,31 @@ class Supervisor:
                 await asyncio.gather(*(_ended(one) for one in self.supervised.values()))
         for one in self.supervised.values():
             _signal(one, signal.SIGKILL)
-        for task in self._tasks:
+        tasks = [*self._keeping.values(), *self._removing.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_KILL_SECONDS):
                 await asyncio.gather(*(_ended(one) for one in self.supervised.values()))
 
+    def add(self, spec: ProcessSpec) -> None:
+        """Starts one more process. Its name is that of none in `supervised`."""
+        one = self.supervised[spec.name] = Supervised(spec=spec)
+        self._keeping[spec.name] = asyncio.create_task(self._keep(one))
+
+    def remove(self, name: str) -> None:
+        """Ends a process for good, as at the end of all; it is gone from `supervised` when it has ended."""
+        one = self.supervised[name]
+        one.removed.set()
+        self._removing[name] = asyncio.create_task(self._remove(one))
+
     async def ready(self, seconds: float) -> None:
         """Waits until all are ready. FailedPreconditionError when one cannot be started, or the time runs out."""
-        states = self.supervised.values
+
+        def states() -> list[Supervised]:
+            return [one for one in self.supervised.values() if not one.removed.is_set()]
+
         try:
             async with asyncio.timeout(seconds), self._news:
                 await self._news.wait_for(
@@ -130,7 +149,9 @@ class Supervisor:
             raise FailedPreconditionError(
                 f"Not ready after {seconds:.0f} s: {late}. Their logs above say why.", reason="NOT_READY"
             ) from None
-        self.raise_if_failed()
+        for one in states():
+            if one.state is State.FAILED:
+                raise _cannot_be_served(one)
 
     async def until(self, condition: Callable[[], bool], *, seconds: float) -> None:
         """Waits for something about the processes to be so. TimeoutError when it is not in time."""
@@ -138,31 +159,30 @@ class Supervisor:
             await self._news.wait_for(condition)
 
     async def failed(self) -> None:
-        """Returns never, or raises when a process cannot be started."""
+        """Returns never, or raises when a model cannot be served: none of its processes can be started."""
         async with self._news:
-            await self._news.wait_for(lambda: any(s.state is State.FAILED for s in self.supervised.values()))
-        self.raise_if_failed()
+            lost = await self._news.wait_for(self._lost)
+        raise _cannot_be_served(lost[0])
 
-    def raise_if_failed(self) -> None:
-        for one in self.supervised.values():
-            if one.state is State.FAILED:
-                uses = f" ({', '.join(one.spec.uses)})" if one.spec.uses else ""
-                raise FailedPreconditionError(
-                    f"{one.spec.role} {one.spec.name}{uses} cannot be served; the line that it printed above says why.",
-                    reason="PROCESS_FAILED",
-                )
+    def _lost(self) -> list[Supervised]:
+        served = {one.spec.model for one in self.supervised.values() if one.state is not State.FAILED}
+        return [one for one in self.supervised.values() if one.spec.model not in served]
 
     async def _keep(self, one: Supervised) -> None:
         failures = 0
         while True:
             one.started = time.monotonic()
             one.process = await asyncio.to_thread(processes.start, one.spec, environment=self._environment)
+            if one.removed.is_set():
+                _signal(one, signal.SIGTERM)
             checking = asyncio.create_task(self._check(one))
             await _ended(one)
             checking.cancel()
             await asyncio.gather(checking, return_exceptions=True)
             if self._stopping:
                 await self._tell(one, State.STOPPED)
+                return
+            if one.removed.is_set():
                 return
             code = one.process.exitcode
             failures = 1 if time.monotonic() - one.started > _HEALTHY_SECONDS else failures + 1
@@ -173,7 +193,20 @@ class Supervisor:
             self._metrics.of("latentflow_local_restarts_total", process=one.spec.name).inc()
             _log.warning("process ended; starting it again", name=one.spec.name, exit_code=code, after=pause(failures))
             await self._tell(one, State.RESTARTING)
-            await asyncio.sleep(pause(failures))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause(failures)):
+                    await one.removed.wait()
+                    return
+
+    async def _remove(self, one: Supervised) -> None:
+        name, keeping = one.spec.name, self._keeping[one.spec.name]
+        await self._tell(one, State.DRAINING)
+        _signal(one, signal.SIGTERM)
+        await asyncio.wait({keeping}, timeout=self._drain)
+        _signal(one, signal.SIGKILL)
+        await keeping
+        del self.supervised[name], self._keeping[name], self._removing[name]
+        await self._tell(one, State.STOPPED)
 
     async def _check(self, one: Supervised) -> None:
         """Tells when the process takes requests."""
@@ -187,7 +220,8 @@ class Supervisor:
                         break
                 await asyncio.sleep(_CHECK_SECONDS)
         one.ready_seconds = time.monotonic() - one.started
-        await self._tell(one, State.READY)
+        if not one.removed.is_set():
+            await self._tell(one, State.READY)
 
     async def _tell(self, one: Supervised, state: State) -> None:
         self._metrics.of("latentflow_local_ready", process=one.spec.name).set(state is State.READY)
@@ -195,6 +229,14 @@ class Supervisor:
             one.state = state
             self._news.notify_all()
         self._changed(one)
+
+
+def _cannot_be_served(one: Supervised) -> FailedPreconditionError:
+    uses = f" ({', '.join(one.spec.uses)})" if one.spec.uses else ""
+    return FailedPreconditionError(
+        f"{one.spec.role} {one.spec.name}{uses} cannot be served; the line that it printed above says why.",
+        reason="PROCESS_FAILED",
+    )
 
 
 async def _ended(one: Supervised) -> None:

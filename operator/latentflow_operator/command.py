@@ -7,7 +7,7 @@ import sys
 
 from latentflow import logs
 from latentflow.errors import LatentflowError
-from latentflow.metrics import OPERATOR, Instruments
+from latentflow.metrics import SCHEDULER, Instruments
 
 from latentflow_operator import handlers, settings
 from latentflow_operator.cluster import Cluster
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         command = settings.parse(argv)
         logs.configure(process="operator", form=command.log_format)
         api = handlers.connect()
-        metrics = Instruments(OPERATOR)
+        metrics = Instruments(SCHEDULER)
         if command.metrics is not None:
             host, _, port = command.metrics.rpartition(":")
             metrics.serve(host=host, port=int(port))

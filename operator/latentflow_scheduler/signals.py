@@ -25,7 +25,7 @@ _SECONDS = 5.0
 # Gateways are near, and a request waits.
 _GATEWAY_SECONDS = 2.0
 # The calls that are somebody's request of the model; the others are about it.
-_CALLS = "Encode|Denoise|Decode|Residuals|Adapter"
+_CALLS = "|".join(scrapes.CALLS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,23 +116,23 @@ async def held(session: aiohttp.ClientSession, gateways: str) -> dict[Place, flo
         return {}
     addresses = sorted({str(address[0]) for *_, address in found})
     total: dict[Place, float] = {}
-    for text in await asyncio.gather(*(_metrics(session, address, port) for address in addresses)):
-        for model, count in scrapes.held(text).items():
+    for said in await asyncio.gather(*(_said(session, address, port) for address in addresses)):
+        for model, count in said.items():
             if count > 0:
                 place = _split(model)
                 total[place] = total.get(place, 0.0) + count
     return total
 
 
-async def _metrics(session: aiohttp.ClientSession, address: str, port: str) -> str:
+async def _said(session: aiohttp.ClientSession, address: str, port: str) -> dict[str, float]:
     host = f"[{address}]" if ":" in address else address
     try:
         timeout = aiohttp.ClientTimeout(total=_GATEWAY_SECONDS)
         async with session.get(f"http://{host}:{port}/metrics", timeout=timeout) as response:
-            return await response.text()
-    except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError) as error:
+            return scrapes.held(await response.text())
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         _log.warning("a gateway does not say what it holds", at=host, error=str(error) or type(error).__name__)
-        return ""
+        return {}
 
 
 def _placed(samples: list[tuple[dict[str, str], float]]) -> dict[Place, float]:

@@ -10,7 +10,7 @@ import pytest
 from kube.test_operator import KINDS, bound, ready, report
 from kube.test_operator import workflow as spread
 from latentflow.api import DiffusionWorkflow, placed
-from latentflow.metrics import OPERATOR, Instruments
+from latentflow.metrics import SCHEDULER, Instruments
 from latentflow_gateway import cluster as gateway
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.scaling import Scaler
@@ -209,7 +209,7 @@ async def test_requests_that_wait_for_a_companion_wake_its_denoiser_and_nothing_
         seen=store.put,
         cluster=Cluster(api_server.client()),
         settings=ScalingSettings(prometheus="http://127.0.0.1:9"),
-        metrics=Instruments(OPERATOR),
+        metrics=Instruments(SCHEDULER),
     )
     await scaler.step(Signals(loads={}, replicas={}, held={(namespace.name, names["edges"]): 3.0}), {})
     replicas = {name: body["spec"].get("replicas") for name, body in namespace.list("DiffusionModel").items()}

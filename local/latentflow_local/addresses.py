@@ -1,0 +1,47 @@
+"""Addresses of this machine to listen on."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Collection
+
+from latentflow.errors import FailedPreconditionError
+
+
+def free(count: int, *, but: Collection[str] = ()) -> list[str]:
+    """Addresses whose ports are free now, all different; a server that finds its own taken says so.
+
+    Args:
+        but: Addresses that are given away already, whose server may not listen yet.
+    """
+    found: list[str] = []
+    with contextlib.ExitStack() as stack:
+        while len(found) < count:
+            # Kept open until all are found, so that none comes twice.
+            one = stack.enter_context(socket.socket())
+            one.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{one.getsockname()[1]}"
+            if address not in but:
+                found.append(address)
+    return found
+
+
+def check_free(listen: str) -> str:
+    """The address, its port chosen; FailedPreconditionError where it is taken."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit():
+        raise FailedPreconditionError(
+            f"{listen!r} is no address to listen on; write host:port, such as 127.0.0.1:8400."
+        )
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, int(port)))
+            return f"{host}:{probe.getsockname()[1]}"
+    except OSError as error:
+        raise FailedPreconditionError(
+            f"{listen} cannot be listened on ({error.strerror}): is another gateway running? Stop it, or choose another "
+            "address.",
+            reason="PORT_TAKEN",
+        ) from None
