@@ -37,6 +37,7 @@ def first(*, threads: int | None, cores: int) -> ProcessSpec:
         device=None,
         cores=cores,
         turn_file=Path("/turn"),
+        shared_memory=None,
         log_format="console",
     )[0]
 
