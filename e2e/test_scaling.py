@@ -17,6 +17,7 @@ from observing import Prometheus
 from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, condition, new_namespace
 from support.paths import ROOT
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 from test_path import threaded, wait_until_ready
 
 # The load dials the Service's address.
@@ -75,6 +76,11 @@ class Scaled:
             lambda found: fewest <= found[self.models[role]].get("status", {}).get("readyReplicas", 0) <= most,
             seconds=seconds,
         )
+
+    @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(90), wait=wait_fixed(1), reraise=True)
+    def seen(self, role: str, replicas: int) -> None:
+        """Returns when Prometheus has seen this, which is when those that are too many have finished and gone."""
+        assert self.now(REPLICAS)[self.models[role]] == replicas
 
     def _of_mine(self, promql: str) -> str:
         return promql.replace("NS", f'namespace="{self.namespace.name}"')
@@ -167,6 +173,7 @@ def draw(scaled: Scaled, *, start: float, end: float) -> None:
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
     axes[0].legend(loc="upper right")
+    axes[0].set_title(f"a steady load that asks for {WORK} denoisers' work, at most {FULL:.0%} each")
     axes[-1].set_xlabel("seconds")
     (ROOT / "out").mkdir(exist_ok=True)
     figure.savefig(ROOT / "out/scaling.png", dpi=120)
@@ -199,6 +206,7 @@ async def test_a_steady_load_scales_the_bottleneck_alone_and_it_returns_to_one(s
     assert together >= 1.4 * alone
     assert together == pytest.approx(rate, rel=0.15)
     await asyncio.to_thread(scaled.ready, "Denoiser", 1, 1, seconds=180)
+    await asyncio.to_thread(scaled.seen, "Denoiser", 1)
     draw(scaled, start=began, end=time.time())
     scheduling = scaled.model("Denoiser")["status"]["scheduling"]
     assert scheduling["reason"].startswith("down to 1: ")
