@@ -24,7 +24,12 @@ VALUES = {
         "control": {"repository": images.CONTROL.rpartition(":")[0], "tag": images.TAG, "pullPolicy": "Never"},
         "node": {"repository": images.NODE.rpartition(":")[0], "tag": images.TAG, "pullPolicy": "Never"},
     },
-    "models": {"modelRoot": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}, "drainSeconds": 60},
+    "models": {
+        "modelRoot": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+        "drainSeconds": 60,
+        # Requests take a second here.
+        "retireSeconds": 20,
+    },
     "gateway": {"drainSeconds": 60},
     # Faster than the defaults, so that a test sees it go up and down.
     "scaling": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from latentflow.errors import OverloadedError
 from latentflow.metrics import Instruments
@@ -32,37 +32,41 @@ class Admission:
         """Requests that wait."""
         return max(0, self._present - self._max_running)
 
-    def check(self) -> None:
-        """OverloadedError when the queue is full; says when there should be room."""
+    @contextlib.contextmanager
+    def present(self, workflow: str) -> Iterator[None]:
+        """A place in the gateway, before its models are awake and it is at work. OverloadedError when there is none.
+
+        The error says when there should be room.
+        """
         if self._present >= self._max_running + self._max_queued:
             raise OverloadedError(
                 f"The gateway's queue is full ({self.queued} of {self._max_queued} waiting); try again later.",
                 retry_after=max(0.1, retry_delay(mean=self._mean, ahead=self.queued, running=self._max_running)),
             )
-
-    @contextlib.asynccontextmanager
-    async def slot(self, workflow: str) -> AsyncIterator[None]:
-        """A place at work; waits for it. `check` comes first."""
-        self.check()
         in_flight = self._metrics.of("latentflow_gateway_in_flight", workflow=workflow)
-        waiting = self._metrics.of("latentflow_gateway_queue_depth", workflow=workflow)
         self._present += 1
         in_flight.inc()
         try:
-            waiting.inc()
-            try:
-                await self._slots.acquire()
-            finally:
-                waiting.dec()
-            started = time.monotonic()
-            try:
-                yield
-            finally:
-                self._slots.release()
-                self._mean = 0.9 * self._mean + 0.1 * (time.monotonic() - started)
+            yield
         finally:
             self._present -= 1
             in_flight.dec()
+
+    @contextlib.asynccontextmanager
+    async def slot(self, workflow: str) -> AsyncIterator[None]:
+        """A place at work, for who is present; waits for it."""
+        waiting = self._metrics.of("latentflow_gateway_queue_depth", workflow=workflow)
+        waiting.inc()
+        try:
+            await self._slots.acquire()
+        finally:
+            waiting.dec()
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._slots.release()
+            self._mean = 0.9 * self._mean + 0.1 * (time.monotonic() - started)
 
 
 def retry_delay(*, mean: float, ahead: int, running: int) -> float:

@@ -153,7 +153,7 @@ class Execution:
     async def _attempts(
         self, timing: _Timing, model: str, call: Callable[[Replica], Awaitable[T]], *, near: str | None = None
     ) -> T:
-        """The result of the first attempt that works; `near` as of `Replicas.pick`."""
+        """The result of the first attempt that works; `near` as of `Replicas.pick`, where the first attempt goes."""
         failures = 0
         while True:
             wait = min(self._remaining(), self._ready_seconds)
@@ -169,6 +169,7 @@ class Execution:
                 except LatentflowError as failure:
                     error = failure
                 self._suspect(error, replica)
+            near = None
             retry = retrying.decide(error, failures=failures)
             if retry is None:
                 raise error

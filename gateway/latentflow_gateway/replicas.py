@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection
 from types import TracebackType
 from typing import Any
 
@@ -111,20 +111,7 @@ class Replicas:
             near: Address of a server that will exchange tensors with it: a replica on the same host, which in a cluster is
                 in the same pod, goes before all others.
         """
-        held = self._metrics.of("latentflow_gateway_held", model=identity)
-        try:
-            async with asyncio.timeout(seconds), self._changed:
-                if not self.ready(identity):
-                    with held.track_inprogress():
-                        await self._changed.wait_for(lambda: self.ready(identity))
-        except TimeoutError:
-            raise UnavailableError(
-                f"No replica of the model {identity} has been ready for {seconds:.0f} s; it is starting, or its servers "
-                "fail. Look at their logs.",
-                reason="MODEL_NOT_READY",
-                details={"model": identity},
-                retry_after=1.0,
-            ) from None
+        await self.awake([identity], seconds=seconds)
         return min(self.ready(identity), key=lambda replica: near is None or _host(replica.address) != _host(near))
 
     @contextlib.asynccontextmanager
@@ -137,11 +124,29 @@ class Replicas:
         finally:
             replica.outstanding -= 1
 
-    async def describe(self, identities: Mapping[str, str], *, seconds: float) -> None:
-        """Waits until every model (identity by name) has said what it is."""
-        for identity in identities.values():
-            if identity not in self.descriptions:
-                await self.pick(identity, seconds=seconds)
+    async def awake(self, identities: Collection[str], *, seconds: float) -> None:
+        """Waits until every model has a replica that takes requests, and so has said what it is.
+
+        All that have none count as held meanwhile, so that they wake at the same time. UnavailableError when one is late.
+        """
+        asleep = [identity for identity in identities if not self.ready(identity)]
+        if not asleep:
+            return
+        try:
+            with contextlib.ExitStack() as held:
+                for identity in asleep:
+                    held.enter_context(self._metrics.of("latentflow_gateway_held", model=identity).track_inprogress())
+                async with asyncio.timeout(seconds), self._changed:
+                    await self._changed.wait_for(lambda: all(map(self.ready, asleep)))
+        except TimeoutError:
+            late = next((identity for identity in asleep if not self.ready(identity)), asleep[0])
+            raise UnavailableError(
+                f"No replica of the model {late} has been ready for {seconds:.0f} s; it is starting, or its servers "
+                "fail. Look at their logs.",
+                reason="MODEL_NOT_READY",
+                details={"model": late},
+                retry_after=1.0,
+            ) from None
 
     async def _follow(self) -> None:
         async for directory in self._directories:

@@ -108,36 +108,52 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     ) -> None:
         """One request, from planning to its last event. The work of a `Broadcast`."""
         ready_seconds = min(self._settings.ready_seconds, max(0.0, deadline - asyncio.get_running_loop().time()))
-        plan = await self._planned(workflow, request, seed=secrets.randbits(32), seconds=ready_seconds)
-        self._admission.check()
-        accepted = generation_pb2.Accepted(
-            request_id=request_id, queue_position=self._admission.queued, seed=plan.seed, workflow=plan.workflow
-        )
-        broadcast.emit(generation_pb2.GenerateResponse(accepted=accepted))
-        _log.info("accepted", workflow=plan.workflow, images=plan.images, steps=plan.steps)
-        async with self._admission.slot(plan.workflow):
-            # Which models serve the workflow may have changed while the request waited.
-            present = planning.find(self._replicas.directory.workflows, plan.workflow)
-            if present is not workflow:
-                plan = await self._planned(present, request, seed=plan.seed, seconds=ready_seconds)
-            execution = Execution(
-                plan=plan,
-                request_id=request_id,
-                trace=trace,
-                deadline=deadline,
-                emit=broadcast.emit,
-                replicas=self._replicas,
-                token=self._settings.token,
-                metrics=self._metrics,
-                checkpoint_interval=self._settings.checkpoint_interval,
-                ready_seconds=self._settings.ready_seconds,
+        with self._admission.present(workflow.full_name):
+            plan = await self._planned(workflow, request, seed=secrets.randbits(32), seconds=ready_seconds)
+            accepted = generation_pb2.Accepted(
+                request_id=request_id, queue_position=self._admission.queued, seed=plan.seed, workflow=plan.workflow
             )
-            try:
-                await execution.run(arrived=arrived)
-            finally:
-                releasing = asyncio.create_task(execution.release())
-                self._releasing.add(releasing)
-                releasing.add_done_callback(self._releasing.discard)
+            broadcast.emit(generation_pb2.GenerateResponse(accepted=accepted))
+            _log.info("accepted", workflow=plan.workflow, images=plan.images, steps=plan.steps)
+            # Those that sleep wake at the same time, and before the request takes a place that others could work at.
+            await self._replicas.awake(planning.needed(workflow, request).values(), seconds=ready_seconds)
+            async with self._admission.slot(plan.workflow):
+                # Which models serve the workflow may have changed while the request waited.
+                present = planning.find(self._replicas.directory.workflows, plan.workflow)
+                if present is not workflow:
+                    plan = await self._planned(present, request, seed=plan.seed, seconds=ready_seconds)
+                await self._execute(
+                    plan, broadcast, request_id=request_id, trace=trace, deadline=deadline, arrived=arrived
+                )
+
+    async def _execute(
+        self,
+        plan: planning.Plan,
+        broadcast: Broadcast,
+        *,
+        request_id: str,
+        trace: rpc.Trace,
+        deadline: float,
+        arrived: float,
+    ) -> None:
+        execution = Execution(
+            plan=plan,
+            request_id=request_id,
+            trace=trace,
+            deadline=deadline,
+            emit=broadcast.emit,
+            replicas=self._replicas,
+            token=self._settings.token,
+            metrics=self._metrics,
+            checkpoint_interval=self._settings.checkpoint_interval,
+            ready_seconds=self._settings.ready_seconds,
+        )
+        try:
+            await execution.run(arrived=arrived)
+        finally:
+            releasing = asyncio.create_task(execution.release())
+            self._releasing.add(releasing)
+            releasing.add_done_callback(self._releasing.discard)
 
     async def _planned(
         self, workflow: DiffusionWorkflow, request: generation_pb2.GenerateRequest, *, seed: int, seconds: float
@@ -147,7 +163,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         Args:
             seed: For a request that names none.
         """
-        await self._replicas.describe(planning.needed(workflow, request), seconds=seconds)
+        needed, known = planning.needed(workflow, request), self._replicas.descriptions
+        await self._replicas.awake([model for model in needed.values() if model not in known], seconds=seconds)
         return planning.plan(
             workflow=workflow,
             request=request,

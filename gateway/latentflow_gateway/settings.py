@@ -88,6 +88,12 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         default=limits.max_control_image_bytes,
         help="largest control image (default: %(default)s)",
     )
+    add(
+        "--ready-seconds",
+        type=float,
+        default=60.0,
+        help="seconds a request waits for a model without ready replicas: for it to wake (default: 60)",
+    )
     add("--checkpoint-interval", type=int, default=10, help="steps between checkpoints; 0: none (default: 10)")
     add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
     add("--api-keys", type=Path, help="folder with a file for each client, its API key; others are refused")
@@ -128,6 +134,7 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         max_running=args.max_running,
         max_queued=args.max_queued,
         checkpoint_interval=args.checkpoint_interval,
+        ready_seconds=args.ready_seconds,
         drain=args.drain,
         token=os.environ.get("LATENTFLOW_TOKEN") or None,
         api_keys=args.api_keys,

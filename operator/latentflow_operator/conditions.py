@@ -61,7 +61,7 @@ def of_model(
     return (
         _model_ready(wanted, ready, problem, downloading),
         _weights(loaded, problem, downloading),
-        _scheduled(alive, problem),
+        _scheduled(alive, problem, wanted=wanted),
         _degraded(problem, wanted=wanted, blind=blind),
         _progressing(wanted, ready, downloading),
     )
@@ -135,6 +135,14 @@ def transition(body: Body, status: Body, *, now: datetime) -> Body | None:
     )
 
 
+def takes_over(body: Body | None) -> bool:
+    """Whether a model can serve from now on: it takes requests, or did and would wake for one."""
+    said = by_type(body)
+    ready, weights = said.get(ConditionType.READY, {}), said.get(ConditionType.WEIGHTS_AVAILABLE, {})
+    sleeps = ready.get("reason") == "ScaledToZero" and weights.get("status") == "True"
+    return ready.get("status") == "True" or sleeps
+
+
 def by_type(body: Body | None) -> dict[str, Body]:
     """An object's conditions by type."""
     return {c["type"]: c for c in (body or {}).get("status", {}).get("conditions", ())}
@@ -170,10 +178,12 @@ def _weights(loaded: bool, problem: Trouble | None, downloading: str | None) -> 
     return Statement(type=about, status="Unknown", reason="Starting", message="No server has loaded them yet.")
 
 
-def _scheduled(pods: Sequence[Body], problem: Trouble | None) -> Statement:
+def _scheduled(pods: Sequence[Body], problem: Trouble | None, *, wanted: int) -> Statement:
     about = ConditionType.SCHEDULED
     if problem is not None and problem.about is about:
         return Statement(type=about, status="False", reason=problem.reason, message=problem.message)
+    if wanted == 0 and not pods:
+        return Statement(type=about, status="True", reason="ScaledToZero", message="There are no pods to have a node.")
     placed = [
         pod
         for pod in pods

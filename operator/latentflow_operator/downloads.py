@@ -109,7 +109,7 @@ class Downloads:
         addresses = {place_of(body): self._addresses(body) for body in self._store.all("DiffusionModel")}
         asked = [(place, address) for place, those in addresses.items() for address in those]
         answers = await asyncio.gather(*(self._read(session, address) for _, address in asked))
-        before, now = self._said or {}, dict[Place, str]()
+        before, now = self._told() if self._said is None else self._said, dict[Place, str]()
         for place, those in addresses.items():
             readings = [answer for (of, _), answer in zip(asked, answers, strict=True) if of == place and answer]
             # Of servers that did not answer, nothing new is known.
@@ -120,6 +120,14 @@ class Downloads:
         for place in before.keys() | now.keys():
             if before.get(place) != now.get(place):
                 self._changed(place)
+
+    def _told(self) -> dict[Place, str]:
+        """What statuses say since before this process."""
+        told = {
+            place_of(body): conditions.by_type(body).get("Progressing", {})
+            for body in self._store.all("DiffusionModel")
+        }
+        return {place: one["message"] for place, one in told.items() if one.get("reason") == conditions.DOWNLOADING}
 
     def _addresses(self, body: Body) -> list[str]:
         namespace, name = place_of(body)

@@ -101,11 +101,11 @@ class Reconciler:
             self._ask_models(namespace, model)
 
     def _ask_models(self, namespace: str, name: str) -> None:
-        """Asks for passes over a model and over those that run in its pods."""
+        """Asks for passes over a model, over those that run in its pods, and over that in whose pods it runs."""
         self.queue.add(Key("model", namespace, name))
-        body = self.store.get("DiffusionModel", namespace, name)
-        for companion in body["spec"].get("companions", ()) if body else ():
-            self.queue.add(Key("model", namespace, companion["model"]))
+        spec = (self.store.get("DiffusionModel", namespace, name) or {"spec": {}})["spec"]
+        for other in (*spec.get("companions", ()), *filter(None, [spec.get("inside")])):
+            self.queue.add(Key("model", namespace, other["model"]))
 
     async def _pass(self, key: Key) -> None:
         try:
@@ -143,11 +143,9 @@ class Reconciler:
         companions = []
         for companion in spec.companions or ():
             known = self.store.get("DiffusionModel", namespace, companion.model) or {}
-            found = recorded(companion.source, known.get("status", {})) or self._pins.of(
-                companion.source, Key("model", namespace, name)
-            )
-            if not isinstance(found, Source):
-                # Why not is for the companion's own pass to say.
+            found = recorded(companion.source, known.get("status", {}))
+            if found is None:
+                # Its own pass asks, records, and says why not; then this one is asked for.
                 await self._model_status(body, spec, source=source)
                 return
             companions.append(companion.model_copy(update={"source": found}))
@@ -203,7 +201,8 @@ class Reconciler:
             return 0.0
         now = asyncio.get_running_loop().time()
         since = self._left.setdefault((namespace, name), now)
-        return since + self._settings.retire_seconds - now
+        stays = self._settings.retire_seconds
+        return since + (self._settings.drain_seconds if stays is None else stays) - now
 
     async def _ensure(self, wish: Manifest) -> Manifest:
         """Applies an object unless it is so already; what it is then."""
@@ -241,7 +240,7 @@ class Reconciler:
             pods=pods,
             is_own=manifests.is_its_container(name, spec),
             before=before,
-            blind=body.get("status", {}).get("scheduling", {}).get("signals") == "Missing",
+            blind=self._is_blind(body, spec),
             refused=refused,
             downloading=self.downloads.said((namespace, name), before),
         )
@@ -259,6 +258,11 @@ class Reconciler:
             status["source"] = source.model_dump(mode="json", by_alias=True, exclude_none=True)
         return await self._say(body, status)
 
+    def _is_blind(self, body: Manifest, spec: ModelSpec) -> bool:
+        """Whether who scales a model knows nothing of its load; what was said before somebody else scaled it is past."""
+        said = body.get("status", {}).get("scheduling", {}).get("signals")
+        return said == "Missing" and self._settings.scaling is not None and spec.scaling.mode == "Managed"
+
     def _replicas(self, body: Manifest) -> int:
         """How many pods there should be that a model runs in."""
         namespace, name = place_of(body)
@@ -275,7 +279,7 @@ class Reconciler:
         bindings = bind(
             workflow,
             bound_models(body),
-            is_ready=lambda model: _is_true(models.get(model), ConditionType.READY),
+            is_ready=lambda model: conditions.takes_over(models.get(model)),
             has_served=lambda model: _is_true(models.get(model), ConditionType.WEIGHTS_AVAILABLE),
         )
         statements = conditions.of_workflow(

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 import aiohttp
 import structlog
+import urllib3
 from kubernetes.client import ApiException
 from latentflow.api.types import API_VERSION, ModelSpec
 from latentflow.errors import UnavailableError
@@ -96,8 +97,8 @@ class Scaler:
                 continue
             try:
                 await self._decide(place, body, known, held)
-            except ApiException as error:
-                if error.status not in (_GONE, _CHANGED):
+            except (ApiException, urllib3.exceptions.HTTPError) as error:
+                if not (isinstance(error, ApiException) and error.status in (_GONE, _CHANGED)):
                     _log.warning("could not scale; trying again", model="/".join(place), error=str(error))
 
     def _asleep(self) -> set[Place]:
@@ -132,6 +133,11 @@ class Scaler:
         current = manifests.replicas(spec)
         ready = body.get("status", {}).get("readyReplicas", 0)
         load = signals.load(known, held, place, ready=ready, current=current)
+        for companion in spec.companions or ():
+            # The pod is as busy as the busiest in it.
+            other = signals.load(known, {}, (place[0], companion.model), ready=ready, current=current)
+            if load and other and policy.demand(other, self._policy) > policy.demand(load, self._policy):
+                load = other
         decision, state = policy.decide(
             load,
             current=current,
@@ -148,9 +154,10 @@ class Scaler:
         blind = self._is_blind(place, known, load, ready=ready)
         was_blind = body.get("status", {}).get("scheduling", {}).get("signals") == "Missing"
         if decision.replicas != current:
-            await asyncio.to_thread(self._cluster.scale, body, decision.replicas)
+            # Why comes before what: after a crash between the two the decision is made, told and carried out again.
             direction = "up" if decision.replicas > current else "down"
             await self._tell(body, decision, reason=f"Scaled{direction.capitalize()}", blind=blind)
+            await asyncio.to_thread(self._cluster.scale, body, decision.replicas)
             self._metrics.of(
                 "latentflow_scheduler_decisions_total", namespace=namespace, model=model, direction=direction
             ).inc()

@@ -94,11 +94,12 @@ class OperatorSettings(Typed):
         le=86_400,
         description="How long a server that is told to stop may finish its requests: the longest request allowed.",
     )
-    retire_seconds: int = Field(
-        default=30,
+    retire_seconds: int | None = Field(
+        default=None,
         ge=0,
         le=86_400,
-        description="How long a model that was changed away from stays, for requests that have begun with it.",
+        description="How long a model that was changed away from stays, for requests that have begun with it; absent: as "
+        "drainSeconds.",
     )
     scaling: ScalingSettings | None = Field(
         default=None, description="Scaling from Prometheus. Absent: nothing is scaled by itself."

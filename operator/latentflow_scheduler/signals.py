@@ -148,9 +148,12 @@ async def _query(session: aiohttp.ClientSession, url: str, promql: str) -> list[
     try:
         timeout = aiohttp.ClientTimeout(total=_SECONDS)
         async with session.get(f"{url}/api/v1/query", params={"query": promql}, timeout=timeout) as response:
-            answer: dict[str, Any] = await response.json(content_type=None)
+            answer: Any = await response.json(content_type=None)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         raise UnavailableError(f"Prometheus at {url} does not answer: {error or type(error).__name__}.") from None
-    if answer.get("status") != "success":
-        raise UnavailableError(f"Prometheus at {url} refuses a query: {answer.get('error', answer)}.")
-    return [(sample["metric"], float(sample["value"][1])) for sample in answer["data"]["result"]]
+    try:
+        if answer["status"] != "success":
+            raise UnavailableError(f"Prometheus at {url} refuses a query: {answer.get('error', answer)}.")
+        return [(sample["metric"], float(sample["value"][1])) for sample in answer["data"]["result"]]
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise UnavailableError(f"What answers at {url} is no Prometheus: {str(answer)[:200]}.") from None

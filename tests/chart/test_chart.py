@@ -68,6 +68,12 @@ def test_an_api_server_takes_every_object(case: Path, api_server: ApiServer) -> 
         api_server.apply([body for body in yaml.safe_load_all(rendered) if body], "--dry-run=server")
 
 
+def test_model_servers_are_protected_in_the_namespaces_that_are_named() -> None:
+    found = objects("--set=networkPolicy.modelNamespaces={art,photos}", namespace="latentflow")
+    places = [body["metadata"]["namespace"] for body in found if body["metadata"]["name"] == "latentflow-nodes"]
+    assert sorted(places) == ["art", "latentflow", "photos"]
+
+
 WRONG = [
     ("PodMonitor", {"podMetricsEndpoints": [{"port": "metrics", "interval": "soon"}]}, "interval"),
     ("PodMonitor", {"podMetricEndpoints": []}, "podMetricEndpoints"),

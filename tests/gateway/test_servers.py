@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from latentflow import AsyncClient, Progress, Retries, rpc, status
 from latentflow.api import DiffusionWorkflow, identity, load_workflows
 from latentflow.directory import Directory, Replicas
-from latentflow.errors import AuthenticationError, ConflictError, UnavailableError
+from latentflow.errors import AuthenticationError, ConflictError, OverloadedError, UnavailableError
+from latentflow.retries import NO_RETRIES
 from latentflow.rpc import Tls
 from latentflow.v1 import control_pb2, control_pb2_grpc
 from latentflow_gateway.server import Gateway
@@ -28,6 +29,8 @@ from latentflow_nodes.server import Node
 from latentflow_nodes.server import serve as serve_node
 from latentflow_nodes.settings import NodeSettings
 from support.packs import MODELS
+from support.scraping import value
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 PROMPT = "a large red circle on the left, white background"
 WORKFLOW = load_workflows(MODELS.parent / "examples/shapes-minimal.yaml")[0]
@@ -185,3 +188,26 @@ async def test_a_model_server_that_drains_finishes_what_runs(tmp_path: Path) -> 
             with pytest.raises(UnavailableError) as caught:
                 await late.generate(PROMPT, steps=2, timeout=60)
         assert caught.value.reason == "MODEL_NOT_READY"
+
+
+async def test_a_request_wakes_all_its_models_at_once_and_those_that_wait_for_that_are_bounded(tmp_path: Path) -> None:
+    directory = tmp_path / "directory.json"
+    Directory(workflows=(WORKFLOW,), models={}).write(directory)
+    settings = GatewaySettings(directory=directory, listen="127.0.0.1:0", max_running=1, max_queued=1)
+    async with serve_gateway(settings) as gateway, AsyncClient(gateway.address, retries=NO_RETRIES) as client:
+        asked = [asyncio.create_task(client.generate(PROMPT, timeout=60)) for _ in range(2)]
+
+        @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(20), wait=wait_fixed(0.05))
+        async def held() -> None:
+            for model in WORKFLOW.spec.models:
+                waits = await asyncio.to_thread(
+                    value, f"127.0.0.1:{gateway.metrics_port}", "latentflow_gateway_held", model=identity(model)
+                )
+                assert waits == 2
+
+        await held()
+        with pytest.raises(OverloadedError):
+            await client.generate(PROMPT, timeout=60)
+        for one in asked:
+            one.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)

@@ -177,6 +177,14 @@ def test_a_model_that_nobody_asks_for_sleeps_and_a_held_request_wakes_it(scaled:
     scaled.until(1)
 
 
+def test_who_is_scaled_by_others_from_now_on_lacks_no_signals(scaled: Scaled) -> None:
+    scaled.prometheus.program.stop()
+    scaled.namespace.until("DiffusionModel", lambda found: _degraded(found[scaled.model]) == "SignalsMissing")
+    external = {"minReplicas": 1, "maxReplicas": MOST, "mode": "External"}
+    scaled.namespace.apply(workflow(scaling=external))
+    scaled.namespace.until("DiffusionModel", lambda found: _degraded(found[scaled.model]) == "AsExpected")
+
+
 @pytest.mark.parametrize("scaled", [{"minReplicas": 0, "maxReplicas": 2}], indirect=True)
 def test_a_held_request_wakes_a_model_while_prometheus_is_away(scaled: Scaled) -> None:
     scaled.until(0)

@@ -16,6 +16,7 @@ from latentflow_operator.cluster import Cluster
 from latentflow_operator.scaling import Scaler
 from latentflow_operator.settings import ScalingSettings
 from latentflow_operator.store import Store
+from latentflow_scheduler.policy import Load
 from latentflow_scheduler.signals import Signals
 from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, condition, is_ready, new_namespace
@@ -194,7 +195,7 @@ def test_a_changed_companion_takes_over_with_its_whole_pod_and_something_serves_
     assert namespace.until("Service", lambda found: len(found) == 4).keys() == set(after.values())
 
 
-async def test_requests_that_wait_for_a_companion_wake_its_denoiser_and_nothing_scales_the_companion(
+async def test_a_companion_s_waiting_requests_wake_its_denoiser_and_its_load_scales_it(
     operator: Operator, api_server: ApiServer, namespace: Namespace
 ) -> None:
     namespace.create(workflow(scaling={"minReplicas": 0, "maxReplicas": 2}))
@@ -214,3 +215,10 @@ async def test_requests_that_wait_for_a_companion_wake_its_denoiser_and_nothing_
     await scaler.step(Signals(loads={}, replicas={}, held={(namespace.name, names["edges"]): 3.0}), {})
     replicas = {name: body["spec"].get("replicas") for name, body in namespace.list("DiffusionModel").items()}
     assert replicas == dict.fromkeys(names.values(), None) | {names["base"]: 1}
+    asked = Load(arrivals=3.0, busy=1.0, waiting=0.0, held=0.0)
+    idle = Load(arrivals=3.0, busy=0.1, waiting=0.0, held=0.0)
+    for body in namespace.list("DiffusionModel").values():
+        store.put(body)
+    loads = {(namespace.name, names["base"]): idle, (namespace.name, names["edges"]): asked}
+    await scaler.step(Signals(loads=loads, replicas=dict.fromkeys(loads, 1), held={}), {})
+    assert namespace.list("DiffusionModel")[names["base"]]["spec"]["replicas"] == 2

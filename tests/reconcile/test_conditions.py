@@ -55,3 +55,28 @@ def test_a_container_that_somebody_else_put_into_a_pod_is_its_main_model_s_troub
 def test_what_keeps_the_whole_pod_from_running_is_the_trouble_of_every_model_in_it(name: str) -> None:
     unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no room"}
     assert reasons(name, {"conditions": [unscheduled]})["Scheduled"] == "Unschedulable"
+
+
+def said(reason: str, *, ready: str = "False", weights: str = "True") -> dict[str, Any]:
+    conditions_ = [
+        {"type": "Ready", "status": ready, "reason": reason},
+        {"type": "WeightsAvailable", "status": weights, "reason": "WeightsLoaded"},
+    ]
+    return {"status": {"conditions": conditions_}}
+
+
+def test_a_changed_model_takes_over_when_it_is_ready_or_sleeps_but_not_before_it_ever_loaded() -> None:
+    assert conditions.takes_over(said("ReplicasReady", ready="True"))
+    assert conditions.takes_over(said("ScaledToZero"))
+    assert not conditions.takes_over(said("ScaledToZero", weights="Unknown"))
+    assert not conditions.takes_over(said("Starting"))
+    assert not conditions.takes_over(None)
+
+
+def test_a_sleeping_model_lacks_no_node() -> None:
+    statements = conditions.of_model(
+        wanted=0, deployment=None, pods=[], is_own=lambda container: True, before={}, blind=False
+    )
+    found = {one.type.value: (one.status, one.reason) for one in statements}
+    assert found["Scheduled"] == ("True", "ScaledToZero")
+    assert found["Ready"] == ("False", "ScaledToZero")

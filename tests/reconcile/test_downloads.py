@@ -125,3 +125,12 @@ async def test_a_change_is_told_once_and_what_does_not_answer_changes_nothing() 
         await downloads.step(session)
         assert downloads.said(("ns", "vae-1"), told) is None
     assert changed == [("ns", "vae-1")] * 3
+
+
+async def test_what_was_told_of_a_download_before_a_restart_does_not_outlive_it() -> None:
+    store, changed = Store(), list[Place]()
+    told = {"type": "Progressing", "status": "True", "reason": "Downloading", "message": "1 of 2 GiB."}
+    store.put(model("hf://org/repo") | {"status": {"conditions": [told]}})
+    async with aiohttp.ClientSession() as session:
+        await Downloads(store=store, changed=changed.append).step(session)
+    assert changed == [("ns", "vae-1")]
