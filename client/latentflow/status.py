@@ -12,7 +12,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from latentflow.errors import InternalError, LatentflowError, error_for
+from latentflow.errors import CancelledError, InternalError, LatentflowError, UnavailableError, error_for
 
 DOMAIN = "latentflow.io"
 # A message travels in a header; gRPC's default limit for all headers is 8 KiB.
@@ -56,6 +56,17 @@ def error_from(rpc_error: grpc.RpcError) -> LatentflowError:
             retry = error_details_pb2.RetryInfo()
             detail.Unpack(retry)
             error.retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    return error
+
+
+def error_of_peer(rpc_error: grpc.RpcError) -> LatentflowError:
+    """`error_from`, for a call between servers, which nobody on this side cancels by gRPC's own means.
+
+    Cancelled then means that the other side has stopped in the middle of it: UnavailableError.
+    """
+    error = error_from(rpc_error)
+    if isinstance(error, CancelledError):
+        return UnavailableError("The other side broke the call off; it stops.", reason="STAGE_BROKEN_OFF")
     return error
 
 

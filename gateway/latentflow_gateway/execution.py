@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -84,7 +84,8 @@ class Execution:
         self._metrics = metrics
         self._checkpoint_interval = checkpoint_interval
         self._ready_seconds = ready_seconds
-        self._held: dict[bytes, tensors_pb2.Handle] = {}
+        # With the way to their owners, of which some may be on their way out and in no directory any more.
+        self._held: dict[bytes, tuple[tensors_pb2.Handle, Replica]] = {}
         self._encoding = asyncio.Lock()
         self._encoded: stage_pb2.EncodeResponse | None = None
         self._timings: list[generation_pb2.StageTiming] = []
@@ -165,7 +166,7 @@ class Execution:
                     timing.ended = time.perf_counter()
                     return result
                 except grpc.RpcError as failure:
-                    error = status.error_from(failure)
+                    error = status.error_of_peer(failure)
                 except LatentflowError as failure:
                     error = failure
                 self._suspect(error, replica)
@@ -192,7 +193,7 @@ class Execution:
             request, **self._call()
         )
         timing.forward_ns += response.forward_ns
-        self._hold(tensor.handle for tensor in response.conditioning.values())
+        self._hold((tensor.handle for tensor in response.conditioning.values()), replica)
         return response
 
     async def _denoise(
@@ -235,7 +236,7 @@ class Execution:
                 timing.forward_ns += result.forward_ns
                 timing.wait_ns += result.wait_ns
                 latents: tensors_pb2.Tensor = result.latents
-                self._hold([latents.handle])
+                self._hold([latents.handle], replica)
                 return latents
             step = event.progress
             if step.HasField("checkpoint"):
@@ -293,42 +294,37 @@ class Execution:
         elif isinstance(error, UnavailableError):
             replica.suspect()
 
-    def _hold(self, handles: Iterable[tensors_pb2.Handle]) -> None:
-        self._held.update({handle.id: handle for handle in handles})
+    def _hold(self, handles: Iterable[tensors_pb2.Handle], owner: Replica) -> None:
+        self._held.update({handle.id: (handle, owner) for handle in handles})
 
-    def _owners(self) -> Mapping[tuple[str, str], list[bytes]]:
-        owners: dict[tuple[str, str], list[bytes]] = {}
-        for handle in self._held.values():
-            owners.setdefault((handle.owner, handle.boot_id), []).append(handle.id)
+    def _owners(self) -> Mapping[tuple[Replica, str], list[bytes]]:
+        """Ids of what is held, by owner and its boot id."""
+        owners: dict[tuple[Replica, str], list[bytes]] = {}
+        for handle, owner in self._held.values():
+            owners.setdefault((owner, handle.boot_id), []).append(handle.id)
         return owners
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(_RENEW_SECONDS)
             for (owner, boot_id), ids in self._owners().items():
+                request = tensors_pb2.RenewRequest(boot_id=boot_id, ids=ids)
                 # A lost owner shows where its tensor is needed; nothing to do about it here.
                 with contextlib.suppress(grpc.RpcError):
-                    async with self._tensors(owner) as stub:
-                        await stub.Renew(tensors_pb2.RenewRequest(boot_id=boot_id, ids=ids), **self._short_call())
+                    await tensors_pb2_grpc.TensorsStub(owner.channel).Renew(request, **self._short_call())
 
     async def release(self) -> None:
         """Gives back all tensors. Nobody has to wait for it."""
         owners = self._owners()
         self._held.clear()
 
-        async def release_of(owner: str, boot_id: str, ids: list[bytes]) -> None:
+        async def release_of(owner: Replica, boot_id: str, ids: list[bytes]) -> None:
+            request = tensors_pb2.ReleaseRequest(boot_id=boot_id, ids=ids)
             # Leases end by themselves where the owner cannot be told.
             with contextlib.suppress(grpc.RpcError):
-                async with self._tensors(owner) as stub:
-                    await stub.Release(tensors_pb2.ReleaseRequest(boot_id=boot_id, ids=ids), **self._short_call())
+                await tensors_pb2_grpc.TensorsStub(owner.channel).Release(request, **self._short_call())
 
         await asyncio.gather(*(release_of(*key, ids) for key, ids in owners.items()))
-
-    @contextlib.asynccontextmanager
-    async def _tensors(self, owner: str) -> AsyncIterator[Any]:
-        replica = self._replicas.find(owner)
-        if replica is not None:
-            yield tensors_pb2_grpc.TensorsStub(replica.channel)
 
     def _short_call(self) -> dict[str, Any]:
         metadata = rpc.metadata(token=self._token, trace=self._trace.child(), request_id=self._request_id)

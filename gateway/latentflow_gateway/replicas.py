@@ -158,6 +158,7 @@ class Replicas:
         for key in self._replicas.keys() - wanted:
             self._watchers.pop(key).cancel()
             self._replicas.pop(key).ready = False
+            self._count(key[0])
         for identity, address in wanted - self._replicas.keys():
             replica = Replica(identity=identity, address=address, channel=rpc.channel(address, tls=self._tls))
             self._replicas[identity, address] = replica
@@ -198,9 +199,10 @@ class Replicas:
         async with self._changed:
             replica.ready = ready
             self._changed.notify_all()
-        self._metrics.of("latentflow_gateway_replicas_ready", model=replica.identity).set(
-            len(self.ready(replica.identity))
-        )
+        self._count(replica.identity)
+
+    def _count(self, identity: str) -> None:
+        self._metrics.of("latentflow_gateway_replicas_ready", model=identity).set(len(self.ready(identity)))
 
 
 def _host(address: str) -> str:

@@ -172,8 +172,8 @@ class Supervisor:
         failures = 0
         while True:
             one.started = time.monotonic()
-            one.process = await asyncio.to_thread(processes.start, one.spec, environment=self._environment)
-            if one.removed.is_set():
+            one.process = await self._start(one.spec)
+            if one.removed.is_set() or self._stopping:
                 _signal(one, signal.SIGTERM)
             checking = asyncio.create_task(self._check(one))
             await _ended(one)
@@ -197,6 +197,17 @@ class Supervisor:
                 async with asyncio.timeout(pause(failures)):
                     await one.removed.wait()
                     return
+
+    async def _start(self, spec: ProcessSpec) -> processes.Process:
+        starting = asyncio.ensure_future(asyncio.to_thread(processes.start, spec, environment=self._environment))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # A thread cannot be called back: what it starts is ended, or nobody would know it.
+            process = await starting
+            process.kill()
+            await asyncio.to_thread(process.join)
+            raise
 
     async def _remove(self, one: Supervised) -> None:
         name, keeping = one.spec.name, self._keeping[one.spec.name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from latentflow_nodes.fetching import Progress, Wanted
 
 _log = structlog.get_logger()
 _FILES_AT_ONCE, _CONNECT_SECONDS, _SERVER_FAILED = 4, 10, 500
+_CHANGED = "what is there has changed while it was fetched; start again"
 _DENIED = {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 
 
@@ -60,7 +62,7 @@ def fetch(uri: str, *, wanted: Wanted, cache: Path, progress: Progress) -> Path:
         client = session.client("s3", config=config)
         files = _listed(client, bucket, prefix.strip("/"), wanted)
         if files:
-            return _download(client, bucket, files, home, progress)
+            return _download(client, bucket, prefix.strip("/"), wanted, files, home, progress)
         why = "nothing there is weights or configuration of this role; check the path and the subfolder"
     except (BotoCoreError, ClientError, S3TransferFailedError, OSError, ValueError) as error:
         if _is_out_of_reach(error) and (kept := _newest(home)):
@@ -85,7 +87,9 @@ def _listed(client: Any, bucket: str, prefix: str, wanted: Wanted) -> list[_File
     ]
 
 
-def _download(client: Any, bucket: str, files: list[_File], home: Path, progress: Progress) -> Path:
+def _download(
+    client: Any, bucket: str, prefix: str, wanted: Wanted, files: list[_File], home: Path, progress: Progress
+) -> Path:
     whole = home / _digest([[file.path, file.size, file.etag] for file in files])
     if whole.is_dir():
         return whole
@@ -94,6 +98,9 @@ def _download(client: Any, bucket: str, files: list[_File], home: Path, progress
         if not whole.is_dir():
             part = whole.with_suffix(".part")
             _fill(client, bucket, files, part, progress)
+            if _listed(client, bucket, prefix, wanted) != files:
+                shutil.rmtree(part)
+                raise OSError(_CHANGED)
             part.rename(whole)
     return whole
 
@@ -130,7 +137,7 @@ def _fill(client: Any, bucket: str, files: list[_File], folder: Path, progress: 
         client.download_file(bucket, file.key, str(path), Callback=more)
         if path.stat().st_size != file.size:
             path.unlink()
-            raise OSError(f"{file.key} has changed while it was fetched; start again")
+            raise OSError(_CHANGED)
 
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         try:

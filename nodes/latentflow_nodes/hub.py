@@ -17,6 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -52,6 +53,8 @@ def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress)
         )
     except RevisionNotFoundError:
         why = "the repository has no such branch, tag or commit; check the revision"
+    except HFValidationError as error:
+        why = f"that is no name of a repository ({_line(error)}); check the uri"
     except (IncompleteSnapshotError, LocalEntryNotFoundError):
         why = "the hub is out of reach, and not all of it is in the cache; check the network and HF_ENDPOINT"
     except HfHubHTTPError as error:

@@ -106,7 +106,7 @@ class Peers:
             async for response in stub.Fetch(request, timeout=_FETCH_SECONDS, metadata=self.metadata()):
                 receiver.add(response.chunk)
         except grpc.aio.AioRpcError as error:
-            known = status.error_from(error)
+            known = status.error_of_peer(error)
             if isinstance(known, OwnerLostError | UnavailableError):
                 raise OwnerLostError(
                     f"The tensor {name!r} is lost with its owner {handle.owner}: {known.message}",
@@ -156,7 +156,7 @@ class Peers:
     @staticmethod
     def peer_error(error: grpc.RpcError, *, peer: stage_pb2.Peer, what: str) -> LatentflowError:
         """A failed call to a peer as the error that the gateway acts on."""
-        known = status.error_from(error)
+        known = status.error_of_peer(error)
         if isinstance(known, UnavailableError):
             return UnavailableError(
                 f"The {what} {peer.model or '?'} at {peer.address} is not to be reached: {known.message}",

@@ -67,6 +67,7 @@ class Node:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self.calls.drained()
+                await self.context.store.emptied()
 
 
 @contextlib.asynccontextmanager

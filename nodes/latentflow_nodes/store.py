@@ -6,6 +6,7 @@ nobody renewed, so that a consumer that died leaks nothing. Used from the event 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class TensorStore:
         self._transport = transport
         self._held: dict[bytes, Held] = {}
         self._bytes = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
         self._count_gauge = metrics.of("latentflow_tensors_held")
         self._bytes_gauge = metrics.of("latentflow_tensor_held_bytes")
 
@@ -98,6 +101,10 @@ class TensorStore:
         now = self._clock()
         return sum(self._drop(key) for key in [k for k, held in self._held.items() if held.expires <= now])
 
+    async def emptied(self) -> None:
+        """Returns when nothing is held: all was released, or its lease has ended."""
+        await self._empty.wait()
+
     def close(self) -> None:
         """Frees everything."""
         for key in list(self._held):
@@ -118,5 +125,6 @@ class TensorStore:
         return True
 
     def _report(self) -> None:
+        (self._empty.clear if self._held else self._empty.set)()
         self._count_gauge.set(len(self._held))
         self._bytes_gauge.set(self._bytes)

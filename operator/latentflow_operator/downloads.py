@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import aiohttp
+import structlog
 from latentflow import sizes
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -23,6 +24,9 @@ from latentflow_operator.troubles import is_ready
 Body = dict[str, Any]
 _DOWNLOADED = ("hf", "s3")
 _SECONDS, _ANSWER_SECONDS, _AT_ONCE = 5.0, 2.0, 32
+# Of a server's /metrics, which has a few thousand.
+_MOST_BYTES = 1 << 20
+_log = structlog.get_logger()
 
 
 class Reading(NamedTuple):
@@ -101,7 +105,11 @@ class Downloads:
         connector = aiohttp.TCPConnector(limit=_AT_ONCE)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             while True:
-                await self.step(session)
+                try:
+                    await self.step(session)
+                except Exception:
+                    # What is only told must not end what works.
+                    _log.exception("could not look at downloads")
                 await asyncio.sleep(self._seconds)
 
     async def step(self, session: aiohttp.ClientSession) -> None:
@@ -139,6 +147,6 @@ class Downloads:
     async def _read(self, session: aiohttp.ClientSession, address: str) -> Reading | None:
         try:
             async with session.get(f"http://{address}/metrics") as response:
-                return reading(await response.text())
-        except (aiohttp.ClientError, TimeoutError, ValueError):
+                return reading((await response.content.read(_MOST_BYTES)).decode())
+        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError):
             return None

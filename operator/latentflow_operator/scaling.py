@@ -71,7 +71,11 @@ class Scaler:
         async with aiohttp.ClientSession() as session:
             while True:
                 known = await self._signals(session)
-                await self.step(known, await self._held(session))
+                try:
+                    await self.step(known, await self._held(session))
+                except Exception:
+                    # A defect of ours: one round is lost, not the operator that reconciles beside it.
+                    _log.exception("a round of scaling failed")
                 due = self._clock() + self._settings.interval_seconds
                 while (left := due - self._clock()) > 0:
                     await asyncio.sleep(min(left, _WAKE_SECONDS))

@@ -23,12 +23,14 @@ class Load:
         busy: Seconds of computing per second, over all replicas; at most their number.
         waiting: Requests that wait inside the model's servers.
         held: Requests that gateways hold because no replica takes them.
+        running: Requests that are being computed.
     """
 
     arrivals: float
     busy: float
     waiting: float
     held: float
+    running: float = 0.0
 
     @property
     def service_seconds(self) -> float:
@@ -104,8 +106,16 @@ def decide(
             Decision(replicas=_within(current, bounds), reason="holding: no signals"),
             State(added=state.added, asked=state.asked),
         )
-    asks = load.arrivals > 0 or load.waiting > 0 or load.held > 0
+    asks = load.arrivals > 0 or load.waiting > 0 or load.held > 0 or load.running > 0
     asked = now if asks or state.asked is None else state.asked
+    if load.running > 0 and load.busy <= _NONE:
+        # Steps are counted when they end: with none that has, the figures say nothing of what those that run cost.
+        return (
+            Decision(
+                replicas=_within(current, bounds), reason=f"{current}: {load.running:.0f} run, and no step has ended"
+            ),
+            State(added=state.added, asked=asked),
+        )
     wanted = _within(_wanted(load, settings), bounds)
     if wanted == 0 and current > 0 and now - asked < settings.idle_seconds:
         wanted = 1

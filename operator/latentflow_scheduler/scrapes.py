@@ -28,12 +28,14 @@ class Scrape:
         requests: Calls that have ended since the process started.
         computed: Seconds of computing since then.
         waiting: Requests that wait inside it.
+        running: Requests that it computes.
     """
 
     time: float
     requests: float
     computed: float
     waiting: float
+    running: float = 0.0
 
 
 # What one replica said, oldest first.
@@ -48,6 +50,7 @@ def replica(text: str, *, time: float) -> Scrape:
         requests=sum(s.value for s in samples if s.name == "latentflow_requests_total" and s.labels["call"] in CALLS),
         computed=sum(s.value for s in samples if s.name == "latentflow_step_seconds_sum"),
         waiting=sum(s.value for s in samples if s.name == "latentflow_queue_depth"),
+        running=sum(s.value for s in samples if s.name == "latentflow_in_flight"),
     )
 
 
@@ -89,6 +92,7 @@ def load(tracks: Mapping[str, Track], *, ready: Collection[str], now: float, hel
         # A step counts when it ends: one longer than the track is would show as more than all of a replica's time.
         busy=sum(min(1.0, _rate(track, [one.computed for one in track])) for track in known),
         waiting=sum(track[-1].waiting for track in known),
+        running=sum(track[-1].running for track in known),
         held=held,
     )
 

@@ -85,17 +85,20 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
     arrivals = await _query(session, url, f'{by_model}(rate(latentflow_requests_total{{call=~"{_CALLS}"}}[{window}s]))')
     busy = await _query(session, url, f"{by_model}(rate(latentflow_step_seconds_sum[{window}s]))")
     waiting = await _query(session, url, f"{by_model}(latentflow_queue_depth)")
+    running = await _query(session, url, f"{by_model}(latentflow_in_flight)")
     replicas = await _query(session, url, "count by (namespace, model)(latentflow_ready == 1)")
     holding = await _query(session, url, "sum by (model)(latentflow_gateway_held)")
     # A gateway knows a model as namespace/name.
     held = {_split(labels.get("model", "")): value for labels, value in holding}
     arrived, computed, queued, counted = _placed(arrivals), _placed(busy), _placed(waiting), _placed(replicas)
+    under_way = _placed(running)
     loads = {
         place: Load(
             arrivals=arrived.get(place, 0.0),
             busy=computed.get(place, 0.0),
             waiting=queued.get(place, 0.0),
             held=held.get(place, 0.0),
+            running=under_way.get(place, 0.0),
         )
         for place in counted
     }
@@ -130,7 +133,7 @@ async def _said(session: aiohttp.ClientSession, address: str, port: str) -> dict
         timeout = aiohttp.ClientTimeout(total=_GATEWAY_SECONDS)
         async with session.get(f"http://{host}:{port}/metrics", timeout=timeout) as response:
             return scrapes.held(await response.text())
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+    except (aiohttp.ClientError, TimeoutError, ValueError, LookupError) as error:
         _log.warning("a gateway does not say what it holds", at=host, error=str(error) or type(error).__name__)
         return {}
 

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 import trustme
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from latentflow import AsyncClient, Progress, Retries, rpc, status
 from latentflow.api import DiffusionWorkflow, identity, load_workflows
@@ -211,3 +211,18 @@ async def test_a_request_wakes_all_its_models_at_once_and_those_that_wait_for_th
         for one in asked:
             one.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def test_a_call_that_a_stopping_server_breaks_off_is_one_to_try_again_elsewhere() -> None:
+    server, checks = grpc.aio.server(), health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with rpc.channel(f"127.0.0.1:{port}", tls=None) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        stopping = asyncio.create_task(server.stop(0))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await watch.read()
+        await stopping
+    assert isinstance(status.error_of_peer(caught.value), UnavailableError)

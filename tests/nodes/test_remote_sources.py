@@ -190,6 +190,7 @@ def test_how_far_a_download_is_shows_in_the_metrics(remote: Remote) -> None:
     [
         ("hf://org/nothing", None, "no such repository, or shows it to others only; check the name, and HF_TOKEN"),
         ("hf://org/shapes", "v9", "no such branch, tag or commit; check the revision"),
+        ("hf://org/a--b", None, "that is no name of a repository"),
     ],
 )
 def test_what_the_hub_does_not_have_is_said_in_one_sentence(
@@ -224,6 +225,20 @@ def test_what_the_bucket_does_not_have_is_said_in_one_sentence(remote: Remote, u
         remote.fetch(uri=uri)
     assert caught.value.message.startswith(f"{uri} could not be fetched")
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize("remote", ["bucket"], indirect=True)
+def test_weights_that_are_overwritten_while_they_are_fetched_are_not_served_half_and_half(remote: Remote) -> None:
+    assert isinstance(remote.server, Store)
+    remote.server.going.clear()
+    child = remote.process()
+    assert remote.server.halted.wait(60)
+    name = "packs/shapes/vae/diffusion_pytorch_model.safetensors"
+    size = (SHAPES / "vae/diffusion_pytorch_model.safetensors").stat().st_size
+    remote.server.client().put_object(Bucket=BUCKET, Key=name, Body=bytes(size))
+    remote.server.going.set()
+    assert child.wait(60) != 0
+    assert not list(remote.cache.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("remote", ["bucket"], indirect=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 from latentflow.errors import OwnerLostError
@@ -71,3 +73,18 @@ def test_releasing_twice_is_harmless(store: TensorStore) -> None:
     assert store.release(boot_id=handle.boot_id, keys=[handle.id]) == 1
     assert store.release(boot_id=handle.boot_id, keys=[handle.id]) == 0
     assert len(store) == 0
+
+
+async def test_who_drains_waits_until_what_it_holds_was_released_or_its_lease_has_ended(
+    store: TensorStore, clock: Clock
+) -> None:
+    released, expired = store.put(torch.zeros(1)).handle, store.put(torch.zeros(1)).handle
+    waiting = asyncio.create_task(store.emptied())
+    store.release(boot_id=released.boot_id, keys=[released.id])
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    clock.now = 60
+    assert store.sweep() == 1
+    await waiting
+    with pytest.raises(OwnerLostError):
+        store.get(boot_id=expired.boot_id, key=expired.id)

@@ -6,6 +6,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 from latentflow import sizes
@@ -134,3 +136,17 @@ async def test_what_was_told_of_a_download_before_a_restart_does_not_outlive_it(
     async with aiohttp.ClientSession() as session:
         await Downloads(store=store, changed=changed.append).step(session)
     assert changed == [("ns", "vae-1")]
+
+
+async def test_a_server_that_answers_nonsense_is_as_one_that_does_not_answer() -> None:
+    async def nonsense(_: web.Request) -> web.Response:
+        return web.Response(text='# HELP a b\n# TYPE a gauge\na{x="y", ="w"} 1.0\n')
+
+    application = web.Application()
+    application.router.add_get("/metrics", nonsense)
+    store, changed = Store(), list[Place]()
+    store.put(model("hf://org/repo"))
+    store.put(pod(ip="127.0.0.1"))
+    async with TestServer(application) as server, aiohttp.ClientSession() as session:
+        await Downloads(store=store, changed=changed.append, port=server.port).step(session)
+    assert changed == []

@@ -140,3 +140,10 @@ def test_more_work_never_wants_fewer_replicas(rate: float, seconds: float, waiti
     some, more = steady(rate, seconds, waiting=waiting), steady(rate * 1.5, seconds, waiting=waiting)
     bounds = Bounds(fewest=1, most=1000)
     assert Model(bounds=bounds).see(some).replicas <= Model(bounds=bounds).see(more).replicas
+
+
+def test_requests_whose_first_step_has_not_ended_are_no_idle_time() -> None:
+    model = Model(bounds=Bounds(fewest=0, most=4), current=2)
+    long_steps = Load(arrivals=0, busy=0, waiting=0, held=0, running=2)
+    assert model.see(long_steps, seconds=SETTINGS.idle_seconds + SETTINGS.down_seconds).replicas == 2
+    assert model.see(QUIET, seconds=2 * SETTINGS.down_seconds).replicas == 1
