@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 from collections.abc import Collection
 
 from latentflow.errors import FailedPreconditionError
+
+# Below those that systems give to outgoing connections: one of them may take a port before the server listens that it is for.
+_PORTS = range(20_000, 32_000)
 
 
 def free(count: int, *, but: Collection[str] = ()) -> list[str]:
@@ -17,13 +21,16 @@ def free(count: int, *, but: Collection[str] = ()) -> list[str]:
     """
     found: list[str] = []
     with contextlib.ExitStack() as stack:
-        while len(found) < count:
-            # Kept open until all are found, so that none comes twice.
+        for port in random.sample(_PORTS, len(_PORTS)):
+            if len(found) == count:
+                break
+            address = f"127.0.0.1:{port}"
+            # Kept open until all are found, so that what another process looks for meanwhile is another.
             one = stack.enter_context(socket.socket())
-            one.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{one.getsockname()[1]}"
-            if address not in but:
-                found.append(address)
+            with contextlib.suppress(OSError):
+                one.bind(("127.0.0.1", port))
+                if address not in but:
+                    found.append(address)
     return found
 
 
