@@ -81,8 +81,7 @@ async def test_who_drains_waits_until_what_it_holds_was_released_or_its_lease_ha
     released, expired = store.put(torch.zeros(1)).handle, store.put(torch.zeros(1)).handle
     waiting = asyncio.create_task(store.emptied())
     store.release(boot_id=released.boot_id, keys=[released.id])
-    await asyncio.sleep(0)
-    assert not waiting.done()
+    assert await asyncio.wait({waiting}, timeout=0) == (set(), {waiting})
     clock.now = 60
     assert store.sweep() == 1
     await waiting
