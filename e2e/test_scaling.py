@@ -79,8 +79,8 @@ class Scaled:
 
     @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(90), wait=wait_fixed(1), reraise=True)
     def seen(self, role: str, replicas: int) -> None:
-        """Returns when Prometheus has seen this, which is when those that are too many have finished and gone."""
-        assert self.now(REPLICAS)[self.models[role]] == replicas
+        """Returns when Prometheus has seen no more for ten seconds: those that were too many have finished and gone."""
+        assert self.now(f"max_over_time(({REPLICAS})[10s:1s])")[self.models[role]] == replicas
 
     def _of_mine(self, promql: str) -> str:
         return promql.replace("NS", f'namespace="{self.namespace.name}"')
