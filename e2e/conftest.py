@@ -79,6 +79,12 @@ def deploy(cluster: ApiServer, verb: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr + cluster.kubectl("get", "events", "-A")
 
 
+def gateway_address(release: ApiServer) -> str:
+    """host:port of the gateways' Service, for who is on the node."""
+    place = ["get", "service", "latentflow-gateway", f"--namespace={RELEASE_NAMESPACE}"]
+    return f"{release.kubectl(*place, '--output=jsonpath={.spec.clusterIP}')}:8400"
+
+
 @pytest.fixture
 def namespace(release: ApiServer) -> Iterator[Namespace]:
     """A namespace for workflows, restricted too, with the repository's models in a claim."""

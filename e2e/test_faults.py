@@ -16,7 +16,7 @@ import images
 import psutil
 import pytest
 import pytest_asyncio
-from conftest import RELEASE_NAMESPACE, deploy, models_claim, on_a_node_of_ours
+from conftest import RELEASE_NAMESPACE, deploy, gateway_address, models_claim, on_a_node_of_ours
 from latentflow import AsyncClient
 from latentflow.errors import LatentflowError
 from latentflow.retries import NO_RETRIES, Retries
@@ -103,9 +103,7 @@ def serving(release: ApiServer, prometheus: Prometheus) -> Iterator[Serving]:
         models_claim(release, namespace)
         namespace.apply(workflow())
         wait_until_ready(release, namespace, "shapes-minimal")
-        place = ["get", "service", "latentflow-gateway", f"--namespace={RELEASE_NAMESPACE}"]
-        address = release.kubectl(*place, "--output=jsonpath={.spec.clusterIP}")
-        serving = Serving(release=release, prometheus=prometheus, namespace=namespace, target=f"{address}:8400")
+        serving = Serving(release=release, prometheus=prometheus, namespace=namespace, target=gateway_address(release))
         two_ready(serving)
         yield serving
 

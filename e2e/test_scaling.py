@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from conftest import RELEASE_NAMESPACE, VALUES, models_claim, on_a_node_of_ours
+from conftest import VALUES, gateway_address, models_claim, on_a_node_of_ours
 from latentflow import AsyncClient
 from matplotlib.figure import Figure
 from observing import Prometheus
@@ -92,11 +92,9 @@ def scaled(release: ApiServer, prometheus: Prometheus) -> Iterator[Scaled]:
         models_claim(release, namespace)
         namespace.apply(workflow())
         wait_until_ready(release, namespace, "shapes-minimal")
-        place = ["get", "service", "latentflow-gateway", f"--namespace={RELEASE_NAMESPACE}"]
-        address = release.kubectl(*place, "--output=jsonpath={.spec.clusterIP}")
         models = {body["spec"]["role"]: name for name, body in namespace.list("DiffusionModel").items()}
         yield Scaled(
-            release=release, namespace=namespace, prometheus=prometheus, target=f"{address}:8400", models=models
+            release=release, namespace=namespace, prometheus=prometheus, target=gateway_address(release), models=models
         )
 
 

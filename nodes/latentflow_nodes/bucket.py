@@ -7,11 +7,12 @@ gets that name when all of it is there, so a folder of that name is whole, whoev
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -60,9 +61,10 @@ def fetch(uri: str, *, wanted: Wanted, cache: Path, progress: Progress) -> Path:
         # Without credentials there is still what is public.
         config = Config(signature_version=None if signed else UNSIGNED, connect_timeout=_CONNECT_SECONDS)
         client = session.client("s3", config=config)
-        files = _listed(client, bucket, prefix.strip("/"), wanted)
+        listed = functools.partial(_listed, client, bucket, prefix.strip("/"), wanted)
+        files = listed()
         if files:
-            return _download(client, bucket, prefix.strip("/"), wanted, files, home, progress)
+            return _download(client, bucket, files, home, progress, listed=listed)
         why = "nothing there is weights or configuration of this role; check the path and the subfolder"
     except (BotoCoreError, ClientError, S3TransferFailedError, OSError, ValueError) as error:
         if _is_out_of_reach(error) and (kept := _newest(home)):
@@ -88,7 +90,13 @@ def _listed(client: Any, bucket: str, prefix: str, wanted: Wanted) -> list[_File
 
 
 def _download(
-    client: Any, bucket: str, prefix: str, wanted: Wanted, files: list[_File], home: Path, progress: Progress
+    client: Any,
+    bucket: str,
+    files: list[_File],
+    home: Path,
+    progress: Progress,
+    *,
+    listed: Callable[[], list[_File]],
 ) -> Path:
     whole = home / _digest([[file.path, file.size, file.etag] for file in files])
     if whole.is_dir():
@@ -98,7 +106,7 @@ def _download(
         if not whole.is_dir():
             part = whole.with_suffix(".part")
             _fill(client, bucket, files, part, progress)
-            if _listed(client, bucket, prefix, wanted) != files:
+            if listed() != files:
                 shutil.rmtree(part)
                 raise OSError(_CHANGED)
             part.rename(whole)

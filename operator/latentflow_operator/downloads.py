@@ -96,8 +96,7 @@ class Downloads:
         """
         if self._said is not None:
             return self._said.get(place)
-        told = before.get("Progressing", {})
-        return told["message"] if told.get("reason") == conditions.DOWNLOADING else None
+        return _told(before)
 
     async def run(self) -> None:
         """Asks again and again, until cancelled."""
@@ -117,7 +116,7 @@ class Downloads:
         addresses = {place_of(body): self._addresses(body) for body in self._store.all("DiffusionModel")}
         asked = [(place, address) for place, those in addresses.items() for address in those]
         answers = await asyncio.gather(*(self._read(session, address) for _, address in asked))
-        before, now = self._told() if self._said is None else self._said, dict[Place, str]()
+        before, now = self._said_before() if self._said is None else self._said, dict[Place, str]()
         for place, those in addresses.items():
             readings = [answer for (of, _), answer in zip(asked, answers, strict=True) if of == place and answer]
             # Of servers that did not answer, nothing new is known.
@@ -129,13 +128,10 @@ class Downloads:
             if before.get(place) != now.get(place):
                 self._changed(place)
 
-    def _told(self) -> dict[Place, str]:
+    def _said_before(self) -> dict[Place, str]:
         """What statuses say since before this process."""
-        told = {
-            place_of(body): conditions.by_type(body).get("Progressing", {})
-            for body in self._store.all("DiffusionModel")
-        }
-        return {place: one["message"] for place, one in told.items() if one.get("reason") == conditions.DOWNLOADING}
+        told = {place_of(body): _told(conditions.by_type(body)) for body in self._store.all("DiffusionModel")}
+        return {place: message for place, message in told.items() if message is not None}
 
     def _addresses(self, body: Body) -> list[str]:
         namespace, name = place_of(body)
@@ -150,3 +146,9 @@ class Downloads:
                 return reading((await response.content.read(_MOST_BYTES)).decode())
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError):
             return None
+
+
+def _told(said: Mapping[str, Body]) -> str | None:
+    """What conditions, by type, say of a download; None where of none."""
+    progressing = said.get("Progressing", {})
+    return progressing["message"] if progressing.get("reason") == conditions.DOWNLOADING else None

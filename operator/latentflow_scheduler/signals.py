@@ -97,7 +97,8 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
             arrivals=arrived.get(place, 0.0),
             busy=computed.get(place, 0.0),
             waiting=queued.get(place, 0.0),
-            held=held.get(place, 0.0),
+            # What gateways hold stands apart, as `load` takes it from two sides.
+            held=0.0,
             running=under_way.get(place, 0.0),
         )
         for place in counted
