@@ -31,10 +31,16 @@ class Metric:
 # Model servers. `model` and `role` stand on every sample, as constant labels.
 NODE: tuple[Metric, ...] = (
     Metric(
+        name="latentflow_requests_started_total",
+        kind="counter",
+        labels=("call",),
+        help="Calls that were taken, by call (Encode, Denoise, ...), whether or not they have ended.",
+    ),
+    Metric(
         name="latentflow_requests_total",
         kind="counter",
         labels=("call", "code"),
-        help="Calls that ended, by call (Encode, Denoise, ...) and gRPC status code.",
+        help="Calls that ended, by call and gRPC status code.",
     ),
     Metric(
         name="latentflow_service_seconds",

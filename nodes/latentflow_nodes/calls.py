@@ -45,6 +45,7 @@ class Calls:
             raise UnavailableError(
                 "This server drains and takes nothing new; try another replica.", reason="DRAINING", retry_after=0.2
             )
+        self._metrics.of("latentflow_requests_started_total", call=name).inc()
         self._running += 1
         self._idle.clear()
         return time.perf_counter()

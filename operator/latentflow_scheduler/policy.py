@@ -20,6 +20,7 @@ class Load:
 
     Attributes:
         arrivals: Requests per second that have come.
+        done: Requests per second that have ended.
         busy: Seconds of computing per second, over all replicas; at most their number.
         waiting: Requests that wait inside the model's servers.
         held: Requests that gateways hold because no replica takes them.
@@ -27,6 +28,7 @@ class Load:
     """
 
     arrivals: float
+    done: float
     busy: float
     waiting: float
     held: float
@@ -34,8 +36,20 @@ class Load:
 
     @property
     def service_seconds(self) -> float:
-        """Seconds of computing that one request costs; 0 where none has come."""
-        return self.busy / self.arrivals if self.arrivals > _NONE else 0.0
+        """Seconds of computing that one request costs; 0 where none has ended."""
+        return self.busy / self.done if self.done > _NONE else 0.0
+
+    @property
+    def work(self) -> float:
+        """Seconds of computing per second that those who come ask for.
+
+        Not what is computed: replicas that work off a backlog compute all the time, and would ask for more and more. But while
+        nobody waits no more is asked for than is computed, so that a rate taken of few, long requests cannot exaggerate.
+        """
+        if self.done <= _NONE:
+            return self.busy
+        asked = self.arrivals * self.service_seconds
+        return asked if self.waiting > 0 or self.held > 0 else min(asked, self.busy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +155,7 @@ def decide(
 
 def demand(load: Load, settings: Settings) -> float:
     """Replicas' worth of work: rate × service time, and the backlog over the time it may take."""
-    return load.busy + (load.waiting + load.held) * load.service_seconds / settings.backlog_seconds
+    return load.work + (load.waiting + load.held) * load.service_seconds / settings.backlog_seconds
 
 
 def _wanted(load: Load, settings: Settings) -> int:
@@ -160,6 +174,6 @@ def _said(load: Load, settings: Settings) -> str:
     waits = load.waiting + load.held
     backlog = f", {waits:.0f} waiting" if waits else ""
     return (
-        f"{load.arrivals:.2f}/s × {load.service_seconds:.2f} s = {load.busy:.2f} replicas' work{backlog}, "
+        f"{load.arrivals:.2f}/s × {load.service_seconds:.2f} s, {load.work:.2f} replicas' work{backlog}, "
         f"at {settings.full:.0%} each"
     )

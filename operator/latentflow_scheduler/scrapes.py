@@ -6,7 +6,7 @@ them. The embedded runtime reads its processes this way.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,14 +25,16 @@ class Scrape:
 
     Attributes:
         time: In seconds of any clock.
-        requests: Calls that have ended since the process started.
+        started: Calls that it has taken since the process started.
+        ended: Calls that have ended since then.
         computed: Seconds of computing since then.
         waiting: Requests that wait inside it.
         running: Requests that it computes.
     """
 
     time: float
-    requests: float
+    started: float
+    ended: float
     computed: float
     waiting: float
     running: float = 0.0
@@ -47,7 +49,8 @@ def replica(text: str, *, time: float) -> Scrape:
     samples = list(_samples(text))
     return Scrape(
         time=time,
-        requests=sum(s.value for s in samples if s.name == "latentflow_requests_total" and s.labels["call"] in CALLS),
+        started=_calls(samples, "latentflow_requests_started_total"),
+        ended=_calls(samples, "latentflow_requests_total"),
         computed=sum(s.value for s in samples if s.name == "latentflow_step_seconds_sum"),
         waiting=sum(s.value for s in samples if s.name == "latentflow_queue_depth"),
         running=sum(s.value for s in samples if s.name == "latentflow_in_flight"),
@@ -88,7 +91,8 @@ def load(tracks: Mapping[str, Track], *, ready: Collection[str], now: float, hel
     if not all(track and track[-1].time == now for track in known):
         return None
     return Load(
-        arrivals=sum(_rate(track, [one.requests for one in track]) for track in known),
+        arrivals=sum(_rate(track, [one.started for one in track]) for track in known),
+        done=sum(_rate(track, [one.ended for one in track]) for track in known),
         # A step counts when it ends: one longer than the track is would show as more than all of a replica's time.
         busy=sum(min(1.0, _rate(track, [one.computed for one in track])) for track in known),
         waiting=sum(track[-1].waiting for track in known),
@@ -103,6 +107,10 @@ def _rate(track: Track, counter: list[float]) -> float:
     # A counter that went back was set to nothing by a restart: what it says since then has come since then.
     grown = sum(after - before if after >= before else after for before, after in pairwise(counter))
     return grown / seconds if seconds > 0 else 0.0
+
+
+def _calls(samples: Iterable[Sample], counter: str) -> float:
+    return sum(s.value for s in samples if s.name == counter and s.labels["call"] in CALLS)
 
 
 def _samples(text: str) -> Iterator[Sample]:

@@ -53,7 +53,7 @@ def load(known: Signals | None, held: Mapping[Place, float], place: Place, *, re
     holds = max(held.get(place, 0.0), known.held.get(place, 0.0) if known else 0.0)
     if known is None or place not in known.loads:
         if current == 0 and (holds or known is not None):
-            return Load(arrivals=0.0, busy=0.0, waiting=0.0, held=holds)
+            return Load(arrivals=0.0, done=0.0, busy=0.0, waiting=0.0, held=holds)
         return None
     if known.replicas.get(place, 0) < ready:
         return None
@@ -82,7 +82,9 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
         window: Seconds over which rates are taken; at least four times the scrape interval.
     """
     by_model = "sum by (namespace, model)"
-    arrivals = await _query(session, url, f'{by_model}(rate(latentflow_requests_total{{call=~"{_CALLS}"}}[{window}s]))')
+    calls = f'{{call=~"{_CALLS}"}}[{window}s]'
+    arrivals = await _query(session, url, f"{by_model}(rate(latentflow_requests_started_total{calls}))")
+    done = await _query(session, url, f"{by_model}(rate(latentflow_requests_total{calls}))")
     busy = await _query(session, url, f"{by_model}(rate(latentflow_step_seconds_sum[{window}s]))")
     waiting = await _query(session, url, f"{by_model}(latentflow_queue_depth)")
     running = await _query(session, url, f"{by_model}(latentflow_in_flight)")
@@ -90,11 +92,12 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
     holding = await _query(session, url, "sum by (model)(latentflow_gateway_held)")
     # A gateway knows a model as namespace/name.
     held = {_split(labels.get("model", "")): value for labels, value in holding}
-    arrived, computed, queued, counted = _placed(arrivals), _placed(busy), _placed(waiting), _placed(replicas)
-    under_way = _placed(running)
+    arrived, ended, computed = _placed(arrivals), _placed(done), _placed(busy)
+    queued, under_way, counted = _placed(waiting), _placed(running), _placed(replicas)
     loads = {
         place: Load(
             arrivals=arrived.get(place, 0.0),
+            done=ended.get(place, 0.0),
             busy=computed.get(place, 0.0),
             waiting=queued.get(place, 0.0),
             # What gateways hold stands apart, as `load` takes it from two sides.

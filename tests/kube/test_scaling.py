@@ -41,6 +41,7 @@ class Servers:
         pause = 0.1
         while not self._stopped.wait(pause):
             done = self.rate * pause
+            self._nodes[0].of("latentflow_requests_started_total", call="Denoise").inc(done)
             self._nodes[0].of("latentflow_requests_total", call="Denoise", code="OK").inc(done)
             self._nodes[0].of("latentflow_step_seconds").observe(done * self.seconds)
 
@@ -124,7 +125,7 @@ def test_a_model_gets_the_replicas_that_rate_times_service_time_asks_for_and_los
     # On the way up it may have said two before.
     body = scaled.says("up to 3")
     assert body["status"]["scheduling"]["replicas"] == 3
-    assert re.match(r"up to 3: \d\.\d\d/s × 0\.50 s = \d\.\d\d replicas' work", _said(body))
+    assert re.match(r"up to 3: \d\.\d\d/s × 0\.50 s, \d\.\d\d replicas' work", _said(body))
     scaled.servers.rate = 0.4
     assert scaled.until(1)
     scaled.says("down to 1")

@@ -15,8 +15,12 @@ from prometheus_client import generate_latest
 WINDOW = 10.0
 
 
-def said(time: float, *, requests: float = 0, computed: float = 0, waiting: float = 0) -> Scrape:
-    return Scrape(time=time, requests=requests, computed=computed, waiting=waiting)
+def said(
+    time: float, *, requests: float = 0, ended: float | None = None, computed: float = 0, waiting: float = 0
+) -> Scrape:
+    """What a replica says that has taken so many requests, all of which have ended unless told."""
+    ended = requests if ended is None else ended
+    return Scrape(time=time, started=requests, ended=ended, computed=computed, waiting=waiting)
 
 
 def track(seen: Iterable[Scrape]) -> Track:
@@ -39,11 +43,12 @@ def text(instruments: Instruments) -> str:
 def test_a_replica_is_read_from_the_text_of_its_metrics() -> None:
     node = Instruments(NODE, model="denoiser-1", role="Denoiser")
     for call, code, count in (("Denoise", "OK", 3), ("Denoise", "CANCELLED", 1), ("Describe", "OK", 7)):
+        node.of("latentflow_requests_started_total", call=call).inc(count + 1)
         node.of("latentflow_requests_total", call=call, code=code).inc(count)
     node.of("latentflow_step_seconds").observe(0.25)
     node.of("latentflow_step_seconds").observe(0.5)
     node.of("latentflow_queue_depth").set(2)
-    assert scrapes.replica(text(node), time=5.0) == said(5.0, requests=4, computed=0.75, waiting=2)
+    assert scrapes.replica(text(node), time=5.0) == said(5.0, requests=6, ended=4, computed=0.75, waiting=2)
 
 
 def test_what_a_gateway_holds_is_read_by_model_as_it_names_them() -> None:
@@ -70,6 +75,13 @@ def test_rates_are_those_of_the_window() -> None:
     load = scrapes.load({"one": track(quiet_then_busy)}, ready=["one"], now=30, held=0)
     assert load is not None
     assert load.arrivals == pytest.approx(2.0)
+
+
+def test_requests_count_as_they_come_and_as_they_end() -> None:
+    growing = track(said(t, requests=3 * t, ended=t) for t in range(11))
+    load = scrapes.load({"one": growing}, ready=["one"], now=10, held=0)
+    assert load is not None
+    assert (load.arrivals, load.done) == (pytest.approx(3.0), pytest.approx(1.0))
 
 
 def test_what_waits_is_what_was_said_last() -> None:
