@@ -85,7 +85,8 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
     calls = f'{{call=~"{_CALLS}"}}[{window}s]'
     arrivals = await _query(session, url, f"{by_model}(rate(latentflow_requests_started_total{calls}))")
     done = await _query(session, url, f"{by_model}(rate(latentflow_requests_total{calls}))")
-    busy = await _query(session, url, f"{by_model}(rate(latentflow_step_seconds_sum[{window}s]))")
+    # A step counts when it ends: one longer than the window would show as more than all of a replica's time.
+    busy = await _query(session, url, f"{by_model}(clamp_max(rate(latentflow_step_seconds_sum[{window}s]), 1))")
     waiting = await _query(session, url, f"{by_model}(latentflow_queue_depth)")
     running = await _query(session, url, f"{by_model}(latentflow_in_flight)")
     replicas = await _query(session, url, "count by (namespace, model)(latentflow_ready == 1)")

@@ -61,7 +61,7 @@ async def wave(runtime: Runtime, *, retries: Retries, seed: int) -> Counter[str]
 
 
 async def settled(runtime: Runtime) -> None:
-    """Returns when no process counts a request or holds a tensor. Fails, saying who does, when that does not come."""
+    """Returns when no process counts a request or holds a tensor, and all that was taken has ended. Fails, saying who does, when that does not come."""
 
     def left() -> dict[str, float]:
         counts = {}
@@ -69,6 +69,9 @@ async def settled(runtime: Runtime) -> None:
             names = ["latentflow_in_flight", "latentflow_queue_depth", "latentflow_tensors_held"]
             names = ["latentflow_gateway_in_flight"] if one.spec.role == "Gateway" else names
             counts |= {f"{one.spec.role} {name}": value(one.spec.metrics, name) for name in names}
+            if one.spec.role != "Gateway":
+                taken = value(one.spec.metrics, "latentflow_requests_started_total")
+                counts[f"{one.spec.role} not ended"] = taken - value(one.spec.metrics, "latentflow_requests_total")
         return {name: count for name, count in counts.items() if count}
 
     remaining: dict[str, float] = {}

@@ -40,10 +40,11 @@ class Servers:
     def _serve(self) -> None:
         pause = 0.1
         while not self._stopped.wait(pause):
-            done = self.rate * pause
-            self._nodes[0].of("latentflow_requests_started_total", call="Denoise").inc(done)
-            self._nodes[0].of("latentflow_requests_total", call="Denoise", code="OK").inc(done)
-            self._nodes[0].of("latentflow_step_seconds").observe(done * self.seconds)
+            done = self.rate * pause / MOST
+            for node in self._nodes:
+                node.of("latentflow_requests_started_total", call="Denoise").inc(done)
+                node.of("latentflow_requests_total", call="Denoise", code="OK").inc(done)
+                node.of("latentflow_step_seconds").observe(done * self.seconds)
 
     def close(self) -> None:
         self._stopped.set()
