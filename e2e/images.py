@@ -5,6 +5,7 @@ An image that is there already is not imported again: that of the model servers 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -87,6 +88,7 @@ def _import(socket: Path, image: str) -> None:
     layout = CACHE / "layouts" / image.rpartition("/")[2].partition(":")[0]
     layout.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["buildah", "push", "--quiet", image, f"oci:{layout}:{image}"], check=True)
+    _prune(layout)
     present = set(ctr(socket, "content", "list", "--quiet").split())
     with tempfile.TemporaryDirectory() as name:
         archive = Path(name) / "image.tar"
@@ -95,4 +97,21 @@ def _import(socket: Path, image: str) -> None:
                 if path.is_file() and f"sha256:{path.name}" not in present:
                     tar.add(path, path.relative_to(layout))
         ctr(socket, "images", "import", str(archive))
+    # Earlier builds go, and what only they had, which may be gigabytes.
+    for name in ctr(socket, "images", "list", "--quiet").split():
+        if name.rpartition(":")[0] == image.rpartition(":")[0] and name != image:
+            ctr(socket, "images", "remove", name)
     ctr(socket, "images", "tag", "--force", image, known)
+
+
+def _prune(layout: Path) -> None:
+    """Removes the layers of earlier builds."""
+    blobs = layout / "blobs/sha256"
+    needed = set()
+    for manifest in json.loads((layout / "index.json").read_text())["manifests"]:
+        digest = manifest["digest"]
+        body = json.loads((blobs / digest.removeprefix("sha256:")).read_text())
+        needed |= {digest, *(part["digest"] for part in (body["config"], *body["layers"]))}
+    for blob in blobs.iterdir():
+        if f"sha256:{blob.name}" not in needed:
+            blob.unlink()

@@ -8,7 +8,8 @@ import yaml
 from kubernetes import client as kube
 from support.apiserver import ApiServer, running
 from support.chart import install_accounts
-from support.kubectl import new_namespace
+from support.kubectl import Namespace, new_namespace
+from support.operating import Operator
 from support.paths import ROOT
 
 
@@ -29,6 +30,34 @@ def accounts(api_server: ApiServer) -> Iterator[dict[str, Path]]:
             component: api_server.kubeconfig_of(namespace.name, f"latentflow-{component}")
             for component in ("operator", "gateway")
         }
+
+
+@pytest.fixture(scope="module")
+def controllers(api_server: ApiServer) -> Iterator[None]:
+    with api_server.controller_manager():
+        yield
+
+
+@pytest.fixture(scope="module")
+def operator(
+    accounts: dict[str, Path], controllers: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Operator]:
+    process = Operator(accounts["operator"], tmp_path_factory.mktemp("operator"))
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def namespace(api_server: ApiServer, request: pytest.FixtureRequest) -> Iterator[Namespace]:
+    with new_namespace(api_server, request.node.originalname) as place:
+        yield place
+
+
+@pytest.fixture
+def elsewhere(api_server: ApiServer) -> Iterator[Namespace]:
+    with new_namespace(api_server, "elsewhere") as place:
+        yield place
 
 
 def install_crds(server: ApiServer, folder: Path = ROOT / "crds") -> None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from kube.test_operator import KINDS, report, workflow
+from kube.acting import KINDS, report, workflow
 from kube.test_together import workflow as together
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.reconcile import Reconciler

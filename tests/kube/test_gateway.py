@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from gateway.test_servers import PROMPT, WORKFLOW, served
-from kube.test_operator import workflow
+from kube.acting import workflow
 from latentflow import AsyncClient
 from latentflow.api import Role, identity
 from latentflow.directory import Directory

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kube.test_operator import KINDS, workflow
+from kube.acting import KINDS, workflow
 from latentflow_operator import leadership
 from support.apiserver import ApiServer
 from support.chart import install_accounts

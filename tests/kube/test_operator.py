@@ -4,100 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import pytest
+from kube.acting import KINDS, bound, ready, report, serve, workflow
 from latentflow.api import API_VERSION
 from support.apiserver import ApiServer
-from support.kubectl import Body, Namespace, condition, is_ready, new_namespace
+from support.kubectl import Body, Namespace, condition, is_ready
 from support.operating import Operator
-
-KINDS = ("DiffusionModel", "Deployment", "Service", "PodDisruptionBudget")
-
-
-@pytest.fixture(scope="module")
-def controllers(api_server: ApiServer) -> Iterator[None]:
-    with api_server.controller_manager():
-        yield
-
-
-@pytest.fixture(scope="module")
-def operator(
-    accounts: dict[str, Path], controllers: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Operator]:
-    process = Operator(accounts["operator"], tmp_path_factory.mktemp("operator"))
-    process.start()
-    yield process
-    process.stop()
-
-
-@pytest.fixture
-def namespace(api_server: ApiServer, request: pytest.FixtureRequest) -> Iterator[Namespace]:
-    with new_namespace(api_server, request.node.originalname) as place:
-        yield place
-
-
-@pytest.fixture
-def elsewhere(api_server: ApiServer) -> Iterator[Namespace]:
-    with new_namespace(api_server, "elsewhere") as place:
-        yield place
-
-
-def workflow(name: str = "shapes", **base: Any) -> Body:
-    models = [
-        {"name": "text", "role": "TextEncoder", "source": {"uri": "shapes"}},
-        {k: v for k, v in ({"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}} | base).items() if v},
-        {
-            "name": "edges",
-            "role": "ControlNet",
-            "attachTo": "base",
-            "source": {"uri": "shapes", "subfolder": "controlnet-edges"},
-        },
-        {"name": "pixels", "role": "VAE", "source": {"uri": "shapes"}},
-    ]
-    return {
-        "apiVersion": API_VERSION,
-        "kind": "DiffusionWorkflow",
-        "metadata": {"name": name},
-        "spec": {"models": models},
-    }
-
-
-def serve(namespace: Namespace, models: set[str] | None = None) -> None:
-    """Acts the scheduler and the kubelet: every pod (of some models) runs and is ready."""
-    wanted = namespace.until("DiffusionModel", lambda found: bool(found) and (models is None or models <= found.keys()))
-    for model in models if models is not None else wanted:
-        pods = namespace.until("Pod", lambda found, model=model: any(_of(pod, model) for pod in found.values()))
-        for name, pod in pods.items():
-            if _of(pod, model):
-                report(namespace, name, ready=True)
-
-
-def report(namespace: Namespace, pod: str, *, ready: bool, **status: Any) -> None:
-    """Writes a pod's status as the kubelet does."""
-    word = "True" if ready else "False"
-    conditions = [
-        {"type": kind, "status": state}
-        for kind, state in (("PodScheduled", "True"), ("ContainersReady", word), ("Ready", word))
-    ]
-    namespace.patch(
-        "Pod", pod, {"status": {"phase": "Running", "conditions": conditions} | status}, subresource="status"
-    )
-
-
-def _of(pod: Body, model: str) -> bool:
-    return bool(pod["metadata"]["labels"]["latentflow.io/model"] == model)
-
-
-def ready(namespace: Namespace, name: str = "shapes") -> Body:
-    return namespace.until("DiffusionWorkflow", lambda found: is_ready(found[name]))[name]
-
-
-def bound(body: Body) -> dict[str, str]:
-    return {entry["name"]: entry["model"] for entry in body["status"]["models"]}
 
 
 def test_a_workflow_becomes_one_set_of_objects_for_each_model_and_is_ready_when_they_are(
@@ -187,92 +101,6 @@ def test_a_model_that_never_served_is_not_waited_for_when_it_is_changed(
     namespace.apply(workflow())
     after = namespace.until("DiffusionModel", lambda found: len(found) == 4 and found.keys() != before.keys())
     assert len(after.keys() - before.keys()) == 1
-
-
-TROUBLES = [
-    (
-        "ImagePullBackOff",
-        {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}},
-        "The image latentflow-node:test cannot be pulled",
-    ),
-    (
-        "SecretNotFound",
-        {"state": {"waiting": {"reason": "CreateContainerConfigError", "message": 'secret "hub" not found'}}},
-        "The Secret 'hub' does not exist in this namespace; create it.",
-    ),
-    (
-        "OOMKilled",
-        {
-            "state": {"waiting": {"reason": "CrashLoopBackOff"}},
-            "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}},
-        },
-        "raise the model's resources.limits.memory",
-    ),
-    (
-        "CannotLoad",
-        {
-            "state": {"waiting": {"reason": "CrashLoopBackOff"}},
-            "lastState": {
-                "terminated": {
-                    "exitCode": 2,
-                    "message": '{"event": "downloading"}\n' * 60 + "latentflow-node: The folder /models/x is missing.",
-                }
-            },
-        },
-        "The folder /models/x is missing.",
-    ),
-    (
-        "CrashLoopBackOff",
-        {
-            "state": {"waiting": {"reason": "CrashLoopBackOff"}},
-            "lastState": {"terminated": {"exitCode": 1, "message": "Traceback"}},
-        },
-        "ended with exit code 1: Traceback",
-    ),
-]
-
-
-@pytest.mark.parametrize(("reason", "state", "words"), TROUBLES, ids=[reason for reason, _, _ in TROUBLES])
-def test_what_ails_a_pod_shows_on_the_workflow_as_itself(
-    operator: Operator, namespace: Namespace, reason: str, state: Body, words: str
-) -> None:
-    namespace.create(workflow())
-    pods = namespace.until("Pod", lambda found: len(found) == 4)
-    name, pod = next(iter(pods.items()))
-    container = {"name": "node", "image": "latentflow-node:test", "imageID": "", "ready": False, "restartCount": 1}
-    report(namespace, name, ready=False, containerStatuses=[container | state])
-    shown = namespace.until(
-        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Degraded").get("reason") == reason, seconds=5
-    )["shapes"]
-    model = pod["metadata"]["labels"]["latentflow.io/model"]
-    for about in ("Ready", "Degraded"):
-        assert condition(shown, about)["reason"] == reason
-        assert words in condition(shown, about)["message"]
-    assert words in condition(namespace.get("DiffusionModel", model) or {}, "Ready")["message"]
-
-
-@pytest.mark.parametrize(
-    ("message", "reason", "words"),
-    [
-        ("0/1 nodes are available: 1 Insufficient cpu.", "Unschedulable", "No node takes the pod: 0/1 nodes"),
-        (
-            '0/1 nodes are available: persistentvolumeclaim "weights" not found.',
-            "PersistentVolumeClaimNotFound",
-            "The PersistentVolumeClaim 'weights' does not exist",
-        ),
-    ],
-)
-def test_why_a_pod_has_no_node_shows_on_the_workflow(
-    operator: Operator, namespace: Namespace, message: str, reason: str, words: str
-) -> None:
-    namespace.create(workflow())
-    name = next(iter(namespace.until("Pod", lambda found: len(found) == 4)))
-    unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
-    namespace.patch("Pod", name, {"status": {"conditions": [unscheduled]}}, subresource="status")
-    shown = namespace.until(
-        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Scheduled").get("reason") == reason, seconds=5
-    )["shapes"]
-    assert words in condition(shown, "Scheduled")["message"]
 
 
 def test_what_others_change_or_delete_of_a_model_s_objects_is_put_back(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kube.test_operator import workflow
+from kube.acting import workflow
 from latentflow.metrics import GATEWAY, NODE, Instruments
 from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, condition, new_namespace

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from kube.test_operator import ready, report, serve, workflow
+from kube.acting import ready, report, serve, workflow
 from latentflow.metrics import NODE, Instruments
 from support.apiserver import ApiServer
 from support.hub import Hub
@@ -19,12 +19,6 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "token-of-the-operator"
-
-
-@pytest.fixture(scope="module")
-def controllers(api_server: ApiServer) -> Iterator[None]:
-    with api_server.controller_manager():
-        yield
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kube.test_operator import KINDS, bound, ready, report
-from kube.test_operator import workflow as spread
+from kube.acting import KINDS, bound, ready, report
+from kube.acting import workflow as spread
 from latentflow.api import DiffusionWorkflow, placed
 from latentflow.metrics import SCHEDULER, Instruments
 from latentflow_gateway import cluster as gateway

@@ -1,0 +1,64 @@
+"""Workflows as tests write them, and the scheduler's and kubelet's part, which tests act where no node is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentflow.api import API_VERSION
+from support.kubectl import Body, Namespace, is_ready
+
+KINDS = ("DiffusionModel", "Deployment", "Service", "PodDisruptionBudget")
+
+
+def workflow(name: str = "shapes", **base: Any) -> Body:
+    models = [
+        {"name": "text", "role": "TextEncoder", "source": {"uri": "shapes"}},
+        {k: v for k, v in ({"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}} | base).items() if v},
+        {
+            "name": "edges",
+            "role": "ControlNet",
+            "attachTo": "base",
+            "source": {"uri": "shapes", "subfolder": "controlnet-edges"},
+        },
+        {"name": "pixels", "role": "VAE", "source": {"uri": "shapes"}},
+    ]
+    return {
+        "apiVersion": API_VERSION,
+        "kind": "DiffusionWorkflow",
+        "metadata": {"name": name},
+        "spec": {"models": models},
+    }
+
+
+def serve(namespace: Namespace, models: set[str] | None = None) -> None:
+    """Acts the scheduler and the kubelet: every pod (of some models) runs and is ready."""
+    wanted = namespace.until("DiffusionModel", lambda found: bool(found) and (models is None or models <= found.keys()))
+    for model in models if models is not None else wanted:
+        pods = namespace.until("Pod", lambda found, model=model: any(_of(pod, model) for pod in found.values()))
+        for name, pod in pods.items():
+            if _of(pod, model):
+                report(namespace, name, ready=True)
+
+
+def report(namespace: Namespace, pod: str, *, ready: bool, **status: Any) -> None:
+    """Writes a pod's status as the kubelet does."""
+    word = "True" if ready else "False"
+    conditions = [
+        {"type": kind, "status": state}
+        for kind, state in (("PodScheduled", "True"), ("ContainersReady", word), ("Ready", word))
+    ]
+    namespace.patch(
+        "Pod", pod, {"status": {"phase": "Running", "conditions": conditions} | status}, subresource="status"
+    )
+
+
+def _of(pod: Body, model: str) -> bool:
+    return bool(pod["metadata"]["labels"]["latentflow.io/model"] == model)
+
+
+def ready(namespace: Namespace, name: str = "shapes") -> Body:
+    return namespace.until("DiffusionWorkflow", lambda found: is_ready(found[name]))[name]
+
+
+def bound(body: Body) -> dict[str, str]:
+    return {entry["name"]: entry["model"] for entry in body["status"]["models"]}
