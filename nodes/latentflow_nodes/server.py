@@ -75,6 +75,10 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
     """Loads and serves; ready, warmed up, when entered. LatentflowError where that cannot be."""
     host = node.listen.rpartition(":")[0]
     metrics = Instruments(NODE, model=node.identity or node.uri, role=node.role)
+    for call in roles.calls(node.role):
+        # From the start, so that rates count the first requests too.
+        metrics.of("latentflow_requests_started_total", call=call)
+        metrics.of("latentflow_requests_total", call=call, code="OK")
     server = grpc.aio.server(
         options=list(rpc.SERVER_OPTIONS), interceptors=[TokenInterceptor(node.token)] if node.token else []
     )

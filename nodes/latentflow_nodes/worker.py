@@ -41,25 +41,38 @@ class Worker:
     def __init__(self, *, threads: int, max_waiting: int, turn: Turn, metrics: Instruments) -> None:
         self._executor = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
         self._max_waiting = max_waiting
-        # Calls that are here: the one that runs and those that wait for it.
+        # Calls that are here: the one that runs and those that wait for it; and the first calls of requests that wait.
         self._present = 0
+        self._waiting: set[object] = set()
         self._mean = 0.0
         self._turn = turn
         self._metrics = metrics
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """The callable's result. OverloadedError when too many wait; a cancelled caller's work is not begun."""
+    async def run(self, work: Callable[[], T], *, begun: bool = False) -> T:
+        """The callable's result. OverloadedError when too many wait; a cancelled caller's work is not begun.
+
+        Args:
+            begun: It goes on with a request that has had forward passes, and is no longer one that waits.
+        """
         if self._present > self._max_waiting:
             raise queue_full(waiting=self._present - 1, limit=self._max_waiting, seconds_each=self._mean)
-        self._count(1)
-        future = self._executor.submit(self._timed, work)
+        call = object()
+        self._present += 1
+        if not begun:
+            self._waiting.add(call)
+        self._report()
+        future = self._executor.submit(self._timed, work, call)
         try:
             return await asyncio.wrap_future(future)
         finally:
-            self._count(-1)
+            self._present -= 1
+            self._waiting.discard(call)
+            self._report()
 
     @torch.inference_mode()
-    def _timed(self, work: Callable[[], T]) -> T:
+    def _timed(self, work: Callable[[], T], call: object) -> T:
+        self._waiting.discard(call)
+        self._report()
         with self._turn:
             start = time.perf_counter()
             try:
@@ -70,9 +83,8 @@ class Worker:
                 self._metrics.of("latentflow_step_seconds").observe(seconds)
                 self._metrics.of("latentflow_batch_size").observe(1)
 
-    def _count(self, change: int) -> None:
-        self._present += change
-        self._metrics.of("latentflow_queue_depth").set(max(0, self._present - 1))
+    def _report(self) -> None:
+        self._metrics.of("latentflow_queue_depth").set(len(self._waiting))
         self._metrics.of("latentflow_in_flight").set(min(1, self._present))
 
     def close(self) -> None:

@@ -70,18 +70,13 @@ class Scaler:
         """Decides again and again, until cancelled; at once when a gateway holds a request for a model without replicas."""
         async with aiohttp.ClientSession() as session:
             while True:
-                known = await self._signals(session)
                 try:
-                    await self.step(known, await self._held(session))
+                    await self.step(await self._signals(session), await self._held(session))
+                    await self._until_due(session)
                 except Exception:
                     # A defect of ours: one round is lost, not the operator that reconciles beside it.
                     _log.exception("a round of scaling failed")
-                due = self._clock() + self._settings.interval_seconds
-                while (left := due - self._clock()) > 0:
-                    await asyncio.sleep(min(left, _WAKE_SECONDS))
-                    asleep = self._asleep()
-                    if asleep and not asleep.isdisjoint(signals.gathered(await self._held(session), self._inside())):
-                        break
+                    await asyncio.sleep(self._settings.interval_seconds)
 
     async def step(self, known: Signals | None, held: Mapping[Place, float]) -> None:
         """One decision for each model.
@@ -104,6 +99,14 @@ class Scaler:
             except (ApiException, urllib3.exceptions.HTTPError) as error:
                 if not (isinstance(error, ApiException) and error.status in (_GONE, _CHANGED)):
                     _log.warning("could not scale; trying again", model="/".join(place), error=str(error))
+
+    async def _until_due(self, session: aiohttp.ClientSession) -> None:
+        due = self._clock() + self._settings.interval_seconds
+        while (left := due - self._clock()) > 0:
+            await asyncio.sleep(min(left, _WAKE_SECONDS))
+            asleep = self._asleep()
+            if asleep and not asleep.isdisjoint(signals.gathered(await self._held(session), self._inside())):
+                return
 
     def _asleep(self) -> set[Place]:
         """Models that have no replicas until somebody asks."""
@@ -155,8 +158,8 @@ class Scaler:
         if load is not None:
             wanted = policy.demand(load, self._policy)
             self._metrics.of("latentflow_scheduler_demand", namespace=namespace, model=model).set(wanted)
-        blind = self._is_blind(place, known, load, ready=ready)
         was_blind = body.get("status", {}).get("scheduling", {}).get("signals") == "Missing"
+        blind = self._is_blind(place, known, load, ready=ready, was=was_blind)
         if decision.replicas != current:
             # Why comes before what: after a crash between the two the decision is made, told and carried out again.
             direction = "up" if decision.replicas > current else "down"
@@ -173,13 +176,16 @@ class Scaler:
         # Only what has been written is remembered: a decision that failed is made again.
         self._states[place] = state
 
-    def _is_blind(self, place: Place, known: Signals | None, load: Load | None, *, ready: int) -> bool:
-        """Whether nothing is known of a model; at once without Prometheus, else when its servers should be scraped by now."""
+    def _is_blind(self, place: Place, known: Signals | None, load: Load | None, *, ready: int, was: bool) -> bool:
+        """Whether nothing is known of a model, and has not been for so long that it is worth telling.
+
+        A Prometheus that misses one answer is not worth a write for each model, and new servers have to be scraped first.
+        """
         if load is not None or (known is not None and ready == 0):
             self._unseen.pop(place, None)
             return False
         since = self._unseen.setdefault(place, self._clock())
-        return known is None or self._clock() - since >= 2 * self._settings.window_seconds
+        return was or self._clock() - since >= (1 if known is None else 2) * self._settings.window_seconds
 
     async def _tell(self, body: Manifest, decision: Decision, *, reason: str, blind: bool) -> None:
         namespace, name = place_of(body)

@@ -20,7 +20,7 @@ class Load:
 
     Attributes:
         arrivals: Requests per second that have come.
-        done: Requests per second that have ended.
+        service_seconds: Of computing that one request costs; 0 where none has ended.
         busy: Seconds of computing per second, over all replicas; at most their number.
         waiting: Requests that wait inside the model's servers.
         held: Requests that gateways hold because no replica takes them.
@@ -28,25 +28,20 @@ class Load:
     """
 
     arrivals: float
-    done: float
+    service_seconds: float
     busy: float
     waiting: float
     held: float
     running: float = 0.0
 
     @property
-    def service_seconds(self) -> float:
-        """Seconds of computing that one request costs; 0 where none has ended."""
-        return self.busy / self.done if self.done > _NONE else 0.0
-
-    @property
     def work(self) -> float:
-        """Seconds of computing per second that those who come ask for.
+        """Replicas that those who come ask for: seconds of computing per second.
 
         Not what is computed: replicas that work off a backlog compute all the time, and would ask for more and more. But while
         nobody waits no more is asked for than is computed, so that a rate taken of few, long requests cannot exaggerate.
         """
-        if self.done <= _NONE:
+        if self.service_seconds <= _NONE:
             return self.busy
         asked = self.arrivals * self.service_seconds
         return asked if self.waiting > 0 or self.held > 0 else min(asked, self.busy)
@@ -130,7 +125,9 @@ def decide(
             ),
             State(added=state.added, asked=asked),
         )
-    wanted = _within(_wanted(load, settings), bounds)
+    # Fewer only where those that are left can do what is computed now: of requests longer than the rates' window few come.
+    wanted = max(_wanted(load, settings), min(current, _replicas(load.busy, settings)))
+    wanted = _within(wanted, bounds)
     if wanted == 0 and current > 0 and now - asked < settings.idle_seconds:
         wanted = 1
     said = _said(load, settings)
@@ -159,11 +156,15 @@ def demand(load: Load, settings: Settings) -> float:
 
 
 def _wanted(load: Load, settings: Settings) -> int:
-    wanted = math.ceil(demand(load, settings) / settings.full - 1e-9)
+    wanted = _replicas(demand(load, settings), settings)
     if load.held > 0 or load.waiting > 0:
         # Somebody waits, and what a request costs may not be known yet.
         return max(1, wanted)
     return wanted
+
+
+def _replicas(work: float, settings: Settings) -> int:
+    return math.ceil(work / settings.full - 1e-9)
 
 
 def _within(count: int, bounds: Bounds) -> int:

@@ -6,7 +6,7 @@ them. The embedded runtime reads its processes this way.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +17,8 @@ from latentflow_scheduler.policy import Load
 
 # The calls that are somebody's request of the model; the others are about it.
 CALLS = ("Encode", "Denoise", "Decode", "Residuals", "Adapter")
+# How a call ends that a full queue has refused: it comes again, and costs nothing.
+REFUSED = "RESOURCE_EXHAUSTED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +27,15 @@ class Scrape:
 
     Attributes:
         time: In seconds of any clock.
-        started: Calls that it has taken since the process started.
-        ended: Calls that have ended since then.
+        taken: Requests that it has taken since the process started; not those that its full queue refused.
+        ended: Requests of those that have ended.
         computed: Seconds of computing since then.
         waiting: Requests that wait inside it.
         running: Requests that it computes.
     """
 
     time: float
-    started: float
+    taken: float
     ended: float
     computed: float
     waiting: float
@@ -47,10 +49,13 @@ Track = tuple[Scrape, ...]
 def replica(text: str, *, time: float) -> Scrape:
     """What a model server's /metrics says. ValueError where that is no text of metrics."""
     samples = list(_samples(text))
+    ended = [s for s in samples if s.name == "latentflow_requests_total" and s.labels["call"] in CALLS]
+    refused = sum(s.value for s in ended if s.labels["code"] == REFUSED)
+    started = (s for s in samples if s.name == "latentflow_requests_started_total" and s.labels["call"] in CALLS)
     return Scrape(
         time=time,
-        started=_calls(samples, "latentflow_requests_started_total"),
-        ended=_calls(samples, "latentflow_requests_total"),
+        taken=sum(s.value for s in started) - refused,
+        ended=sum(s.value for s in ended) - refused,
         computed=sum(s.value for s in samples if s.name == "latentflow_step_seconds_sum"),
         waiting=sum(s.value for s in samples if s.name == "latentflow_queue_depth"),
         running=sum(s.value for s in samples if s.name == "latentflow_in_flight"),
@@ -90,11 +95,15 @@ def load(tracks: Mapping[str, Track], *, ready: Collection[str], now: float, hel
     known = [tracks.get(name, ()) for name in ready]
     if not all(track and track[-1].time == now for track in known):
         return None
+    ended = [_rate(track, [one.ended for one in track]) for track in known]
+    # A step counts when it ends: one longer than the track is would show as more than all of a replica's time.
+    busy = [min(1.0, _rate(track, [one.computed for one in track])) for track in known]
+    # A replica that has ended none yet has computed for some already.
+    ended_by = [computed for computed, count in zip(busy, ended, strict=True) if count > 0]
     return Load(
-        arrivals=sum(_rate(track, [one.started for one in track]) for track in known),
-        done=sum(_rate(track, [one.ended for one in track]) for track in known),
-        # A step counts when it ends: one longer than the track is would show as more than all of a replica's time.
-        busy=sum(min(1.0, _rate(track, [one.computed for one in track])) for track in known),
+        arrivals=sum(_rate(track, [one.taken for one in track]) for track in known),
+        service_seconds=sum(ended_by) / sum(ended) if ended_by else 0.0,
+        busy=sum(busy),
         waiting=sum(track[-1].waiting for track in known),
         running=sum(track[-1].running for track in known),
         held=held,
@@ -107,10 +116,6 @@ def _rate(track: Track, counter: list[float]) -> float:
     # A counter that went back was set to nothing by a restart: what it says since then has come since then.
     grown = sum(after - before if after >= before else after for before, after in pairwise(counter))
     return grown / seconds if seconds > 0 else 0.0
-
-
-def _calls(samples: Iterable[Sample], counter: str) -> float:
-    return sum(s.value for s in samples if s.name == counter and s.labels["call"] in CALLS)
 
 
 def _samples(text: str) -> Iterator[Sample]:

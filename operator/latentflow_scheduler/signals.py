@@ -53,7 +53,7 @@ def load(known: Signals | None, held: Mapping[Place, float], place: Place, *, re
     holds = max(held.get(place, 0.0), known.held.get(place, 0.0) if known else 0.0)
     if known is None or place not in known.loads:
         if current == 0 and (holds or known is not None):
-            return Load(arrivals=0.0, done=0.0, busy=0.0, waiting=0.0, held=holds)
+            return Load(arrivals=0.0, service_seconds=0.0, busy=0.0, waiting=0.0, held=holds)
         return None
     if known.replicas.get(place, 0) < ready:
         return None
@@ -82,23 +82,28 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
         window: Seconds over which rates are taken; at least four times the scrape interval.
     """
     by_model = "sum by (namespace, model)"
-    calls = f'{{call=~"{_CALLS}"}}[{window}s]'
-    arrivals = await _query(session, url, f"{by_model}(rate(latentflow_requests_started_total{calls}))")
-    done = await _query(session, url, f"{by_model}(rate(latentflow_requests_total{calls}))")
+    calls, by_replica = f'call=~"{_CALLS}"', "sum by (namespace, model, instance)"
+    started = await _query(session, url, f"{by_model}(rate(latentflow_requests_started_total{{{calls}}}[{window}s]))")
+    refused = f'{by_model}(rate(latentflow_requests_total{{{calls},code="{scrapes.REFUSED}"}}[{window}s]))'
+    refusals = _placed(await _query(session, url, refused))
     # A step counts when it ends: one longer than the window would show as more than all of a replica's time.
-    busy = await _query(session, url, f"{by_model}(clamp_max(rate(latentflow_step_seconds_sum[{window}s]), 1))")
+    computing = f"clamp_max({by_replica}(rate(latentflow_step_seconds_sum[{window}s])), 1)"
+    busy = await _query(session, url, f"{by_model}({computing})")
+    # A replica that has ended none yet has computed for some already.
+    ended = f'({by_replica}(rate(latentflow_requests_total{{{calls},code!="{scrapes.REFUSED}"}}[{window}s])) > 0)'
+    service = await _query(session, url, f"{by_model}({computing} and {ended}) / {by_model}({ended})")
     waiting = await _query(session, url, f"{by_model}(latentflow_queue_depth)")
     running = await _query(session, url, f"{by_model}(latentflow_in_flight)")
     replicas = await _query(session, url, "count by (namespace, model)(latentflow_ready == 1)")
     holding = await _query(session, url, "sum by (model)(latentflow_gateway_held)")
     # A gateway knows a model as namespace/name.
     held = {_split(labels.get("model", "")): value for labels, value in holding}
-    arrived, ended, computed = _placed(arrivals), _placed(done), _placed(busy)
+    arrived, cost, computed = _placed(started), _placed(service), _placed(busy)
     queued, under_way, counted = _placed(waiting), _placed(running), _placed(replicas)
     loads = {
         place: Load(
-            arrivals=arrived.get(place, 0.0),
-            done=ended.get(place, 0.0),
+            arrivals=max(0.0, arrived.get(place, 0.0) - refusals.get(place, 0.0)),
+            service_seconds=cost.get(place, 0.0),
             busy=computed.get(place, 0.0),
             waiting=queued.get(place, 0.0),
             # What gateways hold stands apart, as `load` takes it from two sides.
@@ -119,7 +124,7 @@ async def held(session: aiohttp.ClientSession, gateways: str) -> dict[Place, flo
     host, _, port = gateways.rpartition(":")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         _log.warning("gateways are not found; only Prometheus knows what they hold", host=host, error=str(error))
         return {}
     addresses = sorted({str(address[0]) for *_, address in found})

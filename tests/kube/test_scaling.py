@@ -6,17 +6,22 @@ import math
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import pytest
 from kube.acting import workflow
+from latentflow.errors import UnavailableError
 from latentflow.metrics import GATEWAY, NODE, Instruments
+from latentflow_scheduler import signals
 from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, condition, new_namespace
 from support.operating import Operator
 from support.prometheus import Prometheus, scraping
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 # Fast, so that a test does not wait; the scrape interval is a second.
 SCALING = {"intervalSeconds": 0.5, "windowSeconds": 5, "upSeconds": 1, "downSeconds": 4, "idleSeconds": 4}
@@ -38,9 +43,10 @@ class Servers:
         self._thread.start()
 
     def _serve(self) -> None:
-        pause = 0.1
-        while not self._stopped.wait(pause):
-            done = self.rate * pause / MOST
+        now = time.monotonic()
+        while not self._stopped.wait(0.1):
+            before, now = now, time.monotonic()
+            done = self.rate * (now - before) / MOST
             for node in self._nodes:
                 node.of("latentflow_requests_started_total", call="Denoise").inc(done)
                 node.of("latentflow_requests_total", call="Denoise", code="OK").inc(done)
@@ -208,3 +214,50 @@ def test_an_external_model_is_left_to_who_scales_it(scaled: Scaled, api_server: 
         scaled.namespace.until("DiffusionModel", lambda found: found[vae]["spec"]["replicas"] == 1)
     body = scaled.until(2)
     assert "scheduling" not in body.get("status", {})
+
+
+async def test_what_a_request_costs_is_read_of_those_that_have_ended_and_refusals_are_nobody_s_load(
+    tmp_path: Path,
+) -> None:
+    old, new = (Instruments(NODE, model="denoiser-1", role="Denoiser") for _ in range(2))
+    stopped = threading.Event()
+
+    def serve() -> None:
+        now = time.monotonic()
+        while not stopped.wait(0.1):
+            before, now = now, time.monotonic()
+            passed = now - before
+            for code, count in (("OK", passed), ("RESOURCE_EXHAUSTED", 9 * passed)):
+                old.of("latentflow_requests_started_total", call="Denoise").inc(count)
+                old.of("latentflow_requests_total", call="Denoise", code=code).inc(count)
+            old.of("latentflow_step_seconds").observe(0.5 * passed)
+            # Computes all the time, and has ended nothing.
+            new.of("latentflow_step_seconds").observe(passed)
+
+    @retry(
+        retry=retry_if_exception_type((AssertionError, KeyError, UnavailableError)),
+        stop=stop_after_delay(60),
+        wait=wait_fixed(0.5),
+        reraise=True,
+    )
+    async def seen(url: str) -> None:
+        async with aiohttp.ClientSession() as session:
+            load = (await signals.read(session, url, window=5)).loads["art", "denoiser-1"]
+        assert load.busy == pytest.approx(1.5, rel=0.1)
+        assert load.service_seconds == pytest.approx(0.5, rel=0.1)
+        assert load.arrivals == pytest.approx(1.0, rel=0.2)
+
+    addresses = []
+    for node in (old, new):
+        node.of("latentflow_ready").set(1)
+        addresses.append(f"127.0.0.1:{node.serve(host='127.0.0.1', port=0)}")
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        with scraping(tmp_path, addresses, namespace="art") as prometheus:
+            await seen(prometheus.url)
+    finally:
+        stopped.set()
+        thread.join()
+        old.close()
+        new.close()

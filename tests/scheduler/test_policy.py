@@ -12,11 +12,11 @@ from latentflow_scheduler.policy import Bounds, Decision, Load, Settings, State,
 
 SETTINGS = Settings()
 INTERVAL = 10.0
-QUIET = Load(arrivals=0, done=0, busy=0, waiting=0, held=0)
+QUIET = Load(arrivals=0, service_seconds=0, busy=0, waiting=0, held=0)
 
 
 def steady(rate: float, seconds: float, *, waiting: float = 0) -> Load:
-    return Load(arrivals=rate, done=rate, busy=rate * seconds, waiting=waiting, held=0)
+    return Load(arrivals=rate, service_seconds=seconds, busy=rate * seconds, waiting=waiting, held=0)
 
 
 @dataclass
@@ -55,24 +55,39 @@ def test_who_waits_counts_by_the_time_it_may_take_to_work_them_off() -> None:
 
 
 def test_replicas_that_work_off_a_backlog_ask_for_no_more_than_the_requests_that_come() -> None:
-    draining = Load(arrivals=2.0, done=4.0, busy=4.0, waiting=2, held=0)
+    draining = Load(arrivals=2.0, service_seconds=1.0, busy=4.0, waiting=2, held=0)
     assert demand(draining, SETTINGS) == pytest.approx(2.0 + 2 * 1.0 / 20)
-    drained = Load(arrivals=2.0, done=4.0, busy=4.0, waiting=0, held=0)
+    drained = Load(arrivals=2.0, service_seconds=1.0, busy=4.0, waiting=0, held=0)
     assert demand(drained, SETTINGS) == pytest.approx(2.0)
 
 
 def test_more_than_the_replicas_can_do_is_asked_for_at_once() -> None:
     model = Model()
-    assert model.see(Load(arrivals=6.0, done=2.0, busy=1.0, waiting=10, held=0)).replicas == math.ceil(3.25 / 0.7)
+    assert model.see(Load(arrivals=6.0, service_seconds=0.5, busy=1.0, waiting=10, held=0)).replicas == math.ceil(
+        3.25 / 0.7
+    )
 
 
 def test_while_nobody_waits_no_more_is_asked_for_than_is_computed() -> None:
-    few_long_ones = Load(arrivals=0.2, done=0.1, busy=1.5, waiting=0, held=0)
+    few_long_ones = Load(arrivals=0.2, service_seconds=15.0, busy=1.5, waiting=0, held=0)
     assert demand(few_long_ones, SETTINGS) == pytest.approx(1.5)
 
 
 def test_before_the_first_request_has_ended_what_is_computed_counts() -> None:
-    assert demand(Load(arrivals=0.1, done=0, busy=0.9, waiting=0, held=0), SETTINGS) == pytest.approx(0.9)
+    assert demand(Load(arrivals=0.1, service_seconds=0, busy=0.9, waiting=0, held=0), SETTINGS) == pytest.approx(0.9)
+
+
+def test_replicas_that_compute_requests_longer_than_the_rates_window_stay() -> None:
+    model = Model(current=3)
+    none_came_lately = Load(arrivals=0, service_seconds=200.0, busy=3.0, waiting=0, held=0, running=3)
+    assert model.see(none_came_lately, seconds=3 * SETTINGS.down_seconds).replicas == 3
+
+
+def test_replicas_that_still_work_off_a_backlog_neither_grow_nor_go() -> None:
+    model = Model(current=5)
+    drained = Load(arrivals=2.0, service_seconds=1.0, busy=5.0, waiting=0, held=0)
+    assert model.see(drained, seconds=3 * SETTINGS.down_seconds).replicas == 5
+    assert model.see(steady(2.0, 1.0), seconds=2 * SETTINGS.down_seconds).replicas == 3
 
 
 def test_what_was_added_gets_time_to_start_before_more_is_added() -> None:
@@ -126,7 +141,7 @@ def test_a_model_that_may_have_none_loses_its_last_replica_when_nobody_has_asked
 
 def test_a_held_request_wakes_a_model_that_has_none_at_once() -> None:
     model = Model(bounds=Bounds(fewest=0, most=3), current=0, state=State(added=999.0, asked=500.0))
-    assert model.see(Load(arrivals=0, done=0, busy=0, waiting=0, held=1)).replicas == 1
+    assert model.see(Load(arrivals=0, service_seconds=0, busy=0, waiting=0, held=1)).replicas == 1
 
 
 @st.composite
@@ -134,7 +149,11 @@ def loads(draw: st.DrawFn) -> Load | None:
     if draw(st.booleans()):
         number = st.floats(0, 100)
         return Load(
-            arrivals=draw(number), done=draw(number), busy=draw(number), waiting=draw(number), held=draw(number)
+            arrivals=draw(number),
+            service_seconds=draw(number),
+            busy=draw(number),
+            waiting=draw(number),
+            held=draw(number),
         )
     return draw(st.sampled_from([None, QUIET]))
 
@@ -167,6 +186,6 @@ def test_more_work_never_wants_fewer_replicas(rate: float, seconds: float, waiti
 
 def test_requests_whose_first_step_has_not_ended_are_no_idle_time() -> None:
     model = Model(bounds=Bounds(fewest=0, most=4), current=2)
-    long_steps = Load(arrivals=0, done=0, busy=0, waiting=0, held=0, running=2)
+    long_steps = Load(arrivals=0, service_seconds=0, busy=0, waiting=0, held=0, running=2)
     assert model.see(long_steps, seconds=SETTINGS.idle_seconds + SETTINGS.down_seconds).replicas == 2
     assert model.see(QUIET, seconds=2 * SETTINGS.down_seconds).replicas == 1

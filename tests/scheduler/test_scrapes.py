@@ -20,7 +20,7 @@ def said(
 ) -> Scrape:
     """What a replica says that has taken so many requests, all of which have ended unless told."""
     ended = requests if ended is None else ended
-    return Scrape(time=time, started=requests, ended=ended, computed=computed, waiting=waiting)
+    return Scrape(time=time, taken=requests, ended=ended, computed=computed, waiting=waiting)
 
 
 def track(seen: Iterable[Scrape]) -> Track:
@@ -42,9 +42,16 @@ def text(instruments: Instruments) -> str:
 
 def test_a_replica_is_read_from_the_text_of_its_metrics() -> None:
     node = Instruments(NODE, model="denoiser-1", role="Denoiser")
-    for call, code, count in (("Denoise", "OK", 3), ("Denoise", "CANCELLED", 1), ("Describe", "OK", 7)):
-        node.of("latentflow_requests_started_total", call=call).inc(count + 1)
+    for call, code, count in (
+        ("Denoise", "OK", 3),
+        ("Denoise", "CANCELLED", 1),
+        ("Denoise", "RESOURCE_EXHAUSTED", 90),
+        ("Describe", "OK", 7),
+    ):
+        node.of("latentflow_requests_started_total", call=call).inc(count)
         node.of("latentflow_requests_total", call=call, code=code).inc(count)
+    # Two are under way.
+    node.of("latentflow_requests_started_total", call="Denoise").inc(2)
     node.of("latentflow_step_seconds").observe(0.25)
     node.of("latentflow_step_seconds").observe(0.5)
     node.of("latentflow_queue_depth").set(2)
@@ -78,10 +85,21 @@ def test_rates_are_those_of_the_window() -> None:
 
 
 def test_requests_count_as_they_come_and_as_they_end() -> None:
-    growing = track(said(t, requests=3 * t, ended=t) for t in range(11))
+    growing = track(said(t, requests=3 * t, ended=t, computed=0.5 * t) for t in range(11))
     load = scrapes.load({"one": growing}, ready=["one"], now=10, held=0)
     assert load is not None
-    assert (load.arrivals, load.done) == (pytest.approx(3.0), pytest.approx(1.0))
+    assert (load.arrivals, load.service_seconds) == (pytest.approx(3.0), pytest.approx(0.5))
+
+
+def test_a_replica_that_computes_its_first_request_makes_requests_no_dearer() -> None:
+    tracks = {
+        "old": track(said(t, requests=t, ended=t, computed=0.5 * t) for t in range(11)),
+        "new": track(said(t, requests=2, ended=0, computed=t) for t in range(11)),
+    }
+    load = scrapes.load(tracks, ready=list(tracks), now=10, held=0)
+    assert load is not None
+    assert load.service_seconds == pytest.approx(0.5)
+    assert load.busy == pytest.approx(1.5)
 
 
 def test_what_waits_is_what_was_said_last() -> None:

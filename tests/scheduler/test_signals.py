@@ -12,7 +12,7 @@ from latentflow_scheduler.signals import Place, Signals, gathered, load
 from prometheus_client import generate_latest
 
 PLACE = ("art", "denoiser-1")
-BUSY = Load(arrivals=2.0, done=1.5, busy=1.0, waiting=3.0, held=0.0)
+BUSY = Load(arrivals=2.0, service_seconds=0.5, busy=1.0, waiting=3.0, held=0.0)
 
 
 def known(*, replicas: int = 2, held: float = 0.0) -> Signals:
@@ -35,7 +35,7 @@ def test_of_what_gateways_and_prometheus_say_is_held_the_larger_counts(
 
 def test_of_a_model_without_replicas_what_gateways_hold_is_known_without_prometheus() -> None:
     found = load(None, {PLACE: 1.0}, PLACE, ready=0, current=0)
-    assert found == Load(arrivals=0.0, done=0.0, busy=0.0, waiting=0.0, held=1.0)
+    assert found == Load(arrivals=0.0, service_seconds=0.0, busy=0.0, waiting=0.0, held=1.0)
 
 
 def test_without_prometheus_nothing_is_known_of_a_model_that_has_replicas() -> None:
@@ -46,7 +46,9 @@ def test_without_prometheus_nothing_is_known_of_a_model_that_has_replicas() -> N
 def test_replicas_that_have_not_been_scraped_yet_are_no_idle_ones() -> None:
     nothing = Signals(loads={}, replicas={}, held={})
     assert load(nothing, {}, PLACE, ready=0, current=3) is None
-    assert load(nothing, {}, PLACE, ready=0, current=0) == Load(arrivals=0.0, done=0.0, busy=0.0, waiting=0.0, held=0.0)
+    assert load(nothing, {}, PLACE, ready=0, current=0) == Load(
+        arrivals=0.0, service_seconds=0.0, busy=0.0, waiting=0.0, held=0.0
+    )
 
 
 def test_what_a_gateway_holds_is_read_from_its_metrics() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from latentflow.errors import FailedPreconditionError
-from latentflow.v1 import control_pb2
+from latentflow.v1 import control_pb2, stage_pb2
 
 from latentflow_nodes.context import Context
 from latentflow_nodes.roles.control_net import ControlNet
@@ -44,6 +44,12 @@ _ROLES: dict[str, type[TextEncoder | Denoiser | ControlNet | LoRAStore | VAE]] =
     "LoRAStore": LoRAStore,
     "VAE": VAE,
 }
+
+
+def calls(role: str) -> list[str]:
+    """The Stage calls that a role answers."""
+    methods = stage_pb2.DESCRIPTOR.services_by_name["Stage"].methods
+    return [method.name for method in methods if hasattr(_ROLES[role], method.name.lower())]
 
 
 def load(context: Context) -> TextEncoder | Denoiser | ControlNet | LoRAStore | VAE:

@@ -77,6 +77,7 @@ class ControlNet:
     ) -> AsyncIterator[stage_pb2.ResidualsResponse]:
         """Answers a request's steps in their order."""
         inputs: dict[str, Any] | None = None
+        begun = False
         image = torch.empty(0)
         with self._context.transport.sender() as sender:
             async for request in requests:
@@ -94,11 +95,12 @@ class ControlNet:
                     continue
                 if inputs is None:
                     raise InvalidRequestError("The first message of a Residuals stream has to be `open`.")
-                for response in await self._step(request.step, inputs, image, sender):
+                for response in await self._step(request.step, inputs, image, sender, begun=begun):
                     yield response
+                begun = True
 
     async def _step(
-        self, step: stage_pb2.ResidualsStep, inputs: dict[str, Any], image: torch.Tensor, sender: Sender
+        self, step: stage_pb2.ResidualsStep, inputs: dict[str, Any], image: torch.Tensor, sender: Sender, *, begun: bool
     ) -> Iterator[stage_pb2.ResidualsResponse]:
         sample = self._here(codec.from_inline(step.sample))
         rows = inputs["encoder_hidden_states"].shape[0]
@@ -108,7 +110,7 @@ class ControlNet:
                 f"[{rows}, {self._network.config.in_channels}, height, width] does."
             )
         bundle, forward_ns = await self._worker.run(
-            lambda: self._run(sample, step.timestep, inputs, image, scale=step.scale)
+            lambda: self._run(sample, step.timestep, inputs, image, scale=step.scale), begun=begun
         )
         return (
             stage_pb2.ResidualsResponse(step=step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0)
