@@ -76,16 +76,24 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Tls:
-    """Files of one side of a TLS connection, in PEM. `certificate` and `key` together make it mutual for a client."""
+    """Files of one side of a TLS connection, in PEM. `certificate` and `key` together make it mutual for a client.
+
+    Attributes:
+        name: Whose certificate a client expects, where that is not the name it dials: behind a port that is forwarded.
+    """
 
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    name: str | None = None
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(
             root_certificates=_read(self.ca), private_key=_read(self.key), certificate_chain=_read(self.certificate)
         )
+
+    def channel_options(self) -> list[tuple[str, str]]:
+        return [("grpc.ssl_target_name_override", self.name)] if self.name else []
 
     def server_credentials(self) -> grpc.ServerCredentials:
         """Asks clients for a certificate where a CA is given. ValueError without key and certificate."""
@@ -100,7 +108,7 @@ def channel(address: str, *, tls: Tls | None) -> grpc.aio.Channel:
     options = list(CHANNEL_OPTIONS)
     if tls is None:
         return grpc.aio.insecure_channel(address, options)
-    return grpc.aio.secure_channel(address, tls.channel_credentials(), options)
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), [*options, *tls.channel_options()])
 
 
 def metadata(*, token: str | None, trace: Trace | None, request_id: str | None) -> list[tuple[str, str]]:

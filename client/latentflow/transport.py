@@ -64,7 +64,7 @@ class GrpcTransport:
         self._target = target
         options = list(rpc.CHANNEL_OPTIONS)
         self._channel = (
-            grpc.secure_channel(target, tls.channel_credentials(), options)
+            grpc.secure_channel(target, tls.channel_credentials(), [*options, *tls.channel_options()])
             if tls
             else grpc.insecure_channel(target, options)
         )
@@ -118,7 +118,7 @@ class AsyncGrpcTransport:
         self._target = target
         options = list(rpc.CHANNEL_OPTIONS)
         self._channel = (
-            grpc.aio.secure_channel(target, tls.channel_credentials(), options)
+            grpc.aio.secure_channel(target, tls.channel_credentials(), [*options, *tls.channel_options()])
             if tls
             else grpc.aio.insecure_channel(target, options)
         )

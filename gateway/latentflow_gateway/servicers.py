@@ -54,8 +54,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             found = planning.find(self._replicas.directory.workflows, request.workflow)
             workflow = found.full_name
             remaining = context.time_remaining()
-            seconds = self._settings.request_seconds if remaining is None else remaining
-            deadline = asyncio.get_running_loop().time() + seconds
+            longest = self._settings.request_seconds
+            deadline = asyncio.get_running_loop().time() + (longest if remaining is None else min(remaining, longest))
 
             async def work(broadcast: Broadcast) -> None:
                 await self._run(

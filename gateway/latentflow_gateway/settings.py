@@ -34,7 +34,7 @@ class GatewaySettings:
         max_running: Requests that are worked on at a time.
         max_queued: Requests that may wait for that; one more is refused.
         checkpoint_interval: Steps between checkpoints, which bound what a crash loses.
-        request_seconds: Longest time for a request whose client set no deadline.
+        request_seconds: The longest that a request may take, whatever deadline its client set.
         ready_seconds: How long a request waits for a model that has no ready replica.
         drain: Seconds that running requests get when the gateway is told to stop.
         token: Shared secret of the servers.
@@ -94,6 +94,12 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         default=60.0,
         help="seconds a request waits for a model without ready replicas: for it to wake (default: 60)",
     )
+    add(
+        "--request-seconds",
+        type=float,
+        default=600.0,
+        help="the longest that a request may take, whatever deadline its client set (default: 600)",
+    )
     add("--checkpoint-interval", type=int, default=10, help="steps between checkpoints; 0: none (default: 10)")
     add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
     add("--api-keys", type=Path, help="folder with a file for each client, its API key; others are refused")
@@ -136,6 +142,7 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         checkpoint_interval=args.checkpoint_interval,
         ready_seconds=args.ready_seconds,
         drain=args.drain,
+        request_seconds=args.request_seconds,
         token=os.environ.get("LATENTFLOW_TOKEN") or None,
         api_keys=args.api_keys,
         tls=tls,

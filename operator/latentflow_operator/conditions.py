@@ -39,6 +39,7 @@ def of_model(
     is_own: Callable[[str], bool],
     before: Mapping[str, Body],
     blind: bool,
+    wakes: bool,
     refused: Trouble | None = None,
     downloading: str | None = None,
 ) -> tuple[Statement, ...]:
@@ -49,17 +50,18 @@ def of_model(
         is_own: As of `trouble`.
         before: Its conditions until now, by type.
         blind: Whether its scheduler knows nothing of its load.
+        wakes: Whether there is a scheduler that gives it a replica when somebody asks.
         refused: Why it has no pods yet; None where nothing stands in their way.
         downloading: How far a server's download is, in a sentence; None where none fetches.
     """
-    alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+    alive = replicas(pods)
     ready = sum(is_ready(pod) for pod in alive)
     problem = refused or worst(alive, is_own) or not_created(deployment)
     if ready > 0 or wanted == 0 or problem is not None:
         downloading = None
     loaded = ready > 0 or before.get(ConditionType.WEIGHTS_AVAILABLE, {}).get("status") == "True"
     return (
-        _model_ready(wanted, ready, problem, downloading),
+        _model_ready(wanted, ready, problem, downloading, wakes=wakes),
         _weights(loaded, problem, downloading),
         _scheduled(alive, problem, wanted=wanted),
         _degraded(problem, wanted=wanted, blind=blind),
@@ -136,11 +138,21 @@ def transition(body: Body, status: Body, *, now: datetime) -> Body | None:
 
 
 def takes_over(body: Body | None) -> bool:
-    """Whether a model can serve from now on: it takes requests, or did and would wake for one."""
+    """Whether a model can serve from now on: it takes requests, or did and has no replicas by somebody's wish."""
     said = by_type(body)
     ready, weights = said.get(ConditionType.READY, {}), said.get(ConditionType.WEIGHTS_AVAILABLE, {})
-    sleeps = ready.get("reason") == "ScaledToZero" and weights.get("status") == "True"
+    sleeps = ready.get("reason") in ("ScaledToZero", "NoReplicas") and weights.get("status") == "True"
     return ready.get("status") == "True" or sleeps
+
+
+def replicas(pods: Iterable[Body]) -> list[Body]:
+    """Pods that are a model's replicas: neither on their way out, nor ended for good while there are others.
+
+    An evicted pod stays as Failed beside the one that replaces it, until somebody collects it.
+    """
+    staying = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+    running = [pod for pod in staying if pod.get("status", {}).get("phase") not in ("Failed", "Succeeded")]
+    return running or staying
 
 
 def by_type(body: Body | None) -> dict[str, Body]:
@@ -148,15 +160,24 @@ def by_type(body: Body | None) -> dict[str, Body]:
     return {c["type"]: c for c in (body or {}).get("status", {}).get("conditions", ())}
 
 
-def _model_ready(wanted: int, ready: int, problem: Trouble | None, downloading: str | None) -> Statement:
+def _model_ready(
+    wanted: int, ready: int, problem: Trouble | None, downloading: str | None, *, wakes: bool
+) -> Statement:
     about = ConditionType.READY
     if ready > 0:
         return Statement(
             type=about, status="True", reason="ReplicasReady", message=f"{ready} of {wanted} replicas take requests."
         )
-    if wanted == 0:
+    if wanted == 0 and wakes:
         return Statement(
             type=about, status="False", reason="ScaledToZero", message="It has no replicas; a request wakes it."
+        )
+    if wanted == 0:
+        return Statement(
+            type=about,
+            status="False",
+            reason="NoReplicas",
+            message="It was scaled to no replicas, and nothing here wakes it; scale it up, as with kubectl scale.",
         )
     if problem is not None:
         return Statement(type=about, status="False", reason=problem.reason, message=problem.message)

@@ -241,10 +241,11 @@ class Reconciler:
             is_own=manifests.is_its_container(name, spec),
             before=before,
             blind=self._is_blind(body, spec),
+            wakes=self._settings.scaling is not None and self._host(body).scaling.mode == "Managed",
             refused=refused,
             downloading=self.downloads.said((namespace, name), before),
         )
-        alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+        alive = conditions.replicas(pods)
         status = {
             "observedGeneration": body["metadata"]["generation"],
             "conditions": self._stamped(statements, before, body),
@@ -265,10 +266,14 @@ class Reconciler:
 
     def _replicas(self, body: Manifest) -> int:
         """How many pods there should be that a model runs in."""
+        return manifests.replicas(self._host(body))
+
+    def _host(self, body: Manifest) -> ModelSpec:
+        """The model in whose pods a model runs."""
         namespace, name = place_of(body)
         spec = ModelSpec.model_validate(body["spec"])
         host = self.store.get("DiffusionModel", namespace, manifests.pods_of(name, spec))
-        return manifests.replicas(ModelSpec.model_validate(host["spec"]) if host else spec)
+        return ModelSpec.model_validate(host["spec"]) if host else spec
 
     async def _workflow(self, namespace: str, name: str) -> None:
         known = self.store.workflow(namespace, name)

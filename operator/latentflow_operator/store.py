@@ -6,7 +6,7 @@ until the watch catches up; the higher resourceVersion wins. Not locked: everyth
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from latentflow_operator.binding import Owner
 
 Body = dict[str, Any]
 Place = tuple[str, str]
+_REMEMBERED = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,14 @@ class Store:
         self._workflows: dict[Place, Known] = {}
         self._users: dict[Place, set[str]] = defaultdict(set)
         self._pods: dict[Place, dict[str, Body]] = defaultdict(dict)
+        # Deleted lately: an answer to a write of ours may come after the news that the object has gone.
+        self._gone: deque[str] = deque(maxlen=_REMEMBERED)
 
     def put(self, body: Body) -> bool:
-        """Takes a body in; False where what is known is as new."""
+        """Takes a body in; False where what is known is as new, or that the object was deleted."""
         place, kind = place_of(body), body["kind"]
+        if _uid(body) in self._gone:
+            return False
         known = self._bodies[kind].get(place)
         if known is not None and _version(known) >= _version(body) and _uid(known) == _uid(body):
             return False
@@ -56,6 +61,7 @@ class Store:
     def drop(self, body: Body) -> bool:
         """Forgets a body that was deleted; False where it is known no more, or another has its name since."""
         place, kind = place_of(body), body["kind"]
+        self._gone.append(_uid(body))
         known = self._bodies[kind].get(place)
         if known is None or _uid(known) != _uid(body):
             return False

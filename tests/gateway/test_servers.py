@@ -17,8 +17,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from latentflow import AsyncClient, Progress, Retries, rpc, status
 from latentflow.api import DiffusionWorkflow, identity, load_workflows
+from latentflow.cli.kube import Route
 from latentflow.directory import Directory, Replicas
-from latentflow.errors import AuthenticationError, ConflictError, OverloadedError, UnavailableError
+from latentflow.errors import AuthenticationError, ConflictError, DeadlineError, OverloadedError, UnavailableError
 from latentflow.retries import NO_RETRIES
 from latentflow.rpc import Tls
 from latentflow.v1 import control_pb2, control_pb2_grpc
@@ -54,6 +55,7 @@ async def served(
     client_tls: Tls | None = None,
     token: str | None = None,
     api_keys: Path | None = None,
+    request_seconds: float = 600.0,
 ) -> AsyncIterator[Served]:
     """A workflow's model servers and a gateway, in this process."""
     async with contextlib.AsyncExitStack() as stack:
@@ -81,6 +83,7 @@ async def served(
             token=token,
             api_keys=api_keys,
             ready_seconds=3.0,
+            request_seconds=request_seconds,
         )
         gateway = await stack.enter_async_context(serve_gateway(settings_of_gateway))
         yield Served(gateway=gateway, nodes=nodes)
@@ -122,6 +125,29 @@ async def test_clients_gateway_and_model_servers_talk_over_mutual_tls(tmp_path: 
             async with AsyncClient(address, tls=without, retries=Retries(attempts=1)) as stranger:
                 with pytest.raises(UnavailableError):
                     await stranger.generate(PROMPT, steps=2, timeout=10)
+
+
+async def test_behind_a_forwarded_port_the_gateways_are_known_by_the_name_of_their_service(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    host = Route(workflow="art/shapes", service="latentflow-gateway", namespace="latentflow", port=8400).host
+    certificate = authority.issue_cert(host)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    tls = Tls(certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")
+    async with served(tmp_path, client_tls=tls) as servers:
+        port = servers.gateway.address.rpartition(":")[2]
+        for name, known in ((host, True), (None, False)):
+            by_name = Tls(ca=tmp_path / "ca.pem", name=name)
+            async with AsyncClient(f"127.0.0.1:{port}", tls=by_name, retries=Retries(attempts=1)) as client:
+                with contextlib.nullcontext() if known else pytest.raises(UnavailableError):
+                    await client.generate(PROMPT, steps=2, timeout=60 if known else 10)
+
+
+async def test_no_request_takes_longer_than_the_longest_allowed_whatever_its_client_waits(tmp_path: Path) -> None:
+    async with served(tmp_path, request_seconds=0.5) as servers, AsyncClient(servers.gateway.address) as client:
+        with pytest.raises(DeadlineError):
+            await client.generate(PROMPT, steps=50, width=512, height=512, timeout=120)
 
 
 async def test_a_client_s_key_opens_the_gateway_and_the_servers_token_the_servers_but_neither_the_other(

@@ -225,13 +225,23 @@ def test_a_namespace_goes_with_all_that_is_in_it(operator: Operator, namespace: 
             operator.start()
 
 
+@pytest.mark.parametrize("up", [True, False], ids=["operator up", "operator down"])
 def test_a_model_that_somebody_deletes_while_it_is_in_use_is_made_again(
-    operator: Operator, namespace: Namespace
+    operator: Operator, namespace: Namespace, up: bool
 ) -> None:
     namespace.create(workflow())
     before = namespace.until("DiffusionModel", lambda found: len(found) == 4)
     name, body = next(iter(before.items()))
-    namespace.delete("DiffusionModel", name)
+    if not up:
+        operator.stop()
+    try:
+        namespace.delete("DiffusionModel", name)
+        if not up:
+            for kind in (*KINDS, "Pod"):
+                namespace.until(kind, lambda found: not any(name in one for one in found))
+    finally:
+        if not up:
+            operator.start()
     namespace.until(
         "DiffusionModel", lambda found: name in found and found[name]["metadata"]["uid"] != body["metadata"]["uid"]
     )

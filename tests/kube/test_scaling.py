@@ -161,6 +161,19 @@ def test_a_decision_is_told_as_an_event_with_its_reason(scaled: Scaled) -> None:
     assert {event["regarding"]["name"] for event in told} == {scaled.model}
 
 
+def test_the_scheduler_writes_its_decision_into_a_status_and_nothing_else(scaled: Scaled) -> None:
+    scaled.servers.rate = 3.4
+    body = scaled.says("up to 3")
+    fields = {
+        (entry["manager"], field)
+        for entry in body["metadata"]["managedFields"]
+        if entry.get("subresource") == "status"
+        for field in entry["fieldsV1"]["f:status"]
+    }
+    assert {field for manager, field in fields if manager == "latentflow-scheduler"} == {"f:scheduling"}
+    assert {manager for manager, field in fields if field == "f:scheduling"} == {"latentflow-scheduler"}
+
+
 def test_while_prometheus_is_away_everything_stays_and_it_says_so_once(scaled: Scaled) -> None:
     scaled.servers.rate = 3.4
     scaled.until(3)

@@ -31,6 +31,7 @@ def reasons(name: str, pod: dict[str, Any]) -> dict[str, str]:
         is_own=is_its_container(name, SPECS[name]),
         before={},
         blind=False,
+        wakes=True,
     )
     return {one.type.value: one.reason for one in statements}
 
@@ -75,8 +76,25 @@ def test_a_changed_model_takes_over_when_it_is_ready_or_sleeps_but_not_before_it
 
 def test_a_sleeping_model_lacks_no_node() -> None:
     statements = conditions.of_model(
-        wanted=0, deployment=None, pods=[], is_own=lambda container: True, before={}, blind=False
+        wanted=0, deployment=None, pods=[], is_own=lambda container: True, before={}, blind=False, wakes=True
     )
     found = {one.type.value: (one.status, one.reason) for one in statements}
     assert found["Scheduled"] == ("True", "ScaledToZero")
     assert found["Ready"] == ("False", "ScaledToZero")
+
+
+def test_a_model_that_was_scaled_to_none_and_that_nothing_wakes_is_not_ready() -> None:
+    statements = conditions.of_model(
+        wanted=0, deployment=None, pods=[], is_own=lambda container: True, before={}, blind=False, wakes=False
+    )
+    ready = next(one for one in statements if one.type.value == "Ready")
+    assert (ready.status, ready.reason) == ("False", "NoReplicas")
+    assert "kubectl scale" in ready.message
+
+
+def test_a_pod_that_was_evicted_is_no_replica_once_another_has_taken_its_place() -> None:
+    evicted = {"metadata": {"name": "a"}, "status": {"phase": "Failed", "reason": "Evicted", "message": "no memory"}}
+    runs = {"metadata": {"name": "b"}, "status": {"phase": "Running"}}
+    assert conditions.replicas([evicted, runs]) == [runs]
+    assert conditions.replicas([evicted]) == [evicted]
+    assert reasons("vae-1", evicted["status"])["Degraded"] == "Evicted"

@@ -93,6 +93,7 @@ def test_a_download_is_told_only_of_a_model_that_waits_for_nothing_else(
         is_own=lambda container: True,
         before={},
         blind=False,
+        wakes=True,
         refused=refused,
         downloading="1 of 2 GiB.",
     )

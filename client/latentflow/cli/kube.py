@@ -30,6 +30,11 @@ class Route:
     namespace: str
     port: int
 
+    @property
+    def host(self) -> str:
+        """Whose certificate the gateways show, if they serve TLS."""
+        return f"{self.service}.{self.namespace}.svc"
+
 
 def route(listing: dict[str, Any], workflow: str | None) -> Route:
     """The route to a workflow out of a listing of DiffusionWorkflows: pure.
@@ -65,8 +70,8 @@ def route(listing: dict[str, Any], workflow: str | None) -> Route:
 
 
 @contextmanager
-def reached(workflow: str | None, namespace: str | None) -> Iterator[tuple[str, str]]:
-    """The gateways' address on this machine, while entered, and the workflow's full name.
+def reached(workflow: str | None, namespace: str | None) -> Iterator[tuple[str, Route]]:
+    """The gateways' address on this machine, while entered, and the way that it stands for.
 
     Args:
         namespace: Of the workflow; None: the kubeconfig's.
@@ -89,7 +94,7 @@ def reached(workflow: str | None, namespace: str | None) -> Iterator[tuple[str, 
                 raise UnavailableError(
                     f"The gateways cannot be reached: kubectl port-forward: {forward.stderr.read().strip()}"
                 )
-            yield f"127.0.0.1:{said[1]}", way.workflow
+            yield f"127.0.0.1:{said[1]}", way
         finally:
             forward.terminate()
 

@@ -57,7 +57,9 @@ def client(
     if namespace is not None and not kube:
         raise InvalidRequestError("--namespace goes with --kube; elsewhere write --workflow NAMESPACE/NAME.")
     with ExitStack() as stack:
+        host = None
         if kube:
-            target, workflow = stack.enter_context(reached(workflow, namespace))
-        tls = Tls(ca=tls_ca) if tls_ca else None
+            target, way = stack.enter_context(reached(workflow, namespace))
+            workflow, host = way.workflow, way.host
+        tls = Tls(ca=tls_ca, name=host) if tls_ca else None
         yield stack.enter_context(Client(target, timeout=timeout, api_key=api_key, tls=tls)), workflow
