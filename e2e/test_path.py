@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import images
@@ -176,14 +177,20 @@ def test_tensors_go_through_memory_inside_a_pod_and_over_grpc_between_pods_with_
         assert body is not None
         return next(str(entry["model"]) for entry in body["status"]["models"] if entry["name"] == name)
 
+    done = time.time()
+
     @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(30), wait=wait_fixed(1), reraise=True)
+    def scraped() -> None:
+        """Returns when Prometheus has read every server since the images were done, and not in the middle of one."""
+        scrape = f'min by (model) (timestamp(latentflow_ready{{namespace="{namespace.name}"}}))'
+        assert min(prometheus.query(scrape, "model").values()) > done
+
     def ways(workflow: str, name: str, direction: str) -> set[str]:
         """By which transports a model has sent or received tensors, as Prometheus has scraped it."""
         labels = f'namespace="{namespace.name}",model="{model(workflow, name)}",direction="{direction}"'
-        found = prometheus.query(f"sum by (transport) (latentflow_tensor_bytes_total{{{labels}}}) > 0", "transport")
-        assert found
-        return set(found)
+        return set(prometheus.query(f"sum by (transport) (latentflow_tensor_bytes_total{{{labels}}}) > 0", "transport"))
 
+    scraped()
     # Residuals come from the same pod, the conditioning from the text encoder's; adapters go over gRPC everywhere.
     assert ways("shapes-together", "base", "receive") == {"shared-memory", "grpc"}
     assert ways("shapes-together", "edges", "send") == {"shared-memory"}
