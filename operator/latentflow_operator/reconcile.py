@@ -231,17 +231,17 @@ class Reconciler:
             refused: Why not.
         """
         namespace, name = place_of(body)
-        host = manifests.pods_of(name, spec)
+        host, of_pods = manifests.pods_of(name, spec), self._host(body)
         pods = list(self.store.pods(namespace, host))
         before = conditions.by_type(body)
         statements = conditions.of_model(
-            wanted=self._replicas(body),
+            wanted=manifests.replicas(of_pods),
             deployment=self.store.get("Deployment", namespace, host),
             pods=pods,
             is_own=manifests.is_its_container(name, spec),
             before=before,
             blind=self._is_blind(body, spec),
-            wakes=self._settings.scaling is not None and self._host(body).scaling.mode == "Managed",
+            wakes=self._settings.scaling is not None and of_pods.scaling.mode == "Managed",
             refused=refused,
             downloading=self.downloads.said((namespace, name), before),
         )
@@ -263,10 +263,6 @@ class Reconciler:
         """Whether who scales a model knows nothing of its load; what was said before somebody else scaled it is past."""
         said = body.get("status", {}).get("scheduling", {}).get("signals")
         return said == "Missing" and self._settings.scaling is not None and spec.scaling.mode == "Managed"
-
-    def _replicas(self, body: Manifest) -> int:
-        """How many pods there should be that a model runs in."""
-        return manifests.replicas(self._host(body))
 
     def _host(self, body: Manifest) -> ModelSpec:
         """The model in whose pods a model runs."""
@@ -308,7 +304,7 @@ class Reconciler:
             "name": binding.name,
             "role": binding.role.value,
             "model": binding.model,
-            "replicas": self._replicas(model) if model else 0,
+            "replicas": manifests.replicas(self._host(model)) if model else 0,
             "readyReplicas": status.get("readyReplicas", 0),
             **{key: status[key] for key in ("parallelism", "scheduling") if key in status},
         }

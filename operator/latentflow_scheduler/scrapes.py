@@ -27,15 +27,17 @@ class Scrape:
 
     Attributes:
         time: In seconds of any clock.
-        taken: Requests that it has taken since the process started; not those that its full queue refused.
-        ended: Requests of those that have ended.
+        started: Requests that have come since the process started.
+        refused: Those of them that its full queue refused.
+        ended: The others of them that have ended.
         computed: Seconds of computing since then.
         waiting: Requests that wait inside it.
         running: Requests that it computes.
     """
 
     time: float
-    taken: float
+    started: float
+    refused: float
     ended: float
     computed: float
     waiting: float
@@ -54,7 +56,8 @@ def replica(text: str, *, time: float) -> Scrape:
     started = (s for s in samples if s.name == "latentflow_requests_started_total" and s.labels["call"] in CALLS)
     return Scrape(
         time=time,
-        taken=sum(s.value for s in started) - refused,
+        started=sum(s.value for s in started),
+        refused=refused,
         ended=sum(s.value for s in ended) - refused,
         computed=sum(s.value for s in samples if s.name == "latentflow_step_seconds_sum"),
         waiting=sum(s.value for s in samples if s.name == "latentflow_queue_depth"),
@@ -101,13 +104,19 @@ def load(tracks: Mapping[str, Track], *, ready: Collection[str], now: float, hel
     # A replica that has ended none yet has computed for some already.
     ended_by = [computed for computed, count in zip(busy, ended, strict=True) if count > 0]
     return Load(
-        arrivals=sum(_rate(track, [one.taken for one in track]) for track in known),
+        arrivals=sum(_arrivals(track) for track in known),
         service_seconds=sum(ended_by) / sum(ended) if ended_by else 0.0,
         busy=sum(busy),
         waiting=sum(track[-1].waiting for track in known),
         running=sum(track[-1].running for track in known),
         held=held,
     )
+
+
+def _arrivals(track: Track) -> float:
+    # Each counter by itself: their difference goes back with every refusal, which would look like a restart.
+    come, refused = [one.started for one in track], [one.refused for one in track]
+    return max(0.0, _rate(track, come) - _rate(track, refused))
 
 
 def _rate(track: Track, counter: list[float]) -> float:

@@ -16,11 +16,17 @@ WINDOW = 10.0
 
 
 def said(
-    time: float, *, requests: float = 0, ended: float | None = None, computed: float = 0, waiting: float = 0
+    time: float,
+    *,
+    requests: float = 0,
+    refused: float = 0,
+    ended: float | None = None,
+    computed: float = 0,
+    waiting: float = 0,
 ) -> Scrape:
-    """What a replica says that has taken so many requests, all of which have ended unless told."""
-    ended = requests if ended is None else ended
-    return Scrape(time=time, taken=requests, ended=ended, computed=computed, waiting=waiting)
+    """What a replica says to which so many requests have come, all of which have ended unless told."""
+    ended = requests - refused if ended is None else ended
+    return Scrape(time=time, started=requests, refused=refused, ended=ended, computed=computed, waiting=waiting)
 
 
 def track(seen: Iterable[Scrape]) -> Track:
@@ -55,7 +61,9 @@ def test_a_replica_is_read_from_the_text_of_its_metrics() -> None:
     node.of("latentflow_step_seconds").observe(0.25)
     node.of("latentflow_step_seconds").observe(0.5)
     node.of("latentflow_queue_depth").set(2)
-    assert scrapes.replica(text(node), time=5.0) == said(5.0, requests=6, ended=4, computed=0.75, waiting=2)
+    assert scrapes.replica(text(node), time=5.0) == said(
+        5.0, requests=96, refused=90, ended=4, computed=0.75, waiting=2
+    )
 
 
 def test_what_a_gateway_holds_is_read_by_model_as_it_names_them() -> None:
@@ -89,6 +97,13 @@ def test_requests_count_as_they_come_and_as_they_end() -> None:
     load = scrapes.load({"one": growing}, ready=["one"], now=10, held=0)
     assert load is not None
     assert (load.arrivals, load.service_seconds) == (pytest.approx(3.0), pytest.approx(0.5))
+
+
+def test_a_request_that_has_come_and_is_refused_later_is_no_restart_of_its_server() -> None:
+    seen = [said(0, requests=1000), said(1, requests=1001, ended=1000), said(2, requests=1001, refused=1, ended=1000)]
+    load = scrapes.load({"one": track(seen)}, ready=["one"], now=2, held=0)
+    assert load is not None
+    assert load.arrivals == 0
 
 
 def test_a_replica_that_computes_its_first_request_makes_requests_no_dearer() -> None:
