@@ -104,7 +104,7 @@ class Tls:
 
 
 def channel(address: str, *, tls: Tls | None) -> grpc.aio.Channel:
-    """A channel between servers."""
+    """A channel for asyncio, to a server or between servers."""
     options = list(CHANNEL_OPTIONS)
     if tls is None:
         return grpc.aio.insecure_channel(address, options)

@@ -116,12 +116,7 @@ class AsyncGrpcTransport:
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
-        options = list(rpc.CHANNEL_OPTIONS)
-        self._channel = (
-            grpc.aio.secure_channel(target, tls.channel_credentials(), [*options, *tls.channel_options()])
-            if tls
-            else grpc.aio.insecure_channel(target, options)
-        )
+        self._channel = rpc.channel(target, tls=tls)
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
         self._met = False
 
