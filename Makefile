@@ -71,7 +71,7 @@ golden: setup ## Write anew what the chart renders to, for the tests to compare
 lint: setup ## Check style, types, import directions and protos
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy client nodes gateway local operator models/latentflow_pack
+	$(VENV)/bin/mypy client nodes gateway local operator scheduler models/latentflow_pack
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/buf lint
 	@if git rev-parse --quiet --verify HEAD~1:protos >/dev/null 2>&1; then \

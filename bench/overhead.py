@@ -23,7 +23,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, Stable
 from latentflow import AsyncClient, Result
 from latentflow.api import load_workflows
 from latentflow_local.runtime import run
-from latentflow_nodes.forward import ForwardTimer
+from latentflow_nodes.engine.forward import ForwardTimer
 from latentflow_nodes.roles.vae import decoding_modules
 from latentflow_nodes.settings import usable_cores
 from PIL import Image, ImageDraw

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from latentflow.api.types import DiffusionModel, DiffusionWorkflow
-from latentflow.metrics import TABLES
+from latentflow.internal.metrics import TABLES
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -37,7 +37,10 @@ def workflow_reference() -> str:
 
 def metrics() -> str:
     """Every metric."""
-    pages = [NOTE, "# Metrics\n\nServed at `/metrics` of every process. From `client/latentflow/metrics.py`.\n"]
+    pages = [
+        NOTE,
+        "# Metrics\n\nServed at `/metrics` of every process. From `client/latentflow/internal/metrics.py`.\n",
+    ]
     for title, table in TABLES.items():
         pages.append(f"\n## {title}\n\n")
         if title == "Model servers":

@@ -11,11 +11,11 @@ from __future__ import annotations
 from latentflow.aio import AsyncClient
 from latentflow.client import Client
 from latentflow.errors import LatentflowError
+from latentflow.internal.rpc import Tls
 from latentflow.mock import AsyncMockTransport, MockTransport
 from latentflow.requests import ControlImage
 from latentflow.results import Accepted, Done, Event, ImageReady, Progress, Result, Workflow
 from latentflow.retries import NO_RETRIES, Retries
-from latentflow.rpc import Tls
 
 __all__ = [
     "NO_RETRIES",

@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Unpack
 
-from latentflow import requests, results, rpc
+from latentflow import requests, results
 from latentflow.client import chosen_key, default_target, remaining
 from latentflow.errors import LatentflowError
+from latentflow.internal import rpc
 from latentflow.results import Collector, Event, Progress, Result, Workflow
 from latentflow.retries import Retries
 from latentflow.transport import AsyncGrpcTransport, AsyncTransport, Metadata

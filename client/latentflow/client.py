@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Unpack
 
-from latentflow import requests, results, rpc
+from latentflow import requests, results
 from latentflow.errors import DeadlineError, InvalidRequestError, LatentflowError
+from latentflow.internal import rpc
 from latentflow.results import Collector, Event, Progress, Result, Workflow
 from latentflow.retries import Retries
 from latentflow.transport import GrpcTransport, Metadata, Transport

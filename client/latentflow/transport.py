@@ -13,8 +13,8 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
-from latentflow import rpc, status
 from latentflow.errors import LatentflowError, UnavailableError
+from latentflow.internal import rpc, status
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 Metadata = list[tuple[str, str]]

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 
 from latentflow.errors import OverloadedError
-from latentflow.metrics import Instruments
+from latentflow.internal.metrics import Instruments
 
 
 class Admission:

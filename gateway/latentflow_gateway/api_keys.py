@@ -18,9 +18,9 @@ from typing import Any, NewType
 import grpc
 import grpc.aio
 import structlog
-from latentflow import rpc, status
 from latentflow.errors import AuthenticationError, FailedPreconditionError
-from latentflow.metrics import Instruments
+from latentflow.internal import rpc, status
+from latentflow.internal.metrics import Instruments
 
 _log = structlog.get_logger()
 # Kubelets check the health of a gateway and tools ask what it offers, both without a key.

@@ -22,8 +22,8 @@ from kubernetes import config
 from kubernetes.informer import ADDED, DELETED, ERROR, MODIFIED, SharedInformer
 from latentflow.api import API_VERSION, DiffusionWorkflow, placed
 from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Role
-from latentflow.directory import Directory, Replicas
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal.directory import Directory, Replicas
 from pydantic import ValidationError
 
 Body = dict[str, Any]

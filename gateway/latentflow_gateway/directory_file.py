@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import structlog
-from latentflow.directory import Directory
 from latentflow.errors import InvalidRequestError
+from latentflow.internal.directory import Directory
 
 _log = structlog.get_logger()
 _SECONDS = 0.5

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import grpc
 import structlog
-from latentflow import rpc, status
 from latentflow.errors import DeadlineError, LatentflowError, OwnerLostError, UnavailableError
-from latentflow.metrics import Instruments
+from latentflow.internal import rpc, status
+from latentflow.internal.metrics import Instruments
 from latentflow.v1 import generation_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
 
 from latentflow_gateway import retrying

@@ -16,10 +16,10 @@ import grpc
 import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from latentflow import rpc
-from latentflow.directory import Directory
 from latentflow.errors import UnavailableError
-from latentflow.metrics import Instruments
+from latentflow.internal import rpc
+from latentflow.internal.directory import Directory
+from latentflow.internal.metrics import Instruments
 from latentflow.v1 import control_pb2, control_pb2_grpc
 
 _log = structlog.get_logger()

@@ -16,10 +16,10 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from latentflow import logs, rpc
-from latentflow.directory import Directory
 from latentflow.errors import FailedPreconditionError, LatentflowError
-from latentflow.metrics import GATEWAY, Instruments
+from latentflow.internal import logs, rpc
+from latentflow.internal.directory import Directory
+from latentflow.internal.metrics import GATEWAY, Instruments
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 from latentflow_gateway import directory_file

@@ -10,10 +10,10 @@ from typing import Any
 
 import grpc.aio
 import structlog
-from latentflow import rpc, status
 from latentflow.api import DiffusionWorkflow, Role, identity
 from latentflow.errors import CancelledError, LatentflowError, UnavailableError
-from latentflow.metrics import Instruments
+from latentflow.internal import rpc, status
+from latentflow.internal.metrics import Instruments
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 from latentflow_gateway import api_keys, planning

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from latentflow import rpc
+from latentflow.internal import rpc
 
 
 @dataclass(frozen=True, kw_only=True)

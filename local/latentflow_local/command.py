@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from latentflow import logs
 from latentflow.api import DiffusionWorkflow, load_workflows
+from latentflow.internal import logs
 from rich.console import Console
 from rich.table import Table
 

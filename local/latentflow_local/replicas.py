@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
-from latentflow import directory
 from latentflow.api import DiffusionWorkflow, Role
+from latentflow.internal import directory
 
 from latentflow_local import addresses
 from latentflow_local.planning import ProcessSpec

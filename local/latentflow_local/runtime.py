@@ -12,9 +12,9 @@ from pathlib import Path
 
 import structlog
 from latentflow.api import DiffusionWorkflow, Model
-from latentflow.metrics import LOCAL, SCHEDULER, Instruments
-from latentflow_nodes.memory import private_folder
+from latentflow.internal.metrics import LOCAL, SCHEDULER, Instruments
 from latentflow_nodes.settings import usable_cores
+from latentflow_nodes.tensors.shared_memory import private_folder
 from latentflow_scheduler.policy import Bounds
 
 from latentflow_local import addresses, processes

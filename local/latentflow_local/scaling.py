@@ -14,7 +14,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import TypeVar
 
 import structlog
-from latentflow.metrics import Instruments
+from latentflow.internal.metrics import Instruments
 from latentflow_scheduler import policy, scrapes
 from latentflow_scheduler.policy import Bounds, Load, Settings, State
 from latentflow_scheduler.scrapes import Scrape, Track

@@ -20,7 +20,7 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latentflow.errors import FailedPreconditionError
-from latentflow.metrics import Instruments
+from latentflow.internal.metrics import Instruments
 
 from latentflow_local import processes
 from latentflow_local.planning import ProcessSpec

@@ -15,9 +15,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import structlog
-from latentflow import rpc, status
 from latentflow.errors import CancelledError, LatentflowError, UnavailableError
-from latentflow.metrics import Instruments
+from latentflow.internal import rpc, status
+from latentflow.internal.metrics import Instruments
 
 _log = structlog.get_logger()
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from latentflow.metrics import Instruments
+from latentflow.internal.metrics import Instruments
 
-from latentflow_nodes import weights
-from latentflow_nodes.fetching import Progress
-from latentflow_nodes.peers import Peers
+from latentflow_nodes.engine.compute_lock import Turn
 from latentflow_nodes.settings import NodeSettings
-from latentflow_nodes.store import TensorStore
-from latentflow_nodes.transport import Transport
-from latentflow_nodes.turn import Turn
+from latentflow_nodes.tensors.peers import Peers
+from latentflow_nodes.tensors.store import TensorStore
+from latentflow_nodes.tensors.transfer import Transport
+from latentflow_nodes.weights.fetching import Progress
+from latentflow_nodes.weights.source import Source, locate
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -35,10 +35,10 @@ class Context:
     def dtype(self) -> torch.dtype:
         return _DTYPES[self.settings.dtype]
 
-    def source(self) -> weights.Source:
+    def source(self) -> Source:
         """The model's folder; downloads it where it is remote."""
         settings = self.settings
-        return weights.locate(
+        return locate(
             uri=settings.uri,
             subfolder=settings.subfolder,
             revision=settings.revision,

@@ -19,9 +19,9 @@ import structlog
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from latentflow import logs, rpc
 from latentflow.errors import FailedPreconditionError, LatentflowError
-from latentflow.metrics import NODE, Instruments
+from latentflow.internal import logs, rpc
+from latentflow.internal.metrics import NODE, Instruments
 from latentflow.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -34,13 +34,13 @@ from latentflow.v1 import (
 from latentflow_nodes import roles, settings
 from latentflow_nodes.calls import Calls, TokenInterceptor
 from latentflow_nodes.context import Context
-from latentflow_nodes.memory import Memory
-from latentflow_nodes.peers import Peers
+from latentflow_nodes.engine.compute_lock import Turn
 from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
 from latentflow_nodes.settings import NodeSettings
-from latentflow_nodes.store import TensorStore
-from latentflow_nodes.transport import Transport
-from latentflow_nodes.turn import Turn
+from latentflow_nodes.tensors.peers import Peers
+from latentflow_nodes.tensors.shared_memory import Memory
+from latentflow_nodes.tensors.store import TensorStore
+from latentflow_nodes.tensors.transfer import Transport
 
 _log = structlog.get_logger()
 _SWEEP_SECONDS = 1.0

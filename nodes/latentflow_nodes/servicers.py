@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any
 
-from latentflow import rpc
 from latentflow.errors import FailedPreconditionError, UnimplementedError
+from latentflow.internal import rpc
 from latentflow.v1 import (
     control_pb2,
     control_pb2_grpc,

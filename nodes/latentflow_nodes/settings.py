@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from latentflow import rpc
+from latentflow.internal import rpc
 
 _CACHE = Path(os.path.expanduser("~/.cache/latentflow"))
 ROLES = ("TextEncoder", "Denoiser", "ControlNet", "LoRAStore", "VAE")

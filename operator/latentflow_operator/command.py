@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from latentflow import logs
 from latentflow.errors import LatentflowError
-from latentflow.metrics import SCHEDULER, Instruments
+from latentflow.internal import logs
+from latentflow.internal.metrics import SCHEDULER, Instruments
 
 from latentflow_operator import handlers, settings
 from latentflow_operator.cluster import Cluster

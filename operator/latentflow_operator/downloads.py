@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 import aiohttp
 import structlog
-from latentflow import sizes
+from latentflow.internal import sizes
 from prometheus_client.parser import text_string_to_metric_families
 
 from latentflow_operator import conditions

@@ -18,7 +18,7 @@ import urllib3
 from kubernetes.client import ApiException
 from latentflow.api.types import API_VERSION, ModelSpec
 from latentflow.errors import UnavailableError
-from latentflow.metrics import Instruments
+from latentflow.internal.metrics import Instruments
 from latentflow_scheduler import policy, signals
 from latentflow_scheduler.policy import Bounds, Decision, Load, State
 from latentflow_scheduler.signals import Place, Signals

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from latentflow.metrics import LOCAL, Instruments
+from latentflow.internal.metrics import LOCAL, Instruments
 from latentflow_local import processes
 from latentflow_local.planning import plan_gateway
 from latentflow_local.supervisor import Supervisor

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from latentflow import AsyncClient, Client
 from latentflow.api import load_workflows
 from latentflow.cli import app
-from latentflow.directory import Directory
 from latentflow.errors import AuthenticationError, FailedPreconditionError, InvalidRequestError, NotFoundError
+from latentflow.internal.directory import Directory
 from latentflow_gateway.api_keys import client_of, digests
 from latentflow_gateway.server import Gateway, serve
 from latentflow_gateway.settings import GatewaySettings

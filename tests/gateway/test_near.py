@@ -9,7 +9,7 @@ from pathlib import Path
 
 from latentflow import AsyncClient, ControlImage
 from latentflow.api import Role, identity, load_workflows
-from latentflow.directory import Directory, Replicas
+from latentflow.internal.directory import Directory, Replicas
 from latentflow_gateway.server import serve as serve_gateway
 from latentflow_gateway.settings import GatewaySettings
 from latentflow_nodes.server import Node

@@ -15,13 +15,14 @@ import pytest
 import trustme
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from latentflow import AsyncClient, Progress, Retries, rpc, status
+from latentflow import AsyncClient, Progress, Retries
 from latentflow.api import DiffusionWorkflow, identity, load_workflows
 from latentflow.cli.kube import Route
-from latentflow.directory import Directory, Replicas
 from latentflow.errors import AuthenticationError, ConflictError, DeadlineError, OverloadedError, UnavailableError
+from latentflow.internal import rpc, status
+from latentflow.internal.directory import Directory, Replicas
+from latentflow.internal.rpc import Tls
 from latentflow.retries import NO_RETRIES
-from latentflow.rpc import Tls
 from latentflow.v1 import control_pb2, control_pb2_grpc
 from latentflow_gateway.server import Gateway
 from latentflow_gateway.server import serve as serve_gateway

@@ -13,7 +13,7 @@ from gateway.test_servers import PROMPT, WORKFLOW, served
 from kube.acting import workflow
 from latentflow import AsyncClient
 from latentflow.api import Role, identity
-from latentflow.directory import Directory
+from latentflow.internal.directory import Directory
 from latentflow_gateway import cluster
 from latentflow_gateway.server import serve as serve_gateway
 from latentflow_gateway.settings import GatewaySettings

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 from kube.acting import workflow
 from latentflow.errors import UnavailableError
-from latentflow.metrics import GATEWAY, NODE, Instruments
+from latentflow.internal.metrics import GATEWAY, NODE, Instruments
 from latentflow_scheduler import signals
 from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, condition, new_namespace

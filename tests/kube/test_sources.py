@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from kube.acting import ready, report, serve, workflow
-from latentflow.metrics import NODE, Instruments
+from latentflow.internal.metrics import NODE, Instruments
 from support.apiserver import ApiServer
 from support.hub import Hub
 from support.kubectl import Body, Namespace, condition, new_namespace

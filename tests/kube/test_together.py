@@ -10,7 +10,7 @@ import pytest
 from kube.acting import KINDS, bound, ready, report
 from kube.acting import workflow as spread
 from latentflow.api import DiffusionWorkflow, placed
-from latentflow.metrics import SCHEDULER, Instruments
+from latentflow.internal.metrics import SCHEDULER, Instruments
 from latentflow_gateway import cluster as gateway
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.scaling import Scaler

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentflow.status import error_from
+from latentflow.internal.status import error_from
 from latentflow.v1 import stage_pb2, tensors_pb2
 from support.stack import Request, Stack
 

@@ -8,14 +8,14 @@ import grpc
 import pytest
 import torch
 from latentflow.errors import FailedPreconditionError, LatentflowError, OwnerLostError, UnimplementedError
-from latentflow.metrics import NODE, Instruments
-from latentflow.status import error_from
+from latentflow.internal.metrics import NODE, Instruments
+from latentflow.internal.status import error_from
 from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, tensors_pb2
-from latentflow_nodes import adapters
-from latentflow_nodes.peers import Peers
+from latentflow_nodes.adapters import lora
 from latentflow_nodes.server import serve
 from latentflow_nodes.settings import NodeSettings
-from latentflow_nodes.transport import Transport
+from latentflow_nodes.tensors.peers import Peers
+from latentflow_nodes.tensors.transfer import Transport
 from safetensors.torch import save_file
 from support.packs import MODELS, SHAPES
 from support.stack import Request, Stack, started
@@ -91,7 +91,7 @@ async def test_an_adapter_with_unexpected_keys_names_them(tmp_path: Path) -> Non
     path = tmp_path / "odd.safetensors"
     save_file({"transformer.x.lora_A.weight": torch.zeros(2, 8)}, path)
     with pytest.raises(FailedPreconditionError, match=r"belong to no known component: transformer\.x"):
-        adapters.load("odd", path)
+        lora.load("odd", path)
 
 
 async def test_a_prompt_that_is_too_long_is_cut_and_said_so_or_refused_if_asked(shapes: Stack) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-from latentflow_nodes.batching import Candidate, choose
+from latentflow_nodes.engine.batching import Candidate, choose
 
 candidates = st.lists(
     st.builds(

@@ -6,9 +6,9 @@ import grpc
 import pytest
 import torch
 from latentflow.errors import DataLossError
-from latentflow.status import error_from
+from latentflow.internal.status import error_from
 from latentflow.v1 import stage_pb2
-from latentflow_nodes.samplers import SAMPLERS
+from latentflow_nodes.engine.samplers import SAMPLERS
 from support.stack import Request, Stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.errors import DataLossError, InvalidRequestError, LatentflowError
 from latentflow.v1 import tensors_pb2
-from latentflow_nodes import codec
+from latentflow_nodes.engine import checkpoint
+from latentflow_nodes.tensors import codec
 from support.tensors import bundles, equal, tensors
 
 
@@ -75,12 +76,12 @@ trees = st.recursive(
 
 @given(trees)
 def test_a_checkpoint_keeps_every_value_exactly(tree: Any) -> None:
-    assert codec.thaw(codec.freeze(tree)) == tree
+    assert checkpoint.thaw(checkpoint.freeze(tree)) == tree
 
 
 def test_a_checkpoint_keeps_tensors_arrays_and_tuples() -> None:
     tree = {"t": torch.randn(2, 3), "n": np.arange(3.0), "p": (1, [torch.tensor(2)]), "s": np.float32(0.5)}
-    back = codec.thaw(codec.freeze(tree))
+    back = checkpoint.thaw(checkpoint.freeze(tree))
     assert equal(back["t"], tree["t"])
     assert np.array_equal(back["n"], tree["n"])
     assert back["p"][0] == 1
@@ -91,9 +92,9 @@ def test_a_checkpoint_keeps_tensors_arrays_and_tuples() -> None:
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_checkpoint_are_noticed(blob: bytes) -> None:
     with pytest.raises(DataLossError):
-        codec.thaw(blob)
+        checkpoint.thaw(blob)
 
 
 def test_a_checkpoint_refuses_what_it_cannot_keep() -> None:
     with pytest.raises(TypeError, match="cannot hold a object"):
-        codec.freeze({"a": object()})
+        checkpoint.freeze({"a": object()})

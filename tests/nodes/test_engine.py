@@ -9,17 +9,17 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from latentflow.errors import LatentflowError, OverloadedError, UnavailableError
-from latentflow.metrics import NODE, Instruments
-from latentflow_nodes import weights
-from latentflow_nodes.adapters import Merger
-from latentflow_nodes.engine import Engine
-from latentflow_nodes.sample import Control, Residuals, Sample, Settings, initial_noise
-from latentflow_nodes.samplers import Sampler
-from latentflow_nodes.turn import Turn
+from latentflow.internal.metrics import NODE, Instruments
+from latentflow_nodes.adapters.merger import Merger
+from latentflow_nodes.engine.compute_lock import Turn
+from latentflow_nodes.engine.engine import Engine
+from latentflow_nodes.engine.sample import Control, Residuals, Sample, Settings, initial_noise
+from latentflow_nodes.engine.samplers import Sampler
+from latentflow_nodes.weights import files
 from support.packs import SHAPES
 
 NETWORK = UNet2DConditionModel.from_pretrained(SHAPES / "unet").eval()
-SCHEDULER = weights.config(SHAPES / "scheduler", "scheduler_config.json")
+SCHEDULER = files.config(SHAPES / "scheduler", "scheduler_config.json")
 
 
 class Listener:

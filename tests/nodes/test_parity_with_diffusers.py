@@ -16,7 +16,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
-from latentflow_nodes.samplers import SAMPLERS
+from latentflow_nodes.engine.samplers import SAMPLERS
 from PIL import Image
 from support.packs import SHAPES, tiny_sdxl, tiny_v_prediction
 from support.stack import Request, Stack, started

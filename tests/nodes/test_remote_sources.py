@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from latentflow.errors import FailedPreconditionError
-from latentflow.metrics import NODE, Instruments
-from latentflow_nodes import weights
-from latentflow_nodes.fetching import Progress, wanted
+from latentflow.internal.metrics import NODE, Instruments
+from latentflow_nodes.weights.fetching import Progress, wanted
+from latentflow_nodes.weights.source import Source, locate
 from support.bucket import BUCKET, Store
 from support.hub import Hub
 from support.packs import SHAPES
@@ -24,11 +24,11 @@ from support.stack import Request, Stack, started
 FETCH = """
 import sys
 from pathlib import Path
-from latentflow.metrics import NODE, Instruments
-from latentflow_nodes import weights
-from latentflow_nodes.fetching import Progress
+from latentflow.internal.metrics import NODE, Instruments
+from latentflow_nodes.weights.source import Source, locate
+from latentflow_nodes.weights.fetching import Progress
 print("begun", flush=True)
-weights.locate(
+locate(
     uri=sys.argv[1], subfolder=None, revision=None, role="VAE", model_root=Path("."), cache=Path(sys.argv[2]),
     progress=Progress(Instruments(NODE, model="m", role="VAE"), source="s"),
 )
@@ -53,7 +53,7 @@ class Remote:
     def fetch(self, role: str = "VAE", *, metrics: Instruments | None = None, **source: str) -> Path:
         said = {"uri": self.uri, "subfolder": None, "revision": None} | source
         progress = Progress(metrics or Instruments(NODE, model="m", role=role), source="s")
-        return weights.locate(
+        return locate(
             **said,
             role=role,
             model_root=Path(),
@@ -168,7 +168,7 @@ def test_how_far_a_download_is_shows_in_the_metrics(remote: Remote) -> None:
             super().at(done, total)
             seen.append((done, total))
 
-    weights.locate(
+    locate(
         uri=remote.uri,
         subfolder=None,
         revision=None,
@@ -300,5 +300,5 @@ def test_a_controlnet_s_repository_may_be_the_component_itself() -> None:
     paths = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "sd/unet/config.json"]
     assert wanted("ControlNet", None).of(paths) == paths[:2]
     folder = SHAPES / "controlnet-edges"
-    assert weights.Source(pipeline=folder).part("controlnet") == folder
-    assert weights.Source(pipeline=SHAPES).part("controlnet") == SHAPES / "controlnet"
+    assert Source(pipeline=folder).part("controlnet") == folder
+    assert Source(pipeline=SHAPES).part("controlnet") == SHAPES / "controlnet"

@@ -17,12 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentflow.errors import FailedPreconditionError
-from latentflow.metrics import NODE, Instruments
+from latentflow.internal.metrics import NODE, Instruments
 from latentflow.v1 import stage_pb2
-from latentflow_nodes.memory import Memory, PageError, private_folder
-from latentflow_nodes.peers import Peers
-from latentflow_nodes.residuals import ResidualStream
-from latentflow_nodes.transport import Receiver, Sender, Transport
+from latentflow_nodes.tensors.peers import Peers
+from latentflow_nodes.tensors.shared_memory import Memory, PageError, private_folder
+from latentflow_nodes.tensors.step_stream import ResidualStream
+from latentflow_nodes.tensors.transfer import Receiver, Sender, Transport
 from PIL import Image
 from support.packs import MODELS
 from support.scraping import value
@@ -169,7 +169,7 @@ def test_what_finds_no_room_goes_as_bytes_and_leaves_no_page(folder: Path, memor
 PRELUDE = """
 import signal, sys
 from pathlib import Path
-from latentflow_nodes.memory import Memory, private_folder
+from latentflow_nodes.tensors.shared_memory import Memory, private_folder
 """
 OWN_A_PAGE = """
 page = Memory(Path(sys.argv[1])).page()

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 import torch
 from latentflow.errors import OwnerLostError
-from latentflow.metrics import NODE, Instruments
-from latentflow_nodes.store import TensorStore
-from latentflow_nodes.transport import Transport
+from latentflow.internal.metrics import NODE, Instruments
+from latentflow_nodes.tensors.store import TensorStore
+from latentflow_nodes.tensors.transfer import Transport
 
 
 class Clock:

@@ -9,7 +9,7 @@ import threading
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from latentflow_nodes.turn import Turn
+from latentflow_nodes.engine.compute_lock import Turn
 
 SECONDS = 30
 

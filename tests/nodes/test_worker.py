@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 from latentflow.errors import OverloadedError
-from latentflow.metrics import NODE, Instruments
-from latentflow_nodes.turn import Turn
-from latentflow_nodes.worker import Worker
+from latentflow.internal.metrics import NODE, Instruments
+from latentflow_nodes.engine.compute_lock import Turn
+from latentflow_nodes.engine.worker import Worker
 
 
 class Held:

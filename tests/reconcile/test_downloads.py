@@ -10,9 +10,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
-from latentflow import sizes
 from latentflow.api.status import ConditionType
-from latentflow.metrics import NODE, Instruments
+from latentflow.internal import sizes
+from latentflow.internal.metrics import NODE, Instruments
 from latentflow_operator.conditions import Trouble, of_model
 from latentflow_operator.downloads import Downloads, Reading, sentence, watched
 from latentflow_operator.store import Place, Store

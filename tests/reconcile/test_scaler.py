@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from kubernetes import client as kube
 from latentflow.errors import UnavailableError
-from latentflow.metrics import SCHEDULER, Instruments
+from latentflow.internal.metrics import SCHEDULER, Instruments
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.scaling import Scaler
 from latentflow_operator.settings import ScalingSettings

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latentflow.metrics import GATEWAY, NODE, Instruments
+from latentflow.internal.metrics import GATEWAY, NODE, Instruments
 from latentflow_scheduler import scrapes
 from latentflow_scheduler.scrapes import Scrape, Track
 from prometheus_client import generate_latest

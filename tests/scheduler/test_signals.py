@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latentflow.metrics import GATEWAY, Instruments
+from latentflow.internal.metrics import GATEWAY, Instruments
 from latentflow_scheduler import scrapes
 from latentflow_scheduler.policy import Load
 from latentflow_scheduler.signals import Place, Signals, gathered, load

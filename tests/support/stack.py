@@ -14,10 +14,10 @@ from pathlib import Path
 import grpc.aio
 import torch
 from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, stage_pb2_grpc, tensors_pb2_grpc
-from latentflow_nodes.peers import Peers
 from latentflow_nodes.server import Node, serve
 from latentflow_nodes.settings import NodeSettings
-from latentflow_nodes.transport import Transport
+from latentflow_nodes.tensors.peers import Peers
+from latentflow_nodes.tensors.transfer import Transport
 from PIL import Image
 
 SECONDS = 120.0

@@ -12,7 +12,7 @@ import typer
 from latentflow.cli.kube import reached
 from latentflow.client import Client
 from latentflow.errors import InvalidRequestError
-from latentflow.rpc import Tls
+from latentflow.internal.rpc import Tls
 
 Target = Annotated[
     str | None,

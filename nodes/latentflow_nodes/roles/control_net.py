@@ -13,12 +13,13 @@ from latentflow.errors import InvalidRequestError
 from latentflow.v1 import control_pb2, stage_pb2
 from PIL import Image
 
-from latentflow_nodes import codec, weights
 from latentflow_nodes.context import Context
+from latentflow_nodes.engine.forward import ForwardTimer
+from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.families import FAMILIES
-from latentflow_nodes.forward import ForwardTimer
-from latentflow_nodes.transport import Sender
-from latentflow_nodes.worker import Worker
+from latentflow_nodes.tensors import codec
+from latentflow_nodes.tensors.transfer import Sender
+from latentflow_nodes.weights import files
 
 
 class ControlNet:
@@ -28,7 +29,7 @@ class ControlNet:
         self._context = context
         source = context.source()
         folder = source.part("controlnet")
-        self.content_digest = weights.digest(weights.check(folder))
+        self.content_digest = files.digest(files.check(folder))
         self._network = (
             ControlNetModel.from_pretrained(
                 folder, torch_dtype=context.dtype, use_safetensors=True, local_files_only=True

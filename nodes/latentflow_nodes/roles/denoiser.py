@@ -15,15 +15,17 @@ from diffusers import UNet2DConditionModel
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
 from latentflow.v1 import control_pb2, stage_pb2
 
-from latentflow_nodes import samplers, weights
-from latentflow_nodes.adapters import Merger
+from latentflow_nodes import families
+from latentflow_nodes.adapters.layers import Layers
+from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.context import Context
-from latentflow_nodes.engine import Engine
+from latentflow_nodes.engine import samplers
+from latentflow_nodes.engine.engine import Engine
+from latentflow_nodes.engine.sample import Control, Sample, Settings, guidance_embedding, initial_noise
+from latentflow_nodes.engine.samplers import Sampler
 from latentflow_nodes.families import FAMILIES
-from latentflow_nodes.peers import Layers
-from latentflow_nodes.residuals import ResidualStream
-from latentflow_nodes.sample import Control, Sample, Settings, guidance_embedding, initial_noise
-from latentflow_nodes.samplers import Sampler
+from latentflow_nodes.tensors.step_stream import ResidualStream
+from latentflow_nodes.weights import files
 
 _MAX_STEPS = 1000
 _WARM_UP_SIDE = 16
@@ -44,9 +46,9 @@ class Denoiser:
                 f"{source.pipeline} has a transformer as its denoiser; this server runs UNets.",
                 reason="UNSUPPORTED_FAMILY",
             )
-        self.family = weights.family(source.pipeline)
-        self._scheduler = weights.config(source.pipeline / "scheduler", "scheduler_config.json")
-        self.content_digest = weights.digest(weights.check(folder))
+        self.family = families.detect(source.pipeline)
+        self._scheduler = files.config(source.pipeline / "scheduler", "scheduler_config.json")
+        self.content_digest = files.digest(files.check(folder))
         self._network = (
             UNet2DConditionModel.from_pretrained(
                 folder, torch_dtype=context.dtype, use_safetensors=True, local_files_only=True

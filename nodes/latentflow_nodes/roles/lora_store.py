@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import structlog
@@ -11,10 +11,12 @@ from cachetools import LRUCache
 from latentflow.errors import FailedPreconditionError, LatentflowError, NotFoundError
 from latentflow.v1 import control_pb2, stage_pb2, tensors_pb2
 
-from latentflow_nodes import adapters, codec, weights
-from latentflow_nodes.adapters import Adapter
+from latentflow_nodes import families
+from latentflow_nodes.adapters import lora
+from latentflow_nodes.adapters.layers import layers_bytes, pack_layers
+from latentflow_nodes.adapters.lora import Adapter
 from latentflow_nodes.context import Context
-from latentflow_nodes.peers import pack_layers
+from latentflow_nodes.weights import files
 
 _log = structlog.get_logger()
 _CACHE_BYTES = 8 << 30
@@ -27,16 +29,16 @@ class LoRAStore:
         self._context = context
         source = context.source()
         folder = source.component or source.pipeline
-        self.family = weights.family(source.pipeline) if (source.pipeline / "model_index.json").is_file() else ""
-        self._files = adapters.find(folder)
+        self.family = families.detect(source.pipeline) if (source.pipeline / "model_index.json").is_file() else ""
+        self._files = lora.find(folder)
         if not self._files:
             raise FailedPreconditionError(
-                f"{folder} holds no adapter: no *.safetensors, and no folder with {' or '.join(adapters.FILE_NAMES)}.",
+                f"{folder} holds no adapter: no *.safetensors, and no folder with {' or '.join(lora.FILE_NAMES)}.",
                 reason="WEIGHTS_UNAVAILABLE",
             )
         self._cache: LRUCache[str, Adapter] = LRUCache(_CACHE_BYTES, getsizeof=_size)
         self._descriptions = [self._description(name, path) for name, path in self._files.items()]
-        self.content_digest = weights.digest(list(self._files.values()))
+        self.content_digest = files.digest(list(self._files.values()))
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         response.lora_store.adapters.extend(self._descriptions)
@@ -56,7 +58,7 @@ class LoRAStore:
             )
         adapter = self._cache.get(request.name)
         if adapter is None:
-            adapter = await asyncio.to_thread(adapters.load, request.name, self._files[request.name])
+            adapter = await asyncio.to_thread(lora.load, request.name, self._files[request.name])
             self._keep(adapter)
         layers = pack_layers(adapter.components.get(request.component, {}))
         return self._context.transport.sender().pieces(layers, memory="")
@@ -67,7 +69,7 @@ class LoRAStore:
 
     def _description(self, name: str, path: Path) -> control_pb2.AdapterDescription:
         try:
-            adapter = adapters.load(name, path)
+            adapter = lora.load(name, path)
         except LatentflowError as error:
             # One damaged file does not keep the others from being served.
             _log.warning("adapter cannot be served", adapter=name, problem=error.message)
@@ -79,7 +81,4 @@ class LoRAStore:
 
 
 def _size(adapter: Adapter) -> int:
-    def layers_size(layers: Mapping[str, adapters.Layer]) -> int:
-        return codec.total_bytes(t for layer in layers.values() for t in (layer.a, layer.b))
-
-    return 1 + sum(layers_size(layers) for layers in adapter.components.values())
+    return 1 + sum(layers_bytes(layers) for layers in adapter.components.values())

@@ -9,13 +9,14 @@ import transformers
 from latentflow.errors import FailedPreconditionError, InvalidRequestError
 from latentflow.v1 import control_pb2, stage_pb2
 
-from latentflow_nodes import weights
-from latentflow_nodes.adapters import Merger
+from latentflow_nodes import families
+from latentflow_nodes.adapters.layers import Layers
+from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.context import Context
+from latentflow_nodes.engine.forward import ForwardTimer
+from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.families import FAMILIES, TextParts
-from latentflow_nodes.forward import ForwardTimer
-from latentflow_nodes.peers import Layers
-from latentflow_nodes.worker import Worker
+from latentflow_nodes.weights import files
 
 _ENCODERS = ("text_encoder", "text_encoder_2")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -30,11 +31,12 @@ class TextEncoder:
     def __init__(self, context: Context) -> None:
         self._context = context
         root = context.source().pipeline
-        self.family = weights.family(root)
+        self.family = families.detect(root)
         self._family = FAMILIES[self.family]
-        index = weights.config(root, "model_index.json")
-        files = [path for name in _ENCODERS if name in index for path in weights.check(root / name)]
-        self.content_digest = weights.digest(files)
+        index = files.config(root, "model_index.json")
+        self.content_digest = files.digest(
+            [path for name in _ENCODERS if name in index for path in files.check(root / name)]
+        )
         encoders = {name: self._encoder(root, name, index) for name in _ENCODERS if _present(index, name)}
         tokenizers = {
             name: transformers.CLIPTokenizer.from_pretrained(root / name, local_files_only=True)

@@ -9,11 +9,12 @@ from diffusers import AutoencoderKL
 from latentflow.errors import InvalidRequestError
 from latentflow.v1 import control_pb2, stage_pb2
 
-from latentflow_nodes import weights
+from latentflow_nodes import families
 from latentflow_nodes.context import Context
+from latentflow_nodes.engine.forward import ForwardTimer
+from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.families import FAMILIES
-from latentflow_nodes.forward import ForwardTimer
-from latentflow_nodes.worker import Worker
+from latentflow_nodes.weights import files
 
 _WARM_UP_SIDE = 8
 
@@ -25,8 +26,8 @@ class VAE:
         self._context = context
         source = context.source()
         folder = source.part("vae")
-        self.family = weights.family(source.pipeline)
-        self.content_digest = weights.digest(weights.check(folder))
+        self.family = families.detect(source.pipeline)
+        self.content_digest = files.digest(files.check(folder))
         self._vae = (
             AutoencoderKL.from_pretrained(
                 folder, torch_dtype=context.dtype, use_safetensors=True, local_files_only=True

@@ -18,15 +18,15 @@ from typing import Any
 import structlog
 import torch
 from latentflow.errors import FailedPreconditionError, InternalError, LatentflowError, UnavailableError
-from latentflow.metrics import Instruments
+from latentflow.internal.metrics import Instruments
 
-from latentflow_nodes.adapters import Merger
-from latentflow_nodes.batching import Candidate, choose
+from latentflow_nodes.adapters.merger import Merger
+from latentflow_nodes.engine.batching import Candidate, choose
+from latentflow_nodes.engine.compute_lock import Turn
+from latentflow_nodes.engine.forward import ForwardTimer
+from latentflow_nodes.engine.sample import Residuals, Sample
+from latentflow_nodes.engine.worker import queue_full
 from latentflow_nodes.families import stack
-from latentflow_nodes.forward import ForwardTimer
-from latentflow_nodes.sample import Residuals, Sample
-from latentflow_nodes.turn import Turn
-from latentflow_nodes.worker import queue_full
 
 _log = structlog.get_logger()
 # A ControlNet that says nothing for so long is taken for dead; the request is tried again elsewhere.

@@ -16,9 +16,9 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from latentflow.errors import DataLossError, LatentflowError
 
-from latentflow_nodes import codec
-from latentflow_nodes.adapters import Layer
-from latentflow_nodes.samplers import Sampler
+from latentflow_nodes.adapters.layers import Layer
+from latentflow_nodes.engine import checkpoint
+from latentflow_nodes.engine.samplers import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Sample:
 
     def checkpoint(self) -> bytes:
         """What `restore` needs to go on from here."""
-        return codec.freeze(
+        return checkpoint.freeze(
             {
                 "settings": vars(self.settings),
                 "index": self.index,
@@ -155,7 +155,7 @@ class Sample:
 
     def restore(self, blob: bytes) -> None:
         """Goes on where `checkpoint` was. DataLossError for damaged bytes or another request's."""
-        state = codec.thaw(blob)
+        state = checkpoint.thaw(blob)
         try:
             same = state["settings"] == vars(self.settings)
             index, latents, sampler, generator = (state[k] for k in ("index", "latents", "sampler", "generator"))

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import torch
 from latentflow.errors import OverloadedError
-from latentflow.metrics import Instruments
+from latentflow.internal.metrics import Instruments
 
-from latentflow_nodes.turn import Turn
+from latentflow_nodes.engine.compute_lock import Turn
 
 T = TypeVar("T")
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from google.protobuf import duration_pb2
 from latentflow.errors import OwnerLostError
-from latentflow.metrics import Instruments
+from latentflow.internal.metrics import Instruments
 from latentflow.v1 import tensors_pb2
 
-from latentflow_nodes import codec
-from latentflow_nodes.transport import Sender, Transport
+from latentflow_nodes.tensors import codec
+from latentflow_nodes.tensors.transfer import Sender, Transport
 
 
 @dataclass(slots=True)

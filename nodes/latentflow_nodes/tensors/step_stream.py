@@ -19,10 +19,10 @@ import torch
 from latentflow.errors import LatentflowError, UnavailableError
 from latentflow.v1 import stage_pb2, stage_pb2_grpc
 
-from latentflow_nodes import codec
-from latentflow_nodes.memory import PageError
-from latentflow_nodes.peers import Peers
-from latentflow_nodes.sample import Residuals
+from latentflow_nodes.engine.sample import Residuals
+from latentflow_nodes.tensors import codec
+from latentflow_nodes.tensors.peers import Peers
+from latentflow_nodes.tensors.shared_memory import PageError
 
 _log = structlog.get_logger()
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
+from latentflow.errors import FailedPreconditionError
+
+from latentflow_nodes.weights import files
 
 Conditioning = Mapping[str, torch.Tensor]
 
@@ -146,3 +150,16 @@ def stack(inputs: list[dict[str, Any]]) -> dict[str, Any]:
 def _halves(conditioning: Conditioning, name: str, *, guidance: bool) -> torch.Tensor:
     positive = conditioning[name]
     return torch.cat([conditioning[f"negative_{name}"], positive]) if guidance else positive
+
+
+def detect(pipeline: Path) -> str:
+    """The model family of a pipeline folder: "sd" or "sdxl"."""
+    name = str(files.config(pipeline, "model_index.json").get("_class_name", ""))
+    if name.startswith("StableDiffusionXL"):
+        return "sdxl"
+    if name.startswith("StableDiffusion") and not name.startswith("StableDiffusion3"):
+        return "sd"
+    raise FailedPreconditionError(
+        f"{pipeline} holds a {name or 'pipeline without a class name'}; this server runs Stable Diffusion 1.x, 2.x and XL.",
+        reason="UNSUPPORTED_FAMILY",
+    )

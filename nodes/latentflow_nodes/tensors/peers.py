@@ -11,30 +11,27 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
 
 import grpc
 import grpc.aio
 import structlog
 import torch
 from cachetools import LRUCache
-from latentflow import rpc, status
 from latentflow.errors import InvalidRequestError, LatentflowError, OwnerLostError, UnavailableError
-from latentflow.metrics import Instruments
+from latentflow.internal import rpc, status
+from latentflow.internal.metrics import Instruments
 from latentflow.v1 import stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
 
-from latentflow_nodes import codec
-from latentflow_nodes.adapters import Layer
-from latentflow_nodes.memory import PageError
-from latentflow_nodes.transport import Transport
+from latentflow_nodes.adapters.layers import Layers, layers_bytes, unpack_layers
+from latentflow_nodes.tensors import codec
+from latentflow_nodes.tensors.shared_memory import PageError
+from latentflow_nodes.tensors.transfer import Transport
 
 _log = structlog.get_logger()
 # Adapters kept after a request, so that the next one with the same need not pull them.
 _ADAPTER_CACHE_BYTES = 1 << 30
 _FETCH_SECONDS = 60.0
 _ADAPTER_SECONDS = 300.0
-
-Layers = Mapping[str, Layer]
 
 
 class Peers:
@@ -52,7 +49,9 @@ class Peers:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._metrics = metrics
         self.transport = transport
-        self._adapters: LRUCache[tuple[str, str], Layers] = LRUCache(_ADAPTER_CACHE_BYTES, getsizeof=_layers_bytes)
+        self._adapters: LRUCache[tuple[str, str], Layers] = LRUCache(
+            _ADAPTER_CACHE_BYTES, getsizeof=lambda layers: 1 + layers_bytes(layers)
+        )
 
     async def __aenter__(self) -> Peers:
         return self
@@ -149,7 +148,7 @@ class Peers:
         self._metrics.of("latentflow_loads_total", kind="adapter").inc()
         self._metrics.of("latentflow_load_seconds_total", kind="adapter").inc(seconds)
         layers = unpack_layers(receiver.tensors)
-        if ref.digest and _layers_bytes(layers) < _ADAPTER_CACHE_BYTES:
+        if ref.digest and layers_bytes(layers) < _ADAPTER_CACHE_BYTES:
             self._adapters[(ref.digest, component)] = layers
         return layers
 
@@ -164,31 +163,3 @@ class Peers:
                 details={"peer": peer.address, "model": peer.model},
             )
         return known
-
-
-def pack_layers(layers: Layers) -> dict[str, torch.Tensor]:
-    """Layers as the named tensors of an Adapter bundle."""
-    return {
-        f"{name}.{key}": value
-        for name, layer in layers.items()
-        for key, value in (
-            ("lora_A", layer.a),
-            ("lora_B", layer.b),
-            ("alpha", torch.tensor(layer.alpha, dtype=torch.float32)),
-        )
-    }
-
-
-def unpack_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
-    """The layers of an Adapter bundle."""
-    names = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
-    return {
-        name: Layer(
-            a=tensors[f"{name}.lora_A"], b=tensors[f"{name}.lora_B"], alpha=float(tensors[f"{name}.alpha"].item())
-        )
-        for name in names
-    }
-
-
-def _layers_bytes(layers: Any) -> int:
-    return codec.total_bytes(t for layer in layers.values() for t in (layer.a, layer.b)) + 1

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from latentflow.errors import FailedPreconditionError
 from tqdm.auto import tqdm
 
-from latentflow_nodes.fetching import Progress, Wanted
+from latentflow_nodes.weights.fetching import Progress, Wanted
 
 
 def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress) -> Path:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import structlog
-from latentflow import sizes
-from latentflow.metrics import Instruments
+from latentflow.internal import sizes
+from latentflow.internal.metrics import Instruments
 
 _log = structlog.get_logger()
 _SAY_SECONDS = 10.0

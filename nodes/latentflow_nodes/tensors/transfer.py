@@ -15,11 +15,11 @@ from typing import Literal
 
 import structlog
 import torch
-from latentflow.metrics import Instruments
+from latentflow.internal.metrics import Instruments
 from latentflow.v1 import tensors_pb2
 
-from latentflow_nodes import codec
-from latentflow_nodes.memory import Memory, Page, PageError
+from latentflow_nodes.tensors import codec
+from latentflow_nodes.tensors.shared_memory import Memory, Page, PageError
 
 _log = structlog.get_logger()
 Kind = Literal["grpc", "shared-memory"]

@@ -28,7 +28,7 @@ from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTT
 from filelock import FileLock, Timeout
 from latentflow.errors import FailedPreconditionError
 
-from latentflow_nodes.fetching import Progress, Wanted
+from latentflow_nodes.weights.fetching import Progress, Wanted
 
 _log = structlog.get_logger()
 _FILES_AT_ONCE, _CONNECT_SECONDS, _SERVER_FAILED = 4, 10, 500

@@ -1,13 +1,9 @@
-"""LoRA adapters: read from a file, merged into a model's weights exactly, and undone bit for bit.
-
-The store reads (`load`), the denoiser and the text encoder merge (`Merger`). A layer's merged weight is
-W + sum_i weight_i * (alpha_i / rank_i) * B_i A_i, computed in float32 from the pristine W each time.
-"""
+"""LoRA files: finds the adapters of a folder and reads their layers, whichever tool wrote them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,29 +13,11 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLL
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from latentflow.errors import FailedPreconditionError
 
-from latentflow_nodes import weights
+from latentflow_nodes.adapters.layers import Layer
+from latentflow_nodes.weights import files
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One layer's change: B A times alpha / rank. `a` is [rank, in, ...], `b` is [out, rank, ...]."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return int(self.a.shape[0])
-
-    def delta(self) -> torch.Tensor:
-        """The change at weight 1, float32, [out, in * ...]."""
-        a = self.a.to(torch.float32).flatten(1)
-        b = self.b.to(torch.float32).flatten(1)
-        return (b @ a) * (self.alpha / self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +46,7 @@ def find(folder: Path) -> dict[str, Path]:
 
 def load(name: str, path: Path) -> Adapter:
     """Reads an adapter file (diffusers, PEFT or kohya keys). FailedPreconditionError for keys that fit nowhere."""
-    weights.check_file(path)
+    files.check_file(path)
     loader = _loader(path)
     try:
         state, alphas, metadata = loader.lora_state_dict(
@@ -101,74 +79,7 @@ def load(name: str, path: Path) -> Adapter:
             f"Keys begin with one of {', '.join(COMPONENTS)}; was it trained for another kind of model?",
             reason="ADAPTER_UNREADABLE",
         )
-    return Adapter(name=name, digest=weights.digest([path]), components=components)
-
-
-class Merger:
-    """Merges adapters into one module's weights.
-
-    Keeps the pristine values of every weight it has touched in host memory, so that any set of adapters, none too, is
-    reached from them and nothing drifts. Not thread-safe: the thread that runs the module calls it.
-    """
-
-    def __init__(self, module: torch.nn.Module, *, what: str) -> None:
-        self._module = module
-        self._what = what
-        self._pristine: dict[str, torch.Tensor] = {}
-        self._touched: set[str] = set()
-
-    def check(self, adapter: str, layers: Mapping[str, Layer]) -> None:
-        """FailedPreconditionError unless every layer exists here and has this shape."""
-        for name, layer in layers.items():
-            weight = self._weight(name)
-            if weight is None:
-                raise FailedPreconditionError(
-                    f"Adapter {adapter!r} changes layer {name!r}, which this {self._what} does not have; "
-                    "it was trained for another base model.",
-                    reason="ADAPTER_MISMATCH",
-                )
-            wanted = (weight.shape[0], math.prod(weight.shape[1:]))
-            if (layer.b.shape[0], math.prod(layer.a.shape[1:])) != wanted:
-                raise FailedPreconditionError(
-                    f"Adapter {adapter!r} changes layer {name!r} by {layer.b.shape[0]}x{math.prod(layer.a.shape[1:])} "
-                    f"where this {self._what} has {wanted[0]}x{wanted[1]}; it was trained for another base model.",
-                    reason="ADAPTER_MISMATCH",
-                )
-
-    @torch.no_grad()
-    def apply(self, adapters: Sequence[tuple[Mapping[str, Layer], float]]) -> None:
-        """Makes the weights pristine plus exactly these adapters, each with its weight, in this order."""
-        deltas: dict[str, torch.Tensor] = {}
-        for layers, weight in adapters:
-            for name, layer in layers.items():
-                delta = layer.delta() * weight
-                deltas[name] = deltas[name] + delta if name in deltas else delta
-        for name in self._touched - deltas.keys():
-            self._set(name, self._pristine[name])
-        for name, delta in deltas.items():
-            parameter = self._weight(name)
-            if parameter is None:
-                raise KeyError(name)
-            if name not in self._pristine:
-                self._pristine[name] = parameter.detach().to("cpu", copy=True)
-            pristine = self._pristine[name]
-            merged = pristine.to(torch.float32) + delta.reshape(pristine.shape)
-            self._set(name, merged.to(pristine.dtype))
-        self._touched = set(deltas)
-
-    def _weight(self, name: str) -> torch.nn.Parameter | None:
-        try:
-            weight = self._module.get_submodule(name).weight
-        except AttributeError:
-            return None
-        return weight if isinstance(weight, torch.nn.Parameter) else None
-
-    def _set(self, name: str, value: torch.Tensor) -> None:
-        # In place: the address stays, so captured graphs and shared storage stay valid.
-        parameter = self._weight(name)
-        if parameter is None:
-            raise KeyError(name)
-        parameter.copy_(value)
+    return Adapter(name=name, digest=files.digest([path]), components=components)
 
 
 def _loader(path: Path) -> Any:

@@ -1,0 +1,1 @@
+"""What our own servers share with the SDK. No stability is promised: programs of others do not import it."""

@@ -1,0 +1,1 @@
+"""LoRA adapters: file formats, layers, and merging."""

@@ -1,0 +1,59 @@
+"""The layers of an adapter: what an adapter changes of one component, and their form as named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer's change: B A times alpha / rank. `a` is [rank, in, ...], `b` is [out, rank, ...]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    def delta(self) -> torch.Tensor:
+        """The change at weight 1, float32, [out, in * ...]."""
+        a = self.a.to(torch.float32).flatten(1)
+        b = self.b.to(torch.float32).flatten(1)
+        return (b @ a) * (self.alpha / self.rank)
+
+
+Layers = Mapping[str, Layer]
+
+
+def pack_layers(layers: Layers) -> dict[str, torch.Tensor]:
+    """Layers as the named tensors of an Adapter bundle."""
+    return {
+        f"{name}.{key}": value
+        for name, layer in layers.items()
+        for key, value in (
+            ("lora_A", layer.a),
+            ("lora_B", layer.b),
+            ("alpha", torch.tensor(layer.alpha, dtype=torch.float32)),
+        )
+    }
+
+
+def unpack_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
+    """The layers of an Adapter bundle."""
+    names = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
+    return {
+        name: Layer(
+            a=tensors[f"{name}.lora_A"], b=tensors[f"{name}.lora_B"], alpha=float(tensors[f"{name}.alpha"].item())
+        )
+        for name in names
+    }
+
+
+def layers_bytes(layers: Layers) -> int:
+    """Bytes of the layers' tensors."""
+    return sum(t.numel() * t.element_size() for layer in layers.values() for t in (layer.a, layer.b))

@@ -1,0 +1,1 @@
+"""Tensors between servers: encoding, holding, and moving them."""

@@ -1,0 +1,1 @@
+"""Weights: where they come from, and whether their files may be loaded."""
