@@ -161,7 +161,7 @@ def outline(path: Path) -> None:
 def test_tensors_go_through_memory_inside_a_pod_and_over_grpc_between_pods_with_the_same_image(
     release: ApiServer, prometheus: Prometheus, namespace: Namespace, tmp_path: Path
 ) -> None:
-    names = ("shapes", "shapes-together")
+    names = ("shapes", "shapes-colocated")
     for name in names:
         namespace.apply(threaded(f"{name}.yaml"))
     wait_until_ready(release, namespace, *names)
@@ -192,8 +192,8 @@ def test_tensors_go_through_memory_inside_a_pod_and_over_grpc_between_pods_with_
 
     scraped()
     # Residuals come from the same pod, the conditioning from the text encoder's; adapters go over gRPC everywhere.
-    assert ways("shapes-together", "base", "receive") == {"shared-memory", "grpc"}
-    assert ways("shapes-together", "edges", "send") == {"shared-memory"}
+    assert ways("shapes-colocated", "base", "receive") == {"shared-memory", "grpc"}
+    assert ways("shapes-colocated", "edges", "send") == {"shared-memory"}
     for name in ("text", "edges", "styles", "base"):
         assert ways("shapes", name, "send") == {"grpc"}
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Model, Role, merge_scaling, placed
-from latentflow.api.types import Companion, Inside, ModelSpec, Scaling
+from latentflow.api.model import ColocatedModel, Host, ModelSpec
+from latentflow.api.types import Scaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,39 +92,28 @@ def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str])
     if first.source is None:
         raise ValueError(f"{name} is a model by reference")
     # Whose word stands makes no difference here: by their identities all owners place it alike.
-    companions = _companions(oldest.workflow, names)
-    inside = next((place for place, one in enumerate(companions, 1) if one.model == name), None)
+    colocated = _colocated(oldest.workflow, names)
+    index = next((index for index, one in enumerate(colocated, 1) if one.model == name), None)
     denoiser = names[oldest.workflow.of_role(Role.DENOISER)[0].name]
     spec = ModelSpec(
-        inside=Inside(model=denoiser, place=inside) if inside is not None else None,
-        companions=list(companions) if name == denoiser and companions else None,
-        near=denoiser if first.attach_to is not None and inside is None else None,
-        role=first.role,
-        source=first.source,
-        dtype=first.dtype,
-        engine=first.engine,
+        host=Host(model=denoiser, index=index) if index is not None else None,
+        colocated=list(colocated) if name == denoiser and colocated else None,
+        preferred_host=denoiser if first.attach_to is not None and index is None else None,
         scaling=scaling,
         parallelism=first.parallelism,
-        resources=first.resources,
         pod=first.pod,
+        **first.served(),
     )
     unique = {owner.uid: owner for owner, _ in uses}
     return WishedModel(name=name, spec=spec, owners=tuple(unique.values()), conflicts=tuple(conflicts))
 
 
-def _companions(workflow: DiffusionWorkflow, names: Mapping[str, str]) -> tuple[Companion, ...]:
+def _colocated(workflow: DiffusionWorkflow, names: Mapping[str, str]) -> tuple[ColocatedModel, ...]:
     """What runs in the denoiser's pods, in an order that does not depend on the workflow's."""
     found = {
-        names[model.name]: Companion(
-            model=names[model.name],
-            role=model.role,
-            source=model.source,
-            dtype=model.dtype,
-            engine=model.engine,
-            resources=model.resources,
-        )
+        names[model.name]: ColocatedModel(model=names[model.name], **model.served())
         for model in workflow.spec.models
-        if model.is_together and model.source is not None
+        if model.is_colocated and model.source is not None
     }
     return tuple(found[name] for name in sorted(found))
 

@@ -1,7 +1,7 @@
 """The CustomResourceDefinitions, made from the typed API: `python -m latentflow_operator.crds FOLDER…` writes them.
 
 Structural OpenAPI schemas with every field's description and default, CEL rules, list-maps, printer columns and
-subresources. The types stand in `latentflow.api.types`, the rules in `rules`; here is only the translation.
+subresources. The types are in `latentflow.api`, the rules in `rules`; this module is the translation only.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from latentflow.api.model import DiffusionModel
 from latentflow.api.status import ModelStatus, WorkflowStatus
-from latentflow.api.types import API_VERSION, DiffusionModel, DiffusionWorkflow
+from latentflow.api.types import API_VERSION
+from latentflow.api.workflow import DiffusionWorkflow
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
@@ -58,7 +60,7 @@ def crds() -> dict[str, dict[str, Any]]:
             ("Replicas", "integer", ".status.replicas", 0),
             ("Available", "integer", ".status.readyReplicas", 0),
             ("Reason", "string", ".status.conditions[?(@.type=='Ready')].reason", 0),
-            ("Inside", "string", ".spec.inside.model", 1),
+            ("Host", "string", ".spec.host.model", 1),
             ("Latent", "integer", ".status.parallelism.latent", 1),
             ("Tensor", "integer", ".status.parallelism.tensor", 1),
             ("Decision", "string", ".status.scheduling.reason", 1),

@@ -71,7 +71,7 @@ class Downloads:
 
     Args:
         changed: Called with a model of which there is something else to say.
-        port: Of every server's /metrics; None: as the model's place in its pods has it.
+        port: Of every server's /metrics; None: by the model's index in its pods.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ class Downloads:
 
     def _addresses(self, body: Body) -> list[str]:
         namespace, name = place_of(body)
-        inside = body["spec"].get("inside", {"model": name, "place": 0})
-        port = self._port or metrics_port(inside["place"])
-        hosts = watched(body["spec"]["source"]["uri"], self._store.pods(namespace, inside["model"]))
-        return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+        host = body["spec"].get("host", {"model": name, "index": 0})
+        port = self._port or metrics_port(host["index"])
+        addresses = watched(body["spec"]["source"]["uri"], self._store.pods(namespace, host["model"]))
+        return [f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses]
 
     async def _read(self, session: aiohttp.ClientSession, address: str) -> Reading | None:
         try:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from latentflow.api import API_VERSION, Role, Source
-from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Companion, Engine, ModelSpec, Pod
+from latentflow.api.model import ColocatedModel, ModelSpec
+from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Engine, Pod
 
 from latentflow_operator.settings import OperatorSettings
 
@@ -39,8 +40,8 @@ class Seat(NamedTuple):
 MANAGED = {"app.kubernetes.io/managed-by": "latentflow-operator"}
 
 GRPC_PORT, METRICS_PORT = 8500, 8501
-# Of companions, by their places; what lies between is theirs alone, so that network policies can name ranges.
-_COMPANION_GRPC, _COMPANION_METRICS = 8510, 8610
+# A colocated model's ports are these plus its index; no other port is in these ranges, so that network policies can name them.
+_COLOCATED_GRPC, _COLOCATED_METRICS = 8510, 8610
 _MODEL_ROOT, _CACHE, _SOURCE, _MEMORY = "/models", "/cache", "/source", "/memory"
 # After the drain: time for what others still fetch, and for the process to end.
 _GRACE_BEYOND_DRAIN = 30
@@ -97,7 +98,7 @@ def manifests(
         ],
     }
     host = pods_of(name, spec)
-    seat = _seat(name, spec.inside.place if spec.inside else 0)
+    seat = _seat(name, spec.host.index if spec.host else 0)
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -113,7 +114,7 @@ def manifests(
             ],
         },
     }
-    if spec.inside is not None:
+    if spec.host is not None:
         return (service,)
     return (
         _deployment(name, metadata, spec, settings),
@@ -134,14 +135,14 @@ def selector(name: str) -> dict[str, str]:
 
 def pods_of(name: str, spec: ModelSpec) -> str:
     """The model whose pods a model runs in: another, or itself."""
-    return spec.inside.model if spec.inside is not None else name
+    return spec.host.model if spec.host is not None else name
 
 
 def is_its_container(name: str, spec: ModelSpec) -> Callable[[str], bool]:
     """Whether a container of its pods, by name, is the model's and not another model's."""
-    if spec.inside is not None:
+    if spec.host is not None:
         return lambda container: container == name
-    others = {companion.model for companion in spec.companions or ()}
+    others = {one.model for one in spec.colocated or ()}
     return lambda container: container not in others
 
 
@@ -186,16 +187,16 @@ def _deployment(name: str, metadata: Manifest, spec: ModelSpec, settings: Operat
     }
 
 
-def metrics_port(place: int) -> int:
-    """Where the server at a place in its pods has its /metrics; 0 is that of the pods' own model."""
-    return _COMPANION_METRICS + place if place else METRICS_PORT
+def metrics_port(index: int) -> int:
+    """The /metrics port of a pod's server: of the host at index 0, of its colocated models from 1."""
+    return _COLOCATED_METRICS + index if index else METRICS_PORT
 
 
-def _seat(name: str, place: int, *, memory: bool = True) -> Seat:
-    """Of the pods' own model at place 0, of its companions from 1."""
-    if place == 0:
+def _seat(name: str, index: int, *, memory: bool = True) -> Seat:
+    """Of the host at index 0, of its colocated models from 1."""
+    if index == 0:
         return Seat("node", "grpc", GRPC_PORT, "metrics", METRICS_PORT, memory)
-    return Seat(name, f"grpc-{place}", _COMPANION_GRPC + place, f"metrics-{place}", metrics_port(place), memory)
+    return Seat(name, f"grpc-{index}", _COLOCATED_GRPC + index, f"metrics-{index}", metrics_port(index), memory)
 
 
 def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
@@ -203,16 +204,16 @@ def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
     passed = own.model_dump(by_alias=True, exclude_none=True, exclude={"env", "volumes", "volume_mounts"})
     volumes: list[Manifest] = []
     containers = []
-    models = [(name, spec), *((one.model, _spec_of(one, own)) for one in spec.companions or ())]
-    for place, (model, served) in enumerate(models):
+    models = [(name, spec), *((one.model, _spec_of(one, own)) for one in spec.colocated or ())]
+    for index, (model, served) in enumerate(models):
         wanted, mounts, uri = _weights(served.source, settings)
-        mounts = _add(volumes, wanted, mounts, place=place)
-        if spec.companions:
+        mounts = _add(volumes, wanted, mounts, index=index)
+        if spec.colocated:
             mounts.append({"name": "memory", "mountPath": _MEMORY})
         mounts += own.volume_mounts or []
-        seat = _seat(model, place, memory=bool(spec.companions))
+        seat = _seat(model, index, memory=bool(spec.colocated))
         containers.append(_container(model, served, settings, uri, mounts, seat))
-    if spec.companions:
+    if spec.colocated:
         volumes.append({"name": "memory", "emptyDir": {"medium": "Memory"}})
     return {
         "automountServiceAccountToken": False,
@@ -227,24 +228,17 @@ def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
         },
         "containers": containers,
         "volumes": volumes + (own.volumes or []),
-        **({"affinity": _beside(spec.near)} if spec.near is not None else {}),
+        **({"affinity": _beside(spec.preferred_host)} if spec.preferred_host is not None else {}),
         **passed,
     }
 
 
-def _spec_of(companion: Companion, pod: Pod) -> ModelSpec:
-    """A companion as its container is made of: what is passed through to the pod reaches it too."""
-    return ModelSpec(
-        role=companion.role,
-        source=companion.source,
-        dtype=companion.dtype,
-        engine=companion.engine,
-        resources=companion.resources,
-        pod=pod,
-    )
+def _spec_of(colocated: ColocatedModel, pod: Pod) -> ModelSpec:
+    """The spec from which a colocated model's container is made; it gets what the host passes through to its pods."""
+    return ModelSpec(pod=pod, **colocated.served())
 
 
-def _add(volumes: list[Manifest], wanted: list[Manifest], mounts: list[Manifest], *, place: int) -> list[Manifest]:
+def _add(volumes: list[Manifest], wanted: list[Manifest], mounts: list[Manifest], *, index: int) -> list[Manifest]:
     """Adds a model's volumes to its pod's, under another name where another's has its name; its mounts then."""
     renamed = {}
     for volume in wanted:
@@ -252,7 +246,7 @@ def _add(volumes: list[Manifest], wanted: list[Manifest], mounts: list[Manifest]
         if there == volume:
             continue
         if there is not None:
-            renamed[volume["name"]] = f"{volume['name']}-{place}"
+            renamed[volume["name"]] = f"{volume['name']}-{index}"
         volumes.append(volume | {"name": renamed.get(volume["name"], volume["name"])})
     return [mount | {"name": renamed.get(mount["name"], mount["name"])} for mount in mounts]
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import structlog
 from kubernetes.client import ApiException
+from latentflow.api.model import ModelSpec
 from latentflow.api.status import ConditionType
-from latentflow.api.types import API_VERSION, MODEL_LABEL, ModelSpec, Source
+from latentflow.api.types import API_VERSION, MODEL_LABEL, Source
 
 from latentflow_operator import conditions, manifests
 from latentflow_operator.binding import Binding, Conflict, bind, wished
@@ -104,7 +105,7 @@ class Reconciler:
         """Asks for passes over a model, over those that run in its pods, and over that in whose pods it runs."""
         self.queue.add(Key("model", namespace, name))
         spec = (self.store.get("DiffusionModel", namespace, name) or {"spec": {}})["spec"]
-        for other in (*spec.get("companions", ()), *filter(None, [spec.get("inside")])):
+        for other in (*spec.get("colocated", ()), *filter(None, [spec.get("host")])):
             self.queue.add(Key("model", namespace, other["model"]))
 
     async def _pass(self, key: Key) -> None:
@@ -140,16 +141,16 @@ class Reconciler:
             source = answer
             # Recorded before the first pod starts, so that a crash between the two changes nothing.
             body = await self._model_status(body, spec, source=source)
-        companions = []
-        for companion in spec.companions or ():
-            known = self.store.get("DiffusionModel", namespace, companion.model) or {}
-            found = recorded(companion.source, known.get("status", {}))
+        colocated = []
+        for one in spec.colocated or ():
+            known = self.store.get("DiffusionModel", namespace, one.model) or {}
+            found = recorded(one.source, known.get("status", {}))
             if found is None:
                 # Its own pass asks, records, and says why not; then this one is asked for.
                 await self._model_status(body, spec, source=source)
                 return
-            companions.append(companion.model_copy(update={"source": found}))
-        pinned = spec.model_copy(update={"source": source, "companions": companions or None})
+            colocated.append(one.model_copy(update={"source": found}))
+        pinned = spec.model_copy(update={"source": source, "colocated": colocated or None})
         for wish in manifests.manifests(
             name=name, namespace=namespace, uid=body["metadata"]["uid"], spec=pinned, settings=self._settings
         ):
@@ -180,7 +181,11 @@ class Reconciler:
             spec = current
         else:
             # Where its pods stand was decided when it was made; moving them would interrupt it.
-            spec = wish.spec if current is None else wish.spec.model_copy(update={"near": current.near})
+            spec = (
+                wish.spec
+                if current is None
+                else wish.spec.model_copy(update={"preferred_host": current.preferred_host})
+            )
         if spec is None:
             return None
         owners = [_owner(user) for user in users]

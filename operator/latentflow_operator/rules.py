@@ -36,10 +36,10 @@ def _single(role: str) -> Rule:
     )
 
 
-def _together(cel: str, message: str) -> Rule:
-    """Of a model that runs in the denoiser's pods."""
+def _colocated(cel: str, message: str) -> Rule:
+    """A rule for models that run in the denoiser's pods."""
     return Rule(
-        cel=f"self.placement != 'Together' || {cel}", message=f'"model \'" + self.name + "{message}"', computed=True
+        cel=f"self.placement != 'Colocated' || {cel}", message=f'"model \'" + self.name + "{message}"', computed=True
     )
 
 
@@ -108,18 +108,18 @@ RULES: dict[str, tuple[Rule, ...]] = {
             message="\"model '\" + self.name + \"' is a \" + self.role + '; attachTo is for ControlNets and LoRA stores'",
             computed=True,
         ),
-        _together(
+        _colocated(
             "self.role != 'Denoiser'",
-            "' is the denoiser, in whose pods the others may run; leave its placement out",
+            "' is the denoiser, in whose pods the others may run; remove its placement",
         ),
-        _together("!has(self.modelRef)", "' is a modelRef, which has pods of its own; Together needs a source"),
-        _together(
+        _colocated("!has(self.modelRef)", "' is a modelRef, which has its own pods; Colocated needs a source"),
+        _colocated(
             "(self.scaling.minReplicas == 1 && self.scaling.maxReplicas == 1 && self.scaling.mode == 'Managed')",
-            "' is Together with the denoiser and scales with it; put scaling at the denoiser",
+            "' is Colocated with the denoiser and scales with it; set scaling on the denoiser",
         ),
-        _together(
+        _colocated(
             f"!has(self.pod) || ({_NO_POD})",
-            "' is Together with the denoiser in its pods; put pod at the denoiser",
+            "' is Colocated with the denoiser in its pods; set pod on the denoiser",
         ),
         Rule(
             cel="self.role == oldSelf.role",
@@ -148,10 +148,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
             message="a denoiser takes one LoRA store; this workflow has several",
         ),
         Rule(
-            cel="!self.models.exists(m, m.placement == 'Together') || "
+            cel="!self.models.exists(m, m.placement == 'Colocated') || "
             "!self.models.exists(m, m.role == 'Denoiser' && has(m.modelRef))",
-            message="the denoiser is a modelRef, whose pods are not this workflow's; give it a source, or no model the "
-            "placement Together",
+            message="the denoiser is a modelRef, whose pods this workflow does not own; give it a source, or remove "
+            "placement Colocated from the other models",
         ),
     ),
     "ModelSpec": tuple(
@@ -159,6 +159,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
             cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
             message=f"{field} is part of the model's identity and cannot change; make another DiffusionModel",
         )
-        for field in ("role", "source", "dtype", "engine", "resources", "inside", "companions")
+        for field in ("role", "source", "dtype", "engine", "resources", "host", "colocated")
     ),
 }

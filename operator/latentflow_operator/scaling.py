@@ -16,7 +16,8 @@ import aiohttp
 import structlog
 import urllib3
 from kubernetes.client import ApiException
-from latentflow.api.types import API_VERSION, ModelSpec
+from latentflow.api.model import ModelSpec
+from latentflow.api.types import API_VERSION
 from latentflow.errors import UnavailableError
 from latentflow.internal.metrics import Instruments
 from latentflow_scheduler import policy, signals
@@ -88,7 +89,7 @@ class Scaler:
         models = {place_of(body): body for body in self._store.all("DiffusionModel")}
         self._states = {place: self._states.get(place, State()) for place in models}
         self._unseen = {place: since for place, since in self._unseen.items() if place in models}
-        inside = self._inside()
+        inside = self._hosts()
         held = signals.gathered(held, inside)
         known = replace(known, held=signals.gathered(known.held, inside)) if known else None
         for place, body in models.items():
@@ -105,7 +106,7 @@ class Scaler:
         while (left := due - self._clock()) > 0:
             await asyncio.sleep(min(left, _WAKE_SECONDS))
             asleep = self._asleep()
-            if asleep and not asleep.isdisjoint(signals.gathered(await self._held(session), self._inside())):
+            if asleep and not asleep.isdisjoint(signals.gathered(await self._held(session), self._hosts())):
                 return
 
     def _asleep(self) -> set[Place]:
@@ -116,10 +117,10 @@ class Scaler:
             if body["spec"].get("replicas") == 0 and body["spec"]["scaling"]["mode"] == "Managed"
         }
 
-    def _inside(self) -> dict[Place, Place]:
+    def _hosts(self) -> dict[Place, Place]:
         """In whose pods models run that have none of their own."""
-        models = {place_of(body): body["spec"].get("inside") for body in self._store.all("DiffusionModel")}
-        return {place: (place[0], inside["model"]) for place, inside in models.items() if inside}
+        models = {place_of(body): body["spec"].get("host") for body in self._store.all("DiffusionModel")}
+        return {place: (place[0], host["model"]) for place, host in models.items() if host}
 
     async def _held(self, session: aiohttp.ClientSession) -> dict[Place, float]:
         if self._settings.gateways is None:
@@ -135,14 +136,14 @@ class Scaler:
 
     async def _decide(self, place: Place, body: Manifest, known: Signals | None, held: Mapping[Place, float]) -> None:
         spec = ModelSpec.model_validate(body["spec"])
-        if spec.scaling.mode != "Managed" or spec.inside is not None:
+        if spec.scaling.mode != "Managed" or spec.host is not None:
             return
         current = manifests.replicas(spec)
         ready = body.get("status", {}).get("readyReplicas", 0)
         load = signals.load(known, held, place, ready=ready, current=current)
-        for companion in spec.companions or ():
+        for colocated in spec.colocated or ():
             # The pod is as busy as the busiest in it.
-            other = signals.load(known, {}, (place[0], companion.model), ready=ready, current=current)
+            other = signals.load(known, {}, (place[0], colocated.model), ready=ready, current=current)
             if load and other and policy.demand(other, self._policy) > policy.demand(load, self._policy):
                 load = other
         decision, state = policy.decide(

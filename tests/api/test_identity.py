@@ -69,7 +69,7 @@ def workflow(*together: str, dtype: str = "float32", edges: str = "controlnet-ed
         {"name": "pixels", "role": "VAE", "source": {"uri": "shapes"}},
     ]
     for one in models:
-        one["placement"] = "Together" if one["name"] in together else "Spread"
+        one["placement"] = "Colocated" if one["name"] in together else "Spread"
     head = {"apiVersion": API_VERSION, "kind": "DiffusionWorkflow", "metadata": {"name": "x"}}
     return DiffusionWorkflow.model_validate(head | {"spec": {"models": models}})
 
@@ -93,11 +93,11 @@ def test_all_in_one_pod_are_others_when_one_of_them_is(together: set[str], chang
 
 
 @given(st.sets(st.sampled_from(OTHERS)), st.sets(st.sampled_from(OTHERS)))
-def test_a_denoiser_is_shared_only_with_all_its_companions(one: set[str], other: set[str]) -> None:
+def test_a_denoiser_is_shared_only_with_all_its_colocated_models(one: set[str], other: set[str]) -> None:
     assert (placed(workflow(*one))["base"] == placed(workflow(*other))["base"]) == (one == other)
 
 
-def test_two_names_of_one_companion_are_one() -> None:
+def test_two_names_of_one_colocated_model_are_one() -> None:
     twice = workflow("edges")
     again = twice.spec.models[2].model_copy(update={"name": "again"})
     doubled = twice.model_copy(update={"spec": twice.spec.model_copy(update={"models": [*twice.spec.models, again]})})

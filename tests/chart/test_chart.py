@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from latentflow.api.types import ModelSpec
+from latentflow.api.model import ModelSpec
 from latentflow_operator.manifests import manifests
 from latentflow_operator.settings import OperatorSettings
 from support import schemas
@@ -201,9 +201,9 @@ def test_network_policies_open_the_ports_of_every_model_that_may_run_in_a_pod() 
     )
     grpc, metrics = (rule["ports"][1] for rule in policy["spec"]["ingress"])
     settings = OperatorSettings(node_image="x")
-    for place in range(1, 32):
-        inside = {"model": "denoiser-1", "place": place}
-        spec = ModelSpec.model_validate({"role": "VAE", "source": {"uri": "shapes"}, "inside": inside})
+    for index in range(1, 32):
+        host = {"model": "denoiser-1", "index": index}
+        spec = ModelSpec.model_validate({"role": "VAE", "source": {"uri": "shapes"}, "host": host})
         (service,) = manifests(name="vae-1", namespace="ns", uid="1", spec=spec, settings=settings)
         ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
         assert grpc["port"] <= ports["grpc"] <= grpc["endPort"]

@@ -21,7 +21,7 @@ from support.paths import EXAMPLES
 from support.scraping import value
 
 HOSTS = ("127.0.0.1", "127.0.0.2")
-(WHOLE,) = load_workflows(EXAMPLES / "shapes-together.yaml")
+(WHOLE,) = load_workflows(EXAMPLES / "shapes-colocated.yaml")
 EDGES = Image.new("RGB", (64, 64))
 
 

@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
 }
 TEXT, DENOISER, EDGES, STYLES, PIXELS = range(5)
 REMOVE = object()
-TOGETHER = BASE["models"][EDGES] | {"placement": "Together"}
+COLOCATED = BASE["models"][EDGES] | {"placement": "Colocated"}
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,15 @@ BAD = [
     Case("latent degree in words", _model(DENOISER, "parallelism"), {"latent": "Two"}, "latent"),
     Case("no tensor degree", _model(DENOISER, "parallelism"), {"tensor": 0}, "tensor"),
     Case("unknown placement", _model(EDGES, "placement"), "Near", "placement"),
-    Case("a denoiser in its own pod", _model(DENOISER, "placement"), "Together", "model 'base' is the denoiser, in whose pods the others may run; leave its placement out"),
-    Case("in one pod by reference", _model(PIXELS), {"name": "pixels", "role": "VAE", "modelRef": "vae-1", "placement": "Together"}, "model 'pixels' is a modelRef, which has pods of its own; Together needs a source"),
-    Case("in one pod with bounds of its own", _model(EDGES), TOGETHER | {"scaling": {"maxReplicas": 2}}, "model 'edges' is Together with the denoiser and scales with it; put scaling at the denoiser"),
-    Case("in one pod that sleeps by itself", _model(EDGES), TOGETHER | {"scaling": {"minReplicas": 0}}, "model 'edges' is Together with the denoiser and scales with it"),
-    Case("in one pod scaled by others", _model(EDGES), TOGETHER | {"scaling": {"mode": "External"}}, "model 'edges' is Together with the denoiser and scales with it"),
-    Case("in one pod with a node of its own", _model(EDGES), TOGETHER | {"pod": {"nodeSelector": {"zone": "a"}}}, "model 'edges' is Together with the denoiser in its pods; put pod at the denoiser"),
-    Case("in one pod with variables of its own", _model(EDGES), TOGETHER | {"pod": {"env": [{"name": "A", "value": "1"}]}}, "model 'edges' is Together with the denoiser in its pods"),
-    Case("in the pod of a denoiser by reference", ("models",), [BASE["models"][TEXT], {"name": "base", "role": "Denoiser", "modelRef": "denoiser-1"}, TOGETHER, BASE["models"][PIXELS]], "is a modelRef, whose pods are not this workflow's; give it a source, or no model the placement Together"),
+    Case("the placement of earlier versions", _model(EDGES, "placement"), "Together", "Colocated"),
+    Case("a denoiser in its own pod", _model(DENOISER, "placement"), "Colocated", "model 'base' is the denoiser, in whose pods the others may run; remove its placement"),
+    Case("in one pod by reference", _model(PIXELS), {"name": "pixels", "role": "VAE", "modelRef": "vae-1", "placement": "Colocated"}, "model 'pixels' is a modelRef, which has its own pods; Colocated needs a source"),
+    Case("in one pod with bounds of its own", _model(EDGES), COLOCATED | {"scaling": {"maxReplicas": 2}}, "model 'edges' is Colocated with the denoiser and scales with it; set scaling on the denoiser"),
+    Case("in one pod that sleeps by itself", _model(EDGES), COLOCATED | {"scaling": {"minReplicas": 0}}, "model 'edges' is Colocated with the denoiser and scales with it"),
+    Case("in one pod scaled by others", _model(EDGES), COLOCATED | {"scaling": {"mode": "External"}}, "model 'edges' is Colocated with the denoiser and scales with it"),
+    Case("in one pod with a node of its own", _model(EDGES), COLOCATED | {"pod": {"nodeSelector": {"zone": "a"}}}, "model 'edges' is Colocated with the denoiser in its pods; set pod on the denoiser"),
+    Case("in one pod with variables of its own", _model(EDGES), COLOCATED | {"pod": {"env": [{"name": "A", "value": "1"}]}}, "model 'edges' is Colocated with the denoiser in its pods"),
+    Case("in the pod of a denoiser by reference", ("models",), [BASE["models"][TEXT], {"name": "base", "role": "Denoiser", "modelRef": "denoiser-1"}, COLOCATED, BASE["models"][PIXELS]], "is a modelRef, whose pods this workflow does not own; give it a source, or remove placement Colocated from the other models"),
     Case("unknown task", ("task",), "TextToVideo", "task"),
     Case("no steps", ("defaults",), {"steps": 0}, "steps"),
     Case("absurd steps", ("defaults",), {"steps": 100_000}, "steps"),
@@ -153,9 +154,9 @@ GOOD = [
     Case("scaled by others", _model(DENOISER, "scaling"), {"mode": "External", "maxReplicas": 1000}),
     Case("latent as load allows", _model(DENOISER, "parallelism"), {"latent": "Auto"}),
     Case("latent degree of two", _model(DENOISER, "parallelism"), {"latent": 2, "tensor": 8}),
-    Case("in one pod", _model(EDGES, "placement"), "Together"),
-    Case("all in one pod", ("models",), [model | ({"placement": "Together"} if i != DENOISER else {}) for i, model in enumerate(BASE["models"])]),
-    Case("in one pod with the defaults spelt out", _model(EDGES), TOGETHER | {"scaling": {"minReplicas": 1}, "pod": {}, "resources": {"limits": {"cpu": "1"}}}),
+    Case("in one pod", _model(EDGES, "placement"), "Colocated"),
+    Case("all in one pod", ("models",), [model | ({"placement": "Colocated"} if i != DENOISER else {}) for i, model in enumerate(BASE["models"])]),
+    Case("in one pod with the defaults spelt out", _model(EDGES), COLOCATED | {"scaling": {"minReplicas": 1}, "pod": {}, "resources": {"limits": {"cpu": "1"}}}),
     Case("a gpu", _model(DENOISER, "resources"), {"limits": {"nvidia.com/gpu": 1, "memory": "16Gi"}}),
     Case("half precision on a gpu", _model(DENOISER), BASE["models"][DENOISER] | {"dtype": "bfloat16", "engine": {"device": "cuda"}}),
     Case("pod overrides", _model(DENOISER, "pod"), {"nodeSelector": {"zone": "a"}, "tolerations": [{"operator": "Exists"}], "env": [{"name": "A", "value": "1"}]}),

@@ -85,8 +85,8 @@ MODEL = {"role": "VAE", "source": {"uri": "shapes"}, "resources": {"limits": {"c
         ("dtype", "float16"),
         ("engine", {"maxRunning": 8}),
         ("resources", {"limits": {"cpu": "2"}}),
-        ("inside", {"model": "denoiser-1", "place": 1}),
-        ("companions", [{"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "shapes"}}]),
+        ("host", {"model": "denoiser-1", "index": 1}),
+        ("colocated", [{"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "shapes"}}]),
     ],
 )
 def test_what_makes_a_model_s_identity_cannot_change(api_server: ApiServer, field: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from kube.acting import KINDS, report, workflow
-from kube.test_together import workflow as together
+from kube.test_colocated import workflow as colocated
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.reconcile import Reconciler
 from latentflow_operator.settings import OperatorSettings
@@ -88,8 +88,8 @@ def create(server: ApiServer, namespace: Namespace) -> None:
     namespace.create(workflow())
 
 
-def create_together(server: ApiServer, namespace: Namespace) -> None:
-    namespace.create(together())
+def create_colocated(server: ApiServer, namespace: Namespace) -> None:
+    namespace.create(colocated())
 
 
 def change(server: ApiServer, namespace: Namespace) -> None:
@@ -112,7 +112,7 @@ def _pod(namespace: Namespace, model: str) -> None:
     report(namespace, model, ready=True)
 
 
-@pytest.mark.parametrize("scenario", [create, create_together, change])
+@pytest.mark.parametrize("scenario", [create, create_colocated, change])
 @pytest.mark.parametrize("heard", [False, True], ids=["before", "after"])
 def test_dying_at_any_write_changes_nothing_in_the_outcome(api_server: ApiServer, scenario: Any, heard: bool) -> None:
     with new_namespace(api_server, "undisturbed") as namespace:

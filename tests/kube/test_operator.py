@@ -35,8 +35,8 @@ def test_a_controlnet_s_pods_would_stand_beside_its_denoiser_s(operator: Operato
     models = namespace.until("DiffusionModel", lambda found: len(found) == 4)
     by_role = {model["spec"]["role"]: model for model in models.values()}
     denoiser = by_role["Denoiser"]["metadata"]["name"]
-    assert by_role["ControlNet"]["spec"]["near"] == denoiser
-    assert "near" not in by_role["VAE"]["spec"]
+    assert by_role["ControlNet"]["spec"]["preferredHost"] == denoiser
+    assert "preferredHost" not in by_role["VAE"]["spec"]
     name = by_role["ControlNet"]["metadata"]["name"]
     deployment = namespace.until("Deployment", lambda found: name in found)[name]
     (term,) = deployment["spec"]["template"]["spec"]["affinity"]["podAffinity"][

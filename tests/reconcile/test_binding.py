@@ -103,52 +103,52 @@ def test_every_model_of_every_workflow_is_there_and_owned_by_it(chosen: list[str
             assert one in models[identity(model)].owners
 
 
-def with_companions(name: str, *more: dict[str, Any], **base: Any) -> Owner:
+def with_colocated(name: str, *more: dict[str, Any], **base: Any) -> Owner:
     """A workflow whose ControlNet and VAE run in the denoiser's pods."""
     one = owner(name, base=base)
     body = one.workflow.model_dump(mode="json", by_alias=True, exclude_none=True)
     edges = {"name": "edges", "role": "ControlNet", "attachTo": "base", "source": {"uri": "shapes"}}
-    body["spec"]["models"] += [edges | {"placement": "Together"}, *more]
-    body["spec"]["models"][2]["placement"] = "Together"
+    body["spec"]["models"] += [edges | {"placement": "Colocated"}, *more]
+    body["spec"]["models"][2]["placement"] = "Colocated"
     return Owner(workflow=DiffusionWorkflow.model_validate(body), uid=one.uid, created=one.created)
 
 
 def test_a_denoiser_says_what_runs_in_its_pods_and_its_companions_say_where() -> None:
-    one = with_companions("a")
+    one = with_colocated("a")
     names, models = placed(one.workflow), wished([one])
     assert models.keys() == set(names.values())
     host = models[names["base"]].spec
-    assert host.companions is not None
-    assert host.inside is None
-    for place, companion in enumerate(host.companions, 1):
+    assert host.colocated is not None
+    assert host.host is None
+    for place, companion in enumerate(host.colocated, 1):
         own = models[companion.model].spec
-        assert own.inside is not None
-        assert (own.inside.model, own.inside.place) == (names["base"], place)
-        assert (own.near, own.companions) == (None, None)
+        assert own.host is not None
+        assert (own.host.model, own.host.index) == (names["base"], place)
+        assert (own.preferred_host, own.colocated) == (None, None)
         for field in ("role", "source", "dtype", "engine", "resources"):
             assert getattr(companion, field) == getattr(own, field)
-    assert {companion.model for companion in host.companions} == {names["edges"], names["pixels"]}
-    assert models[names["text"]].spec.inside is None
+    assert {companion.model for companion in host.colocated} == {names["edges"], names["pixels"]}
+    assert models[names["text"]].spec.host is None
 
 
 def test_workflows_share_a_denoiser_with_the_same_companions_and_no_other() -> None:
-    same = wished([with_companions("a"), with_companions("b")])
+    same = wished([with_colocated("a"), with_colocated("b")])
     assert {len(model.owners) for model in same.values()} == {2}
-    apart = wished([with_companions("a"), owner("b")])
+    apart = wished([with_colocated("a"), owner("b")])
     shared = [model for model in apart.values() if len(model.owners) == 2]
     assert [model.spec.role for model in shared] == ["TextEncoder"]
 
 
-def test_a_controlnet_beside_a_denoiser_with_companions_stands_near_its_pods() -> None:
+def test_a_controlnet_beside_a_denoiser_with_colocated_stands_near_its_pods() -> None:
     more = {"name": "layout", "role": "ControlNet", "attachTo": "base", "source": {"uri": "layout"}}
-    one = with_companions("a", more)
+    one = with_colocated("a", more)
     names = placed(one.workflow)
-    assert wished([one])[names["layout"]].spec.near == names["base"]
+    assert wished([one])[names["layout"]].spec.preferred_host == names["base"]
 
 
 def test_a_change_of_one_companion_changes_all_of_its_pod_at_once_and_when_all_are_ready() -> None:
-    now = placed(with_companions("a", dtype="float16").workflow)
-    changed = with_companions("a").workflow
+    now = placed(with_colocated("a", dtype="float16").workflow)
+    changed = with_colocated("a").workflow
     then = placed(changed)
     for late in (None, then["base"], then["edges"], then["pixels"]):
         ready = set(then.values()) - {late}

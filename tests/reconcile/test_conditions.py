@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from latentflow.api.types import ModelSpec
+from latentflow.api.model import ModelSpec
 from latentflow_operator import conditions
 from latentflow_operator.manifests import is_its_container
 
-COMPANION = {"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "edges"}}
+COLOCATED = {"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "edges"}}
 SPECS = {
-    "denoiser-1": ModelSpec.model_validate(
-        {"role": "Denoiser", "source": {"uri": "shapes"}, "companions": [COMPANION]}
-    ),
+    "denoiser-1": ModelSpec.model_validate({"role": "Denoiser", "source": {"uri": "shapes"}, "colocated": [COLOCATED]}),
     "controlnet-1": ModelSpec.model_validate(
-        {"role": "ControlNet", "source": {"uri": "edges"}, "inside": {"model": "denoiser-1", "place": 1}}
+        {"role": "ControlNet", "source": {"uri": "edges"}, "host": {"model": "denoiser-1", "index": 1}}
     ),
     "vae-1": ModelSpec.model_validate({"role": "VAE", "source": {"uri": "shapes"}}),
 }

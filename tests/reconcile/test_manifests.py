@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from latentflow.api.types import ModelSpec
+from latentflow.api.model import ModelSpec
 from latentflow_nodes.settings import parse
 from latentflow_operator.manifests import Manifest, manifests
 from latentflow_operator.settings import OperatorSettings
@@ -134,15 +134,15 @@ def test_secrets_are_referred_to_and_never_written_out() -> None:
         assert variables[name]["valueFrom"] == {"secretKeyRef": {"name": secret, "key": "token"}}
 
 
-COMPANIONS = [
+COLOCATED = [
     {"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "pvc://nets/edges"}, "engine": {"maxRunning": 2}},
     {"model": "lora-store-1", "role": "LoRAStore", "source": {"uri": "pvc://styles"}, "dtype": "float16"},
     {"model": "vae-1", "role": "VAE", "source": {"uri": "pvc://styles"}, "resources": {"limits": {"cpu": "1"}}},
 ]
 
 
-def together(**spec: Any) -> Manifest:
-    return pod(role="Denoiser", source={"uri": "pvc://weights"}, companions=COMPANIONS, **spec)
+def colocated(**spec: Any) -> Manifest:
+    return pod(role="Denoiser", source={"uri": "pvc://weights"}, colocated=COLOCATED, **spec)
 
 
 def container(spec: Manifest, name: str) -> Manifest:
@@ -155,7 +155,7 @@ def arguments(of: Manifest) -> dict[str, str]:
 
 
 def test_companions_are_containers_with_names_and_ports_of_their_own() -> None:
-    containers = together()["containers"]
+    containers = colocated()["containers"]
     assert [one["name"] for one in containers] == ["node", "controlnet-1", "lora-store-1", "vae-1"]
     ports = [port for one in containers for port in one["ports"]]
     for field in ("name", "containerPort"):
@@ -172,15 +172,15 @@ def test_companions_are_containers_with_names_and_ports_of_their_own() -> None:
 
 
 def test_a_companion_s_container_is_as_its_model_says() -> None:
-    spec = together()
-    edges, styles, pixels = (arguments(container(spec, one["model"])) for one in COMPANIONS)
+    spec = colocated()
+    edges, styles, pixels = (arguments(container(spec, one["model"])) for one in COLOCATED)
     assert (edges["role"], edges["identity"], edges["max-running"]) == ("ControlNet", "controlnet-1", "2")
     assert (styles["role"], styles["dtype"]) == ("LoRAStore", "float16")
     assert (pixels["role"], container(spec, "vae-1")["resources"]) == ("VAE", {"limits": {"cpu": "1"}})
 
 
 def test_the_servers_of_a_pod_share_a_memory_volume_and_a_server_alone_has_none() -> None:
-    spec = together()
+    spec = colocated()
     assert {"name": "memory", "emptyDir": {"medium": "Memory"}} in spec["volumes"]
     for one in spec["containers"]:
         assert {"name": "memory", "mountPath": "/memory"} in one["volumeMounts"]
@@ -190,7 +190,7 @@ def test_the_servers_of_a_pod_share_a_memory_volume_and_a_server_alone_has_none(
 
 
 def test_claims_of_several_models_in_a_pod_are_told_apart_and_each_is_mounted_in_its_own_container() -> None:
-    spec = together()
+    spec = colocated()
     names = [volume["name"] for volume in spec["volumes"]]
     assert len(set(names)) == len(names)
     claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec["volumes"] if "emptyDir" not in v}
@@ -200,7 +200,7 @@ def test_claims_of_several_models_in_a_pod_are_told_apart_and_each_is_mounted_in
 
 
 def test_what_is_passed_through_to_a_pod_reaches_each_of_its_containers() -> None:
-    spec = together(
+    spec = colocated(
         pod={
             "env": [{"name": "A", "value": "1"}],
             "volumes": [{"name": "mine", "emptyDir": {}}],
@@ -215,14 +215,14 @@ def test_what_is_passed_through_to_a_pod_reaches_each_of_its_containers() -> Non
 
 
 def test_a_model_inside_another_s_pods_has_a_service_of_its_own_port_there_and_nothing_else() -> None:
-    containers = together()["containers"]
-    for place, companion in enumerate(COMPANIONS, 1):
-        inside = {"model": "denoiser-1", "place": place}
-        spec = ModelSpec.model_validate({"role": "VAE", "source": {"uri": "shapes"}, "inside": inside})
-        (service,) = manifests(name=companion["model"], namespace="ns", uid="uid-1", spec=spec, settings=SETTINGS)
+    containers = colocated()["containers"]
+    for index, one in enumerate(COLOCATED, 1):
+        host = {"model": "denoiser-1", "index": index}
+        spec = ModelSpec.model_validate({"role": "VAE", "source": {"uri": "shapes"}, "host": host})
+        (service,) = manifests(name=one["model"], namespace="ns", uid="uid-1", spec=spec, settings=SETTINGS)
         assert service["kind"] == "Service"
-        assert service["metadata"]["labels"]["latentflow.io/model"] == companion["model"]
+        assert service["metadata"]["labels"]["latentflow.io/model"] == one["model"]
         assert service["spec"]["selector"] == {"latentflow.io/model": "denoiser-1"}
         ports = {port["name"]: (port["targetPort"], port["port"]) for port in service["spec"]["ports"]}
-        grpc, metrics = ((port["name"], port["containerPort"]) for port in containers[place]["ports"])
+        grpc, metrics = ((port["name"], port["containerPort"]) for port in containers[index]["ports"])
         assert ports == {"grpc": grpc, "metrics": metrics}

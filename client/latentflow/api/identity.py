@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from latentflow.api.types import DiffusionWorkflow, Model, Role, Scaling
+from latentflow.api.types import Role, Scaling
+from latentflow.api.workflow import DiffusionWorkflow, Model
 
 _WORDS = {
     Role.TEXT_ENCODER: "text-encoder",
@@ -43,19 +44,19 @@ def identity(model: Model) -> str:
 def placed(workflow: DiffusionWorkflow) -> dict[str, str]:
     """Identities in a cluster, by the models' names within the workflow.
 
-    As `identity`, except of a denoiser with models in its pods ("placement: Together") and of these companions: which pods
-    they run in is part of what they are. So workflows share such a denoiser only with all its companions.
+    As `identity`, except of a denoiser with models in its pods ("placement: Colocated") and of those colocated models: their
+    identities depend on the pods they run in. So workflows share such a denoiser only with all its colocated models.
     """
     alone = {model.name: identity(model) for model in workflow.spec.models}
-    together = [model for model in workflow.spec.models if model.is_together]
-    if not together:
+    colocated = [model for model in workflow.spec.models if model.is_colocated]
+    if not colocated:
         return alone
     (denoiser,) = workflow.of_role(Role.DENOISER)
-    # Of the companions what they are by themselves, as what they are here depends on the denoiser.
-    companions = sorted({alone[model.name] for model in together})
-    host = _named(Role.DENOISER, {"alone": alone[denoiser.name], "companions": companions})
-    inside = {model.name: _named(model.role, {"alone": alone[model.name], "inside": host}) for model in together}
-    return alone | {denoiser.name: host} | inside
+    # The host's identity uses the colocated models' own identities, as theirs in its pods depend on the host's.
+    own = sorted({alone[model.name] for model in colocated})
+    host = _named(Role.DENOISER, {"alone": alone[denoiser.name], "colocated": own})
+    hosted = {model.name: _named(model.role, {"alone": alone[model.name], "host": host}) for model in colocated}
+    return alone | {denoiser.name: host} | hosted
 
 
 def _named(role: Role, meaning: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from latentflow.api.types import API_VERSION, DiffusionWorkflow
+from latentflow.api.types import API_VERSION
+from latentflow.api.workflow import DiffusionWorkflow
 from latentflow.errors import InvalidRequestError
 
 MAX_BYTES = 1 << 20

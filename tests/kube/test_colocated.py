@@ -48,7 +48,7 @@ def workflow(*, edges: str = "controlnet-edges", **base: Any) -> Body:
     body = spread(**base)
     _, _, controlnet, pixels = body["spec"]["models"]
     controlnet["source"]["subfolder"] = edges
-    controlnet["placement"] = pixels["placement"] = "Together"
+    controlnet["placement"] = pixels["placement"] = "Colocated"
     return body
 
 
