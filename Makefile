@@ -71,11 +71,15 @@ golden: setup ## Write anew what the chart renders to, for the tests to compare
 lint: setup ## Check style, types, import directions and protos
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy client nodes gateway local operator scheduler models/latentflow_pack
+	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/buf lint
 	@if git rev-parse --quiet --verify HEAD~1:protos >/dev/null 2>&1; then \
 	  $(VENV)/bin/buf breaking --against ".git#branch=$$(git rev-parse --abbrev-ref HEAD),ref=HEAD~1"; fi
+
+.PHONY: hooks
+hooks: setup ## Have git check style, types, import directions and protos before each commit (pre-commit)
+	$(VENV)/bin/pre-commit install
 
 .PHONY: fmt
 fmt: setup ## Put the code into the house's form

@@ -61,7 +61,7 @@ class Plain:
     def __call__(self, side: Side, **arguments: Any) -> Image.Image:
         self._timer.take()
         began = time.perf_counter()
-        image = self._pipeline(
+        image: Image.Image = self._pipeline(
             PROMPT,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import images
 import kind
@@ -15,11 +19,14 @@ from support.kubectl import Namespace, new_namespace
 from support.paths import ROOT
 
 CLUSTER = os.environ.get("CLUSTER", "node")
-CLUSTERS = {"node": (node.cluster, images.provide), "kind": (kind.cluster, images.load)}
+CLUSTERS: dict[str, Callable[[Path], AbstractContextManager[ApiServer]]] = {
+    "node": functools.partial(node.cluster, provide=images.provide),
+    "kind": functools.partial(kind.cluster, provide=images.load),
+}
 # For tests that reach into the node: its processes, its network.
 on_a_node_of_ours = pytest.mark.skipif(CLUSTER != "node", reason=f"{CLUSTER} does not let tests reach into the node")
 RELEASE_NAMESPACE = "latentflow"
-VALUES = {
+VALUES: dict[str, Any] = {
     "images": {
         "control": {"repository": images.CONTROL.rpartition(":")[0], "tag": images.TAG, "pullPolicy": "Never"},
         "node": {"repository": images.NODE.rpartition(":")[0], "tag": images.TAG, "pullPolicy": "Never"},
@@ -46,8 +53,7 @@ RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """A real cluster with DNS."""
-    make, provide = CLUSTERS[CLUSTER]
-    with make(tmp_path_factory.mktemp("cluster"), provide=provide) as server:
+    with CLUSTERS[CLUSTER](tmp_path_factory.mktemp("cluster")) as server:
         yield server
 
 

@@ -170,8 +170,10 @@ async def a_gateway_is_killed(serving: Serving) -> None:
 
 
 async def the_api_server_restarts(serving: Serving) -> None:
-    serving.release.program.stop()
-    serving.release.program.start()
+    program = serving.release.program
+    assert program is not None
+    program.stop()
+    program.start()
     await asyncio.to_thread(ready, serving.release)
 
 

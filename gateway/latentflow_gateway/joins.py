@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from cachetools import TTLCache
 from latentflow.errors import CancelledError, ConflictError
@@ -63,7 +63,7 @@ class Broadcast:
         self.size += event.ByteSize()
         self._wake()
 
-    async def listen(self) -> AsyncIterator[generation_pb2.GenerateResponse]:
+    async def listen(self) -> AsyncGenerator[generation_pb2.GenerateResponse, None]:
         """All events from the start; raises what the work raised. The last to leave early cancels the work."""
         self._listeners += 1
         try:

@@ -22,7 +22,7 @@ def test_the_recipe_comes_back_and_the_pixels_are_unchanged(tmp_path: Path) -> N
     assert pngmeta.read(path) == recipe
     with Image.open(path) as image:
         assert image.tobytes() == ready.pil.tobytes()
-        assert "Seed: 4" in image.text["parameters"]
+        assert "Seed: 4" in image.info["parameters"]
     assert recipe.arguments()["loras"] == {"neon": 0.5}
 
 

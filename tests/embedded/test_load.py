@@ -64,7 +64,7 @@ async def settled(runtime: Runtime) -> None:
     """Returns when no process counts a request or holds a tensor, and all that was taken has ended. Fails, saying who does, when that does not come."""
 
     def left() -> dict[str, float]:
-        counts = {}
+        counts: dict[str, float] = {}
         for one in runtime.supervised.values():
             names = ["latentflow_in_flight", "latentflow_queue_depth", "latentflow_tensors_held"]
             names = ["latentflow_gateway_in_flight"] if one.spec.role == "Gateway" else names

@@ -156,8 +156,8 @@ def test_log_and_metrics_name_the_client_and_hold_no_key(tmp_path: Path) -> None
         lines += process.stderr.readlines()
     ended = [json.loads(line) for line in lines if '"ended"' in line]
     assert [line["client"] for line in ended] == ["anna", "ben"]
-    for client in ("anna", "ben", "?"):
-        assert f'latentflow_gateway_authentications_total{{client="{client}"}} 1.0' in metrics
+    for name in ("anna", "ben", "?"):
+        assert f'latentflow_gateway_authentications_total{{client="{name}"}} 1.0' in metrics
     for key in (ANNA, BEN, STRANGER):
         assert key not in "".join(lines) + metrics
 

@@ -51,7 +51,7 @@ async def pods(folder: Path, *missing: tuple[str, str]) -> AsyncIterator[Pods]:
                 if (host, model.name) in missing or model.name == "layout":
                     continue
                 settings = NodeSettings(
-                    role=model.role.value,  # type: ignore[arg-type]
+                    role=model.role.value,
                     uri=model.source.uri,
                     subfolder=model.source.subfolder,
                     model_root=MODELS,

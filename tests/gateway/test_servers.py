@@ -64,7 +64,7 @@ async def served(
         for model in workflow.spec.models:
             assert model.source is not None
             settings = NodeSettings(
-                role=model.role.value,  # type: ignore[arg-type]
+                role=model.role.value,
                 uri=model.source.uri,
                 model_root=MODELS,
                 identity=identity(model),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from latentflow.api import API_VERSION
@@ -30,11 +32,12 @@ def workflow(name: str = "shapes", **base: Any) -> Body:
     }
 
 
-def serve(namespace: Namespace, models: set[str] | None = None) -> None:
+def serve(namespace: Namespace, models: Collection[str] | None = None) -> None:
     """Acts the scheduler and the kubelet: every pod (of some models) runs and is ready."""
-    wanted = namespace.until("DiffusionModel", lambda found: bool(found) and (models is None or models <= found.keys()))
-    for model in models if models is not None else wanted:
-        pods = namespace.until("Pod", lambda found, model=model: any(_of(pod, model) for pod in found.values()))
+    wanted = set(models or ())
+    found = namespace.until("DiffusionModel", lambda found: bool(found) and wanted <= found.keys())
+    for model in found if models is None else models:
+        pods = namespace.until("Pod", functools.partial(_any_of, model=model))
         for name, pod in pods.items():
             if _of(pod, model):
                 report(namespace, name, ready=True)
@@ -54,6 +57,10 @@ def report(namespace: Namespace, pod: str, *, ready: bool, **status: Any) -> Non
 
 def _of(pod: Body, model: str) -> bool:
     return bool(pod["metadata"]["labels"]["latentflow.io/model"] == model)
+
+
+def _any_of(pods: Mapping[str, Body], *, model: str) -> bool:
+    return any(_of(pod, model) for pod in pods.values())
 
 
 def ready(namespace: Namespace, name: str = "shapes") -> Body:

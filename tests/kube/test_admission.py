@@ -28,7 +28,7 @@ def create(server: ApiServer, body: dict[str, Any], *, plural: str = "diffusionw
 
 
 def refusal(caught: pytest.ExceptionInfo[kube.ApiException]) -> str:
-    return str(json.loads(caught.value.body)["message"])
+    return str(json.loads(caught.value.body or "")["message"])
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
@@ -105,7 +105,8 @@ def test_replicas_have_no_default_and_are_written_through_scale(api_server: ApiS
     assert "replicas" not in create(api_server, body, plural="diffusionmodels")["spec"]
     place = (GROUP, VERSION, "default", "diffusionmodels", "vae-scaled")
     api.patch_namespaced_custom_object_scale(*place, {"spec": {"replicas": 3}})
-    assert api.get_namespaced_custom_object(*place)["spec"]["replicas"] == 3
+    scaled: Any = api.get_namespaced_custom_object(*place)
+    assert scaled["spec"]["replicas"] == 3
 
 
 def test_server_side_apply_merges_models_by_name(api_server: ApiServer) -> None:
@@ -114,12 +115,12 @@ def test_server_side_apply_merges_models_by_name(api_server: ApiServer) -> None:
     theirs = workflow({"models": [{"name": "base", "role": "Denoiser", "scaling": {"maxReplicas": 5}}]}, name="merged")
     theirs["metadata"]["namespace"] = "default"
     Cluster(api, manager="them").apply(theirs)
-    spec = kube.CustomObjectsApi(api).get_namespaced_custom_object(
-        GROUP, VERSION, "default", "diffusionworkflows", "merged"
-    )["spec"]
-    assert len(spec["models"]) == len(BASE["models"])
-    assert spec["models"][1]["scaling"]["maxReplicas"] == 5
-    assert spec["models"][1]["source"] == {"uri": "shapes"}
+    place = (GROUP, VERSION, "default", "diffusionworkflows", "merged")
+    merged: Any = kube.CustomObjectsApi(api).get_namespaced_custom_object(*place)
+    models = merged["spec"]["models"]
+    assert len(models) == len(BASE["models"])
+    assert models[1]["scaling"]["maxReplicas"] == 5
+    assert models[1]["source"] == {"uri": "shapes"}
 
 
 def test_every_field_is_explained(api_server: ApiServer) -> None:

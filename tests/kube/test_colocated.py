@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def names_of(body: Body) -> dict[str, str]:
 def serve(namespace: Namespace, *models: str) -> None:
     """Acts the kubelet: the pods of these models run and are ready."""
     for model in models:
-        pods = namespace.until("Pod", lambda found, model=model: any(_of(pod, model) for pod in found.values()))
+        pods = namespace.until("Pod", functools.partial(_any_of, model=model))
         for name, pod in pods.items():
             if _of(pod, model):
                 report(namespace, name, ready=True, podIP=ADDRESS, podIPs=[{"ip": ADDRESS}])
@@ -69,6 +70,10 @@ def serve(namespace: Namespace, *models: str) -> None:
 
 def _of(pod: Body, model: str) -> bool:
     return bool(pod["metadata"]["labels"]["latentflow.io/model"] == model)
+
+
+def _any_of(pods: Mapping[str, Body], *, model: str) -> bool:
+    return any(_of(pod, model) for pod in pods.values())
 
 
 def test_companions_are_containers_of_their_denoiser_s_pods_and_are_reached_there(

@@ -96,7 +96,9 @@ def change(server: ApiServer, namespace: Namespace) -> None:
     """A workflow that serves, and whose denoiser was changed to one that is ready."""
     create(server, namespace)
     settle(server, namespace)
-    first = {model: _pod(namespace, model) for model in namespace.list("DiffusionModel")}
+    first = namespace.list("DiffusionModel")
+    for model in first:
+        _pod(namespace, model)
     settle(server, namespace)
     namespace.apply(workflow(source={"uri": "other"}))
     settle(server, namespace)

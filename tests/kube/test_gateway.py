@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,7 +56,9 @@ def bind(namespace: Namespace, **models: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def following(namespace: Namespace) -> AsyncIterator[Callable[..., object]]:
+async def following(
+    namespace: Namespace,
+) -> AsyncIterator[Callable[[Callable[[Directory], bool]], Awaitable[Directory]]]:
     """Waits for a state of the directory, as the gateway sees it."""
     async with contextlib.aclosing(cluster.follow((namespace.name,))) as states:
 
@@ -115,7 +117,7 @@ async def test_a_gateway_serves_a_cluster_s_workflow_with_the_pixels_of_the_embe
         await asyncio.to_thread(namespace.create, body)
         for model in WORKFLOW.spec.models:
             settings = NodeSettings(
-                role=model.role.value,  # type: ignore[arg-type]
+                role=model.role.value,
                 uri="shapes",
                 model_root=MODELS,
                 identity=identity(model),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +40,8 @@ def test_a_batch_has_no_room_left_while_its_group_waits(rows: list[Candidate], l
 @given(candidates, st.integers(1, 4))
 def test_nobody_waits_for_ever(rows: list[Candidate], limit: int) -> None:
     """Steps that never end: every candidate takes part within a bounded number of passes."""
-    merged, waited = "x", {row.key: 0 for row in rows}
+    merged: Hashable = "x"
+    waited = {row.key: 0 for row in rows}
     bound = 6 * (len(rows) + 1)
     for _ in range(bound * 2):
         current = [Candidate(key=r.key, group=r.group, adapters=r.adapters, waited=waited[r.key]) for r in rows]

@@ -18,7 +18,7 @@ STEPS = 6
 async def checkpoints(shapes: Stack, request: stage_pb2.DenoiseRequest) -> tuple[list[bytes], torch.Tensor]:
     """A checkpoint after every step, and the final latents."""
     request.checkpoint_interval = 1
-    states = []
+    states: list[bytes] = []
     async for event in shapes.stage("base").Denoise(request, timeout=120):
         if event.WhichOneof("event") == "result":
             return states, await shapes.peers.fetch(event.result.latents, name="latents")

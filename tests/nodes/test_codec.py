@@ -80,7 +80,12 @@ def test_a_checkpoint_keeps_every_value_exactly(tree: Any) -> None:
 
 
 def test_a_checkpoint_keeps_tensors_arrays_and_tuples() -> None:
-    tree = {"t": torch.randn(2, 3), "n": np.arange(3.0), "p": (1, [torch.tensor(2)]), "s": np.float32(0.5)}
+    tree: dict[str, Any] = {
+        "t": torch.randn(2, 3),
+        "n": np.arange(3.0),
+        "p": (1, [torch.tensor(2)]),
+        "s": np.float32(0.5),
+    }
     back = checkpoint.thaw(checkpoint.freeze(tree))
     assert equal(back["t"], tree["t"])
     assert np.array_equal(back["n"], tree["n"])

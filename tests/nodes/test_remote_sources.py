@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,15 +51,16 @@ class Remote:
         sent = (key.removeprefix("GET ").removeprefix("packs/shapes/") for key in self.server.asked.elements())
         return Counter(name for name in sent if "/" in name or name.endswith(".json"))
 
-    def fetch(self, role: str = "VAE", *, metrics: Instruments | None = None, **source: str) -> Path:
-        said = {"uri": self.uri, "subfolder": None, "revision": None} | source
+    def fetch(self, role: str = "VAE", *, metrics: Instruments | None = None, **source: str | None) -> Path:
         progress = Progress(metrics or Instruments(NODE, model="m", role=role), source="s")
         return locate(
-            **said,
+            uri=source.get("uri") or self.uri,
+            subfolder=source.get("subfolder"),
+            revision=source.get("revision"),
             role=role,
             model_root=Path(),
             cache=self.cache,
-            progress=progress,  # type: ignore[arg-type]
+            progress=progress,
         ).pipeline
 
     def process(self) -> subprocess.Popen[bytes]:
@@ -83,12 +85,14 @@ def remote(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
         environment = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(cache)}
         # Read when the library was imported, which another test may have done.
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-        made, uri = hub.running(), "hf://org/shapes"
+        uri = "hf://org/shapes"
+        made: AbstractContextManager[Hub | Store] = hub.running()
     else:
         store = Store()
         keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
         environment = keys | {"AWS_ENDPOINT_URL": store.url, "AWS_MAX_ATTEMPTS": "1"}
-        made, uri = store.running(), f"s3://{BUCKET}/packs/shapes"
+        uri = f"s3://{BUCKET}/packs/shapes"
+        made = store.running()
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with made as server:
@@ -197,7 +201,7 @@ def test_what_the_hub_does_not_have_is_said_in_one_sentence(
     remote: Remote, uri: str, revision: str | None, words: str
 ) -> None:
     with pytest.raises(FailedPreconditionError) as caught:
-        remote.fetch(uri=uri, **({"revision": revision} if revision else {}))
+        remote.fetch(uri=uri, revision=revision)
     assert caught.value.message.startswith(uri)
     assert words in caught.value.message
 

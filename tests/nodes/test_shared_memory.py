@@ -232,7 +232,7 @@ async def sharing(folder: Path) -> AsyncIterator[Stack]:
     """The shapes workflow over one memory, but for the layout ControlNet, which has another."""
     elsewhere = folder.parent / f"{folder.name}-elsewhere"
     elsewhere.mkdir()
-    own = {"layout": {"shared_memory": elsewhere}}
+    own: dict[str, dict[str, object]] = {"layout": {"shared_memory": elsewhere}}
     async with started(MODELS, "shapes", controls=CONTROLS, loras="loras", own=own, shared_memory=folder) as stack:
         yield stack
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from latentflow.api.status import ConditionType
 from latentflow.internal import sizes
 from latentflow.internal.metrics import NODE, Instruments
-from latentflow_operator.conditions import Trouble, of_model
+from latentflow_operator.conditions import of_model
 from latentflow_operator.downloads import Downloads, Reading, sentence, watched
 from latentflow_operator.store import Place, Store
+from latentflow_operator.troubles import Trouble
 
 GIB = 1 << 30
 

@@ -134,7 +134,7 @@ def test_secrets_are_referred_to_and_never_written_out() -> None:
         assert variables[name]["valueFrom"] == {"secretKeyRef": {"name": secret, "key": "token"}}
 
 
-COLOCATED = [
+COLOCATED: list[Manifest] = [
     {"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "pvc://nets/edges"}, "engine": {"maxRunning": 2}},
     {"model": "lora-store-1", "role": "LoRAStore", "source": {"uri": "pvc://styles"}, "dtype": "float16"},
     {"model": "vae-1", "role": "VAE", "source": {"uri": "pvc://styles"}, "resources": {"limits": {"cpu": "1"}}},

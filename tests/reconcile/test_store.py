@@ -14,7 +14,7 @@ def service(*, uid: str = "1", version: int = 1) -> dict[str, Any]:
 
 def version(store: Store) -> str | None:
     known = store.get("Service", "art", "vae-1")
-    return known and known["metadata"]["resourceVersion"]
+    return None if known is None else str(known["metadata"]["resourceVersion"])
 
 
 def test_the_newer_body_stays_whichever_comes_last() -> None:

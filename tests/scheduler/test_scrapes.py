@@ -82,7 +82,7 @@ def test_the_replicas_of_a_model_add_up() -> None:
     tracks = {"one": steady(rate=2.0, seconds=0.25), "two": steady(rate=1.0, seconds=0.5)}
     load = scrapes.load(tracks, ready=["one", "two"], now=30, held=4)
     assert load is not None
-    assert (load.arrivals, load.busy, load.held) == (pytest.approx(3.0), pytest.approx(1.0), 4)
+    assert (load.arrivals, load.busy, load.held) == pytest.approx((3.0, 1.0, 4))
 
 
 def test_rates_are_those_of_the_window() -> None:
@@ -96,7 +96,7 @@ def test_requests_count_as_they_come_and_as_they_end() -> None:
     growing = track(said(t, requests=3 * t, ended=t, computed=0.5 * t) for t in range(11))
     load = scrapes.load({"one": growing}, ready=["one"], now=10, held=0)
     assert load is not None
-    assert (load.arrivals, load.service_seconds) == (pytest.approx(3.0), pytest.approx(0.5))
+    assert (load.arrivals, load.service_seconds) == pytest.approx((3.0, 0.5))
 
 
 def test_a_request_that_has_come_and_is_refused_later_is_no_restart_of_its_server() -> None:

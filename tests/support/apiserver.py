@@ -101,6 +101,8 @@ class ApiServer:
             spec=kube.V1TokenRequestSpec(audiences=[self.url], expiration_seconds=3600)
         )
         made = kube.CoreV1Api(self.client()).create_namespaced_service_account_token(account, namespace, request)
+        assert made.status is not None
+        assert made.status.token is not None
         path = self.folder / f"{namespace}-{account}.yaml"
         path.write_text(yaml.safe_dump(_kubeconfig(self.url, self.folder / "ca.pem", made.status.token)))
         return path

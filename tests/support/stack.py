@@ -56,7 +56,10 @@ class Stack:
 
     async def describe(self, name: str) -> control_pb2.DescribeResponse:
         stub = control_pb2_grpc.ControlStub(self.channel(name))
-        return await stub.Describe(control_pb2.DescribeRequest(protocol_version=1), timeout=SECONDS)
+        description: control_pb2.DescribeResponse = await stub.Describe(
+            control_pb2.DescribeRequest(protocol_version=1), timeout=SECONDS
+        )
+        return description
 
     def peer(self, name: str) -> stage_pb2.Peer:
         return stage_pb2.Peer(address=self.nodes[name].address, model=name)
@@ -79,7 +82,8 @@ class Stack:
         )
         if request.negative_prompt is not None:
             message.negative_prompt = request.negative_prompt
-        return await self.stage("text").Encode(message, timeout=SECONDS)
+        encoded: stage_pb2.EncodeResponse = await self.stage("text").Encode(message, timeout=SECONDS)
+        return encoded
 
     async def denoise_request(self, request: Request) -> stage_pb2.DenoiseRequest:
         vae = (await self.describe("pixels")).vae
@@ -103,7 +107,8 @@ class Stack:
         message = await self.denoise_request(request)
         async for event in self.stage("base").Denoise(message, timeout=SECONDS):
             if event.WhichOneof("event") == "result":
-                return event.result
+                result: stage_pb2.DenoiseResult = event.result
+                return result
         raise AssertionError("Denoise ended without a result")
 
     async def generate(self, request: Request) -> tuple[torch.Tensor, Image.Image]:
