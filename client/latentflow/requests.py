@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TypeAlias, TypedDict
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from latentflow.errors import InvalidRequestError
 from latentflow.v1 import generation_pb2
@@ -137,27 +137,25 @@ def build(
 
 
 def encoded(image: ImageLike, *, what: str) -> bytes:
-    """PNG or JPEG bytes of an image. InvalidRequestError where it is none."""
+    """The bytes of an image as they are sent. InvalidRequestError where a file cannot be read.
+
+    A PIL image becomes PNG. Bytes and files are sent as they are: the gateway checks their header, and only the ControlNet
+    decodes them.
+    """
     if isinstance(image, Image.Image):
         stream = io.BytesIO()
-        # Other modes are the gateway's to refuse, with what it takes instead; PNG just has to be able to say them.
+        # The gateway refuses modes that it does not accept, with those that it does; PNG has to be able to hold them.
         picture = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16") else image.convert("RGB")
         picture.save(stream, format="PNG")
         return stream.getvalue()
     try:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        return image if isinstance(image, bytes) else Path(image).read_bytes()
     except OSError as error:
         raise InvalidRequestError(f"{what} cannot be read: {image!s}: {error.strerror}.") from None
     except (TypeError, ValueError):
         raise InvalidRequestError(
             f"{what} has to be a PIL image, bytes or a path, not {type(image).__name__}."
         ) from None
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")):
-            pass
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        raise InvalidRequestError(f"{what} is neither PNG nor JPEG.") from None
-    return data
 
 
 def _whole(name: str, value: object, least: int, most: int) -> int:

@@ -15,11 +15,11 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NewType
 
-import grpc
 import grpc.aio
 import structlog
 from latentflow.errors import AuthenticationError, FailedPreconditionError
-from latentflow.internal import rpc, status
+from latentflow.internal import rpc
+from latentflow.internal.calls import refusing
 from latentflow.internal.metrics import Instruments
 
 _log = structlog.get_logger()
@@ -105,13 +105,13 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, keys: ApiKeys, *, metrics: Instruments) -> None:
         self._keys = keys
         self._metrics = metrics
-        self._missing = _refusal(
+        self._missing = refusing(
             AuthenticationError(
                 "This gateway asks for an API key: give Client(api_key=…) or --api-key, or set LATENTFLOW_API_KEY.",
                 reason="API_KEY_MISSING",
             )
         )
-        self._wrong = _refusal(
+        self._wrong = refusing(
             AuthenticationError(
                 "This gateway does not know that API key; it may have been replaced: ask for the present one.",
                 reason="API_KEY_UNKNOWN",
@@ -129,13 +129,6 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         _caller.set(client)
         structlog.contextvars.bind_contextvars(client=client)
         return await continuation(details)
-
-
-def _refusal(error: AuthenticationError) -> Any:
-    async def refuse(_request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await status.abort_with(context, error)
-
-    return grpc.unary_unary_rpc_method_handler(refuse)
 
 
 def _digest(key: bytes) -> Digest:

@@ -283,23 +283,21 @@ def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], l
             f"{what} has {len(given.image)} bytes; this gateway takes at most {limits.max_control_image_bytes}."
         )
     try:
-        # Size and mode come from the header: nothing is decoded before they are known to be sane.
+        # The header only: the ControlNet decodes the image, once, and a size that is refused is never decoded.
         with Image.open(io.BytesIO(given.image), formats=("PNG", "JPEG")) as image:
-            if image.size != size:
-                raise InvalidRequestError(
-                    f"{what} is {image.width}x{image.height}, the request {size[0]}x{size[1]}; resize one to the other."
-                )
-            if image.mode not in _MODES:
-                raise InvalidRequestError(
-                    f"{what} has the mode {image.mode}; RGB and L (grey) are taken. Convert it, for instance with "
-                    "Pillow's image.convert('RGB')."
-                )
-            image.load()
-    except InvalidRequestError:
-        raise
+            found, mode = image.size, image.mode
     except Exception as error:
         # Pillow raises many kinds for damaged files; all of them mean this.
         raise InvalidRequestError(f"{what} cannot be read as PNG or JPEG: {error}") from None
+    if found != size:
+        raise InvalidRequestError(
+            f"{what} is {found[0]}x{found[1]}, the request {size[0]}x{size[1]}; resize one to the other."
+        )
+    if mode not in _MODES:
+        raise InvalidRequestError(
+            f"{what} has the mode {mode}, but has to be RGB or L (grey). Convert it, for instance with Pillow's "
+            "image.convert('RGB')."
+        )
 
 
 def _between(name: str, value: int, least: int, most: int) -> None:

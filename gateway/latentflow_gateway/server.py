@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import signal
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
@@ -16,8 +13,7 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from latentflow.errors import FailedPreconditionError, LatentflowError
-from latentflow.internal import logs, rpc
+from latentflow.internal import logs, rpc, serving
 from latentflow.internal.directory import Directory
 from latentflow.internal.metrics import GATEWAY, Instruments
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
@@ -46,7 +42,7 @@ class Gateway:
 
     async def stop(self, grace: float) -> None:
         """Takes no new request and gives the running ones `grace` seconds."""
-        self.servicer.draining = True
+        self.servicer.running.draining = True
         await self.health.enter_graceful_shutdown()
         await self.server.stop(grace)
         await self.servicer.released()
@@ -58,19 +54,8 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
     metrics = Instruments(GATEWAY)
     keys = [KeyInterceptor(ApiKeys(settings.api_keys), metrics=metrics)] if settings.api_keys else []
     server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS), interceptors=keys)
-    try:
-        if settings.tls is None:
-            bound = server.add_insecure_port(settings.listen)
-        else:
-            bound = server.add_secure_port(settings.listen, settings.tls.server_credentials())
-        host, _, port = settings.metrics.rpartition(":")
-        metrics_port = metrics.serve(host=host, port=int(port))
-    except (RuntimeError, OSError) as error:
-        raise FailedPreconditionError(
-            f"{settings.listen} (or {settings.metrics}, for metrics) cannot be listened on: is another gateway running? "
-            f"Choose another port. ({error})",
-            reason="PORT_TAKEN",
-        ) from None
+    address = serving.bind(server, settings.listen, tls=settings.tls)
+    metrics_port = serving.serve_metrics(metrics, settings.metrics)
     directories = _directories(settings)
     async with (
         contextlib.aclosing(directories),
@@ -85,7 +70,7 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
             await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         gateway = Gateway(
-            address=f"{settings.listen.rpartition(':')[0]}:{bound}",
+            address=address,
             metrics_port=metrics_port,
             replicas=replicas,
             servicer=servicer,
@@ -111,10 +96,7 @@ def _directories(settings: GatewaySettings) -> AsyncGenerator[Directory, None]:
 
 async def run(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+    stop = serving.stop_signal()
     async with serve(settings) as gateway:
         await stop.wait()
         _log.info("draining")
@@ -125,11 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command `latentflow-gateway`. Exits 2 with one line where it cannot serve as asked."""
     settings = settings_module.parse(argv)
     logs.configure(process="gateway", form=settings.log_format)
-    try:
-        asyncio.run(run(settings))
-    except LatentflowError as error:
-        print(f"latentflow-gateway: {error.message}", file=sys.stderr)
-        sys.exit(2)
+    serving.run("latentflow-gateway", run(settings))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncIterator
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
-import grpc.aio
 import structlog
 from latentflow.api import DiffusionWorkflow, Role, identity
-from latentflow.errors import CancelledError, LatentflowError, UnavailableError
-from latentflow.internal import rpc, status
+from latentflow.errors import NotFoundError
+from latentflow.internal.calls import Accounting, Call, Context, Outcome, Running, answered, served
 from latentflow.internal.metrics import Instruments
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
@@ -35,58 +34,32 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self._metrics = metrics
         self._admission = Admission(max_running=settings.max_running, max_queued=settings.max_queued, metrics=metrics)
         self._joins = Joins()
-        self.draining = False
+        self.running = Running()
         self._releasing: set[asyncio.Task[None]] = set()
 
     async def Generate(
-        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        arrived = time.perf_counter()
-        sent: dict[str, Any] = dict(context.invocation_metadata() or ())
-        trace = (rpc.Trace.parse(sent.get(rpc.TRACEPARENT)) or rpc.Trace.new()).child()
-        request_id = secrets.token_hex(8)
-        structlog.contextvars.bind_contextvars(request_id=request_id, trace_id=trace.trace_id)
-        workflow, code, reason = request.workflow or "?", "OK", ""
-        failure: LatentflowError | None = None
-        try:
-            if self.draining:
-                raise UnavailableError("This gateway stops; try another.", reason="DRAINING", retry_after=0.2)
-            found = planning.find(self._replicas.directory.workflows, request.workflow)
-            workflow = found.full_name
-            remaining = context.time_remaining()
-            longest = self._settings.request_seconds
-            deadline = asyncio.get_running_loop().time() + (longest if remaining is None else min(remaining, longest))
-
-            async def work(broadcast: Broadcast) -> None:
-                await self._run(
-                    found, request, broadcast, request_id=request_id, trace=trace, deadline=deadline, arrived=arrived
-                )
-
-            async for event in self._joins.join(request, work, client=api_keys.caller()).listen():
-                yield event
-        except (asyncio.CancelledError, GeneratorExit):
-            code, reason = CancelledError.code.name, CancelledError.default_reason
-            raise
-        except Exception as error:
-            failure = status.as_error(error, where="Generate")
-            code, reason = failure.code.name, failure.reason
-            if not isinstance(error, LatentflowError):
-                _log.exception("request failed unexpectedly")
-        finally:
-            self._count(workflow, code, reason, time.perf_counter() - arrived)
-        if failure is not None:
-            await status.abort_with(context, failure)
+        call = Call.of("Generate", context)
+        # The id is the gateway's, so that clients cannot make two requests look like one in the logs.
+        call = replace(call, request_id=secrets.token_hex(8), trace=call.trace.child())
+        accounting = Accounting(running=self.running, ended=partial(self._ended, self._name(request)))
+        async for response in served(call, self._events(call, request), context, accounting):
+            yield response
 
     async def DescribeWorkflow(
-        self, request: generation_pb2.DescribeWorkflowRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: generation_pb2.DescribeWorkflowRequest, context: Context
     ) -> generation_pb2.DescribeWorkflowResponse:
-        try:
+        async def description() -> generation_pb2.DescribeWorkflowResponse:
             return self._described(planning.find(self._replicas.directory.workflows, request.workflow))
-        except LatentflowError as error:
-            await status.abort_with(context, error)
+
+        described: generation_pb2.DescribeWorkflowResponse = await answered(
+            Call.of("DescribeWorkflow", context), description(), context
+        )
+        return described
 
     async def ListWorkflows(
-        self, request: generation_pb2.ListWorkflowsRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self, request: generation_pb2.ListWorkflowsRequest, context: Context
     ) -> generation_pb2.ListWorkflowsResponse:
         names = [workflow.full_name for workflow in self._replicas.directory.workflows]
         return generation_pb2.ListWorkflowsResponse(workflows=names)
@@ -95,23 +68,36 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         """Returns when what ended requests held has been given back."""
         await asyncio.gather(*self._releasing)
 
+    async def _events(
+        self, call: Call, request: generation_pb2.GenerateRequest
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        """The events of a request: of a new one, or of that which an earlier call with its idempotency key has started."""
+        workflow = planning.find(self._replicas.directory.workflows, request.workflow)
+        longest = asyncio.get_running_loop().time() + self._settings.request_seconds
+        call = replace(call, deadline=min(call.deadline, longest))
+
+        async def work(broadcast: Broadcast) -> None:
+            await self._run(call, workflow, request, broadcast)
+
+        async for event in self._joins.join(request, work, client=api_keys.caller()).listen():
+            yield event
+
     async def _run(
         self,
+        call: Call,
         workflow: DiffusionWorkflow,
         request: generation_pb2.GenerateRequest,
         broadcast: Broadcast,
-        *,
-        request_id: str,
-        trace: rpc.Trace,
-        deadline: float,
-        arrived: float,
     ) -> None:
         """One request, from planning to its last event. The work of a `Broadcast`."""
-        ready_seconds = min(self._settings.ready_seconds, max(0.0, deadline - asyncio.get_running_loop().time()))
+        ready_seconds = min(self._settings.ready_seconds, max(0.0, call.deadline - asyncio.get_running_loop().time()))
         with self._admission.present(workflow.full_name):
             plan = await self._planned(workflow, request, seed=secrets.randbits(32), seconds=ready_seconds)
             accepted = generation_pb2.Accepted(
-                request_id=request_id, queue_position=self._admission.queued, seed=plan.seed, workflow=plan.workflow
+                request_id=call.request_id,
+                queue_position=self._admission.queued,
+                seed=plan.seed,
+                workflow=plan.workflow,
             )
             broadcast.emit(generation_pb2.GenerateResponse(accepted=accepted))
             _log.info("accepted", workflow=plan.workflow, images=plan.images, steps=plan.steps)
@@ -122,25 +108,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 present = planning.find(self._replicas.directory.workflows, plan.workflow)
                 if present is not workflow:
                     plan = await self._planned(present, request, seed=plan.seed, seconds=ready_seconds)
-                await self._execute(
-                    plan, broadcast, request_id=request_id, trace=trace, deadline=deadline, arrived=arrived
-                )
+                await self._execute(call, plan, broadcast)
 
-    async def _execute(
-        self,
-        plan: planning.Plan,
-        broadcast: Broadcast,
-        *,
-        request_id: str,
-        trace: rpc.Trace,
-        deadline: float,
-        arrived: float,
-    ) -> None:
+    async def _execute(self, call: Call, plan: planning.Plan, broadcast: Broadcast) -> None:
         execution = Execution(
             plan=plan,
-            request_id=request_id,
-            trace=trace,
-            deadline=deadline,
+            request_id=call.request_id,
+            trace=call.trace,
+            deadline=call.deadline,
             emit=broadcast.emit,
             replicas=self._replicas,
             token=self._settings.token,
@@ -149,7 +124,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             ready_seconds=self._settings.ready_seconds,
         )
         try:
-            await execution.run(arrived=arrived)
+            await execution.run(arrived=call.arrived)
         finally:
             releasing = asyncio.create_task(execution.release())
             self._releasing.add(releasing)
@@ -173,12 +148,20 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             seed=seed,
         )
 
-    def _count(self, workflow: str, code: str, reason: str, seconds: float) -> None:
+    def _name(self, request: generation_pb2.GenerateRequest) -> str:
+        """What metrics and logs call the request's workflow, which may not exist."""
+        try:
+            return planning.find(self._replicas.directory.workflows, request.workflow).full_name
+        except NotFoundError:
+            return request.workflow or "?"
+
+    def _ended(self, workflow: str, outcome: Outcome) -> None:
+        code, reason = outcome.code.name, outcome.reason
         self._metrics.of("latentflow_gateway_requests_total", workflow=workflow, code=code).inc()
-        self._metrics.of("latentflow_gateway_request_seconds", workflow=workflow).observe(seconds)
+        self._metrics.of("latentflow_gateway_request_seconds", workflow=workflow).observe(outcome.seconds)
         if reason:
             self._metrics.of("latentflow_gateway_errors_total", workflow=workflow, reason=reason).inc()
-        _log.info("ended", workflow=workflow, code=code, reason=reason, seconds=round(seconds, 3))
+        _log.info("ended", workflow=workflow, code=code, reason=reason, seconds=round(outcome.seconds, 3))
 
     def _described(self, workflow: DiffusionWorkflow) -> generation_pb2.DescribeWorkflowResponse:
         limits, defaults = self._settings.limits, workflow.spec.defaults

@@ -7,7 +7,7 @@ import random
 import socket
 from collections.abc import Collection
 
-from latentflow.errors import FailedPreconditionError
+from latentflow.internal import serving
 
 # Below those that systems give to outgoing connections: one of them may take a port before the server listens that it is for.
 _PORTS = range(20_000, 32_000)
@@ -35,20 +35,12 @@ def free(count: int, *, but: Collection[str] = ()) -> list[str]:
 
 
 def check_free(listen: str) -> str:
-    """The address, its port chosen; FailedPreconditionError where it is taken."""
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit():
-        raise FailedPreconditionError(
-            f"{listen!r} is no address to listen on; write host:port, such as 127.0.0.1:8400."
-        )
+    """The address, its port chosen; FailedPreconditionError where it is taken, InvalidRequestError where it is none."""
+    host, port = serving.host_and_port(listen)
     try:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, int(port)))
+            probe.bind((host, port))
             return f"{host}:{probe.getsockname()[1]}"
     except OSError as error:
-        raise FailedPreconditionError(
-            f"{listen} cannot be listened on ({error.strerror}): is another gateway running? Stop it, or choose another "
-            "address.",
-            reason="PORT_TAKEN",
-        ) from None
+        raise serving.port_taken(listen, error.strerror) from None

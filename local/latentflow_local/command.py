@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from latentflow.api import DiffusionWorkflow, load_workflows
-from latentflow.internal import logs
+from latentflow.internal import logs, serving
 from rich.console import Console
 from rich.table import Table
 
@@ -66,10 +65,7 @@ async def _serve(
     drain: float,
     log_format: str,
 ) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, stop.set)
+    stop = serving.stop_signal()
     async with run(
         workflows,
         model_root=model_root,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import structlog
 from latentflow.api import DiffusionWorkflow, Model
+from latentflow.internal import serving
 from latentflow.internal.metrics import LOCAL, SCHEDULER, Instruments
 from latentflow_nodes.settings import usable_cores
 from latentflow_nodes.tensors.shared_memory import private_folder
@@ -73,9 +74,8 @@ async def run(
     models = models_of(workflows)
     target, metrics = addresses.check_free(listen), addresses.check_free(metrics)
     cores = cores or usable_cores()
-    host, _, port = metrics.rpartition(":")
     instruments = Instruments((*LOCAL, *SCHEDULER))
-    instruments.serve(host=host, port=int(port))
+    serving.serve_metrics(instruments, metrics)
     with (
         contextlib.closing(instruments),
         tempfile.TemporaryDirectory(prefix="latentflow-") as folder,

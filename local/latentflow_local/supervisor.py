@@ -20,14 +20,13 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal import serving
 from latentflow.internal.metrics import Instruments
 
 from latentflow_local import processes
 from latentflow_local.planning import ProcessSpec
 
 _log = structlog.get_logger()
-# A process that ends with this code says that starting it again would change nothing.
-HOPELESS = 2
 _LONGEST_PAUSE = 10.0
 # Having ended so often without ever being ready, a process is given up.
 _MAX_STARTS = 6
@@ -186,7 +185,7 @@ class Supervisor:
                 return
             code = one.process.exitcode
             failures = 1 if time.monotonic() - one.started > _HEALTHY_SECONDS else failures + 1
-            if code == HOPELESS or (one.ready_seconds is None and failures == _MAX_STARTS):
+            if code == serving.CANNOT_SERVE or (one.ready_seconds is None and failures == _MAX_STARTS):
                 await self._tell(one, State.FAILED)
                 return
             one.restarts += 1

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ import structlog
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from latentflow.errors import FailedPreconditionError, LatentflowError
-from latentflow.internal import logs, rpc
+from latentflow.internal import logs, rpc, serving
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.v1 import (
     control_pb2,
@@ -66,14 +64,13 @@ class Node:
         await _set_health(self.health, health_pb2.HealthCheckResponse.NOT_SERVING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                await self.calls.drained()
+                await self.calls.running.drained()
                 await self.context.store.emptied()
 
 
 @contextlib.asynccontextmanager
 async def serve(node: NodeSettings) -> AsyncIterator[Node]:
     """Loads and serves; ready, warmed up, when entered. LatentflowError where that cannot be."""
-    host = node.listen.rpartition(":")[0]
     metrics = Instruments(NODE, model=node.identity or node.uri, role=node.role)
     for call in roles.calls(node.role):
         # From the start, so that rates count the first requests too.
@@ -82,14 +79,10 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
     server = grpc.aio.server(
         options=list(rpc.SERVER_OPTIONS), interceptors=[TokenInterceptor(node.token)] if node.token else []
     )
-    bound = _bind(server, node)
-    address = node.advertise or f"{host}:{bound}"
+    bound = serving.bind(server, node.listen, tls=node.tls)
+    address = node.advertise or bound
     started = time.perf_counter()
-    try:
-        metrics_host, _, metrics_port = node.metrics.rpartition(":")
-        metrics_port_bound = metrics.serve(host=metrics_host, port=int(metrics_port))
-    except OSError as error:
-        raise _port_taken(node.metrics, "metrics", error) from None
+    metrics_port = serving.serve_metrics(metrics, node.metrics)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(metrics.close)
         memory = Memory(node.shared_memory) if node.shared_memory else None
@@ -112,74 +105,46 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
         metrics.of("latentflow_loads_total", kind="model").inc()
         metrics.of("latentflow_load_seconds_total", kind="model").inc(time.perf_counter() - started)
         calls = Calls(metrics)
-        serving = Node(
+        running = Node(
             address=address,
-            metrics_port=metrics_port_bound,
+            metrics_port=metrics_port,
             context=context,
             health=health.aio.HealthServicer(),
             calls=calls,
         )
         stage_pb2_grpc.add_StageServicer_to_server(StageServicer(context, role, calls), server)
         tensors_pb2_grpc.add_TensorsServicer_to_server(TensorsServicer(context), server)
-        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(context, role, serving.drain), server)
-        health_pb2_grpc.add_HealthServicer_to_server(serving.health, server)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(context, role, running.drain), server)
+        health_pb2_grpc.add_HealthServicer_to_server(running.health, server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        await _set_health(serving.health, health_pb2.HealthCheckResponse.SERVING)
+        await _set_health(running.health, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         stack.push_async_callback(server.stop, 1.0)
         sweeper = asyncio.create_task(_sweep(store, memory))
         stack.callback(sweeper.cancel)
         metrics.of("latentflow_ready").set(1)
-        _log.info("ready", address=address, metrics_port=serving.metrics_port, seconds=time.perf_counter() - started)
-        yield serving
+        _log.info("ready", address=address, metrics_port=metrics_port, seconds=time.perf_counter() - started)
+        yield running
 
 
 async def run(node: NodeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    # A server that still fetches or loads has nothing to drain, and what it has half fetched is taken up again.
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    # A server that still fetches or loads has nothing to drain, and the next one resumes what it has fetched.
+    for signum in serving.SIGNALS:
         signal.signal(signum, lambda *_: os._exit(0))
-    async with serve(node) as serving:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signum, stop.set)
-        await stop.wait()
+    async with serve(node) as running:
+        await serving.stop_signal().wait()
         _log.info("draining")
-        await serving.drain(node.drain)
+        await running.drain(node.drain)
     _log.info("stopped")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command `latentflow-node`. Exits 2 with one line where the model cannot be served as asked."""
+    """The command `latentflow-node`. Exits 2 with one line where the model cannot be served with its settings."""
     node = settings.parse(argv)
     logs.configure(process=node.identity or node.role, form=node.log_format)
     torch.set_num_threads(node.threads)
-    try:
-        asyncio.run(run(node))
-    except LatentflowError as error:
-        print(f"latentflow-node: {error.message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _bind(server: grpc.aio.Server, node: NodeSettings) -> int:
-    try:
-        if node.tls is None:
-            bound = server.add_insecure_port(node.listen)
-        else:
-            bound = server.add_secure_port(node.listen, node.tls.server_credentials())
-    except RuntimeError as error:
-        raise _port_taken(node.listen, "gRPC", error) from None
-    if not bound:
-        raise _port_taken(node.listen, "gRPC", "bind failed")
-    return bound
-
-
-def _port_taken(listen: str, what: str, error: object) -> FailedPreconditionError:
-    return FailedPreconditionError(
-        f"{listen} cannot be listened on for {what} ({error}); is another process using the port? Choose another.",
-        reason="PORT_TAKEN",
-    )
+    serving.run("latentflow-node", run(node))
 
 
 async def _set_health(servicer: health.aio.HealthServicer, state: health_pb2.HealthCheckResponse.ServingStatus) -> None:

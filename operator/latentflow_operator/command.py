@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 
 from latentflow.errors import LatentflowError
-from latentflow.internal import logs
+from latentflow.internal import logs, serving
 from latentflow.internal.metrics import SCHEDULER, Instruments
 
 from latentflow_operator import handlers, settings
@@ -24,8 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         api = handlers.connect()
         metrics = Instruments(SCHEDULER)
         if command.metrics is not None:
-            host, _, port = command.metrics.rpartition(":")
-            metrics.serve(host=host, port=int(port))
+            serving.serve_metrics(metrics, command.metrics)
         reconciler = Reconciler(cluster=Cluster(api), settings=command.settings)
         scaling = command.settings.scaling
         asyncio.run(
@@ -46,5 +44,5 @@ def main(argv: list[str] | None = None) -> None:
             )
         )
     except LatentflowError as error:
-        print(f"latentflow-operator: {error.message}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, LeaseLostError) else 2)
+        code = 1 if isinstance(error, LeaseLostError) else serving.CANNOT_SERVE
+        serving.exit_with("latentflow-operator", error, code=code)

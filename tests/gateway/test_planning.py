@@ -121,7 +121,7 @@ def test_controlnets_and_loras_are_planned_with_what_the_servers_say() -> None:
         ({"control_images": [control(image=picture((32, 64)))]}, InvalidRequestError, "is 32x64, the request 64x64"),
         ({"control_images": [control(image=picture(mode="RGBA"))]}, InvalidRequestError, "has the mode RGBA"),
         ({"control_images": [control(image=b"no image")]}, InvalidRequestError, "cannot be read as PNG or JPEG"),
-        ({"control_images": [control(image=picture()[:-30])]}, InvalidRequestError, "cannot be read as PNG or JPEG"),
+        ({"control_images": [control(image=picture()[:20])]}, InvalidRequestError, "cannot be read as PNG or JPEG"),
         ({"control_images": [control(image=b"x" * 20_001)]}, InvalidRequestError, "takes at most 20000"),
         ({"control_images": [control(scale=math.inf)]}, InvalidRequestError, "scale has to be finite"),
         ({"control_images": [control(start=0.5, end=0.5)]}, InvalidRequestError, "0 <= start < end <= 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -18,7 +19,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from latentflow import AsyncClient, Progress, Retries
 from latentflow.api import DiffusionWorkflow, identity, load_workflows
 from latentflow.cli.kube import Route
-from latentflow.errors import AuthenticationError, ConflictError, DeadlineError, OverloadedError, UnavailableError
+from latentflow.errors import (
+    AuthenticationError,
+    ConflictError,
+    DeadlineError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
 from latentflow.internal import rpc, status
 from latentflow.internal.directory import Directory, Replicas
 from latentflow.internal.rpc import Tls
@@ -30,12 +38,16 @@ from latentflow_gateway.settings import GatewaySettings
 from latentflow_nodes.server import Node
 from latentflow_nodes.server import serve as serve_node
 from latentflow_nodes.settings import NodeSettings
+from PIL import Image
 from support.packs import MODELS
+from support.paths import EXAMPLES
 from support.scraping import value
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 PROMPT = "a large red circle on the left, white background"
-WORKFLOW = load_workflows(MODELS.parent / "examples/shapes-minimal.yaml")[0]
+WORKFLOW = load_workflows(EXAMPLES / "shapes-minimal.yaml")[0]
+(SHAPES,) = load_workflows(EXAMPLES / "shapes.yaml")
+CONTROLLED = ("text", "base", "edges", "pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +78,7 @@ async def served(
             settings = NodeSettings(
                 role=model.role.value,
                 uri=model.source.uri,
+                subfolder=model.source.subfolder,
                 model_root=MODELS,
                 identity=identity(model),
                 tls=tls,
@@ -149,6 +162,22 @@ async def test_no_request_takes_longer_than_the_longest_allowed_whatever_its_cli
     async with served(tmp_path, request_seconds=0.5) as servers, AsyncClient(servers.gateway.address) as client:
         with pytest.raises(DeadlineError):
             await client.generate(PROMPT, steps=50, width=512, height=512, timeout=120)
+
+
+async def test_a_control_image_with_damaged_pixels_is_refused_by_its_controlnet_without_retries(tmp_path: Path) -> None:
+    spec = SHAPES.spec.model_copy(update={"models": [m for m in SHAPES.spec.models if m.name in CONTROLLED]})
+    stream = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(stream, "PNG")
+    # The header is whole, which is all that the gateway reads of it.
+    damaged = stream.getvalue()[:-1000]
+    async with (
+        served(tmp_path, workflow=SHAPES.model_copy(update={"spec": spec})) as servers,
+        AsyncClient(servers.gateway.address, retries=NO_RETRIES) as client,
+    ):
+        with pytest.raises(InvalidRequestError, match="The control image cannot be read as PNG or JPEG"):
+            await client.generate(PROMPT, steps=2, control_images={"edges": damaged}, timeout=60)
+        metrics = f"127.0.0.1:{servers.node('Denoiser').metrics_port}"
+        assert value(metrics, "latentflow_requests_total", call="Denoise") == 1
 
 
 async def test_a_client_s_key_opens_the_gateway_and_the_servers_token_the_servers_but_neither_the_other(

@@ -136,7 +136,8 @@ class ControlNet:
         """[1 or 2, 3, height, width] in 0 to 1, as diffusers' ControlNet pipelines prepare it."""
         try:
             picture = Image.open(io.BytesIO(message.image)).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:
+            # Pillow raises many kinds for damaged files; all of them mean this.
             raise InvalidRequestError(f"The control image cannot be read as PNG or JPEG: {error}") from None
         if picture.size != (message.width, message.height):
             raise InvalidRequestError(

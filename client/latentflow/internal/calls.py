@@ -1,0 +1,176 @@
+"""What surrounds every call to a server: log context, refusal while the server drains, the status that the call ends with.
+
+Model servers and gateways pass each call through `served` or `answered`, so that an error, a cancellation or a defect has
+the same outcome everywhere. What they count of a call differs; they pass that as `Accounting`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+import structlog
+
+from latentflow.errors import CancelledError, LatentflowError, UnavailableError
+from latentflow.internal import rpc, status
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call that has arrived.
+
+    Attributes:
+        name: The method's name, such as "Denoise".
+        arrived: When, by `time.perf_counter`.
+        deadline: The caller's, in the event loop's time; infinite where the caller set none.
+        request_id: From the call's metadata; empty where the caller sent none.
+        trace: From the call's metadata; a new one where the caller sent none.
+    """
+
+    name: str
+    arrived: float
+    deadline: float
+    request_id: str
+    trace: rpc.Trace
+
+    @classmethod
+    def of(cls, name: str, context: Context) -> Call:
+        """The call that a servicer method was given. Runs in the event loop that serves it."""
+        sent: dict[str, Any] = dict(context.invocation_metadata() or ())
+        remaining = context.time_remaining()
+        return cls(
+            name=name,
+            arrived=time.perf_counter(),
+            deadline=asyncio.get_running_loop().time() + (math.inf if remaining is None else remaining),
+            request_id=sent.get(rpc.REQUEST_ID, ""),
+            trace=rpc.Trace.parse(sent.get(rpc.TRACEPARENT)) or rpc.Trace.new(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a call ended: its status code, the error's reason (empty without an error), seconds since it arrived."""
+
+    code: grpc.StatusCode
+    reason: str
+    seconds: float
+
+
+class Running:
+    """The calls that a server has admitted and not ended. A server that drains admits no more."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Counts a call while entered. UnavailableError, reason DRAINING, where the server drains."""
+        if self.draining:
+            raise UnavailableError(
+                "This server is draining and admits no new calls; try another replica.",
+                reason="DRAINING",
+                retry_after=0.2,
+            )
+        self._count += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if not self._count:
+                self._idle.set()
+
+    async def drained(self) -> None:
+        """Admits no new calls from now on; returns when the admitted ones have ended."""
+        self.draining = True
+        await self._idle.wait()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accounting:
+    """What a server records of a call.
+
+    Attributes:
+        running: Counts the call, and refuses it while the server drains; None for calls that are served while it drains.
+        started, ended: Called for a call that was admitted, at its start and at its end, whatever ended it.
+    """
+
+    running: Running | None = None
+    started: Callable[[], None] = lambda: None
+    ended: Callable[[Outcome], None] = lambda _: None
+
+
+NO_ACCOUNTING = Accounting()
+
+
+async def served(
+    call: Call, responses: AsyncIterator[Any], context: Context, accounting: Accounting = NO_ACCOUNTING
+) -> AsyncGenerator[Any, None]:
+    """Yields a call's responses and ends the call with the status of the error that they raise, if they do."""
+    bound = {"trace_id": call.trace.trace_id, "traceparent": call.trace.header()}
+    if call.request_id:
+        bound["request_id"] = call.request_id
+    structlog.contextvars.bind_contextvars(**bound)
+    code, reason, failure, admitted = grpc.StatusCode.OK, "", None, False
+    try:
+        with accounting.running.admitted() if accounting.running is not None else contextlib.nullcontext():
+            admitted = True
+            accounting.started()
+            async for response in responses:
+                yield response
+    except (asyncio.CancelledError, GeneratorExit):
+        code, reason = CancelledError.code, CancelledError.default_reason
+        _log.info("call cancelled", call=call.name)
+        raise
+    except grpc.aio.BaseError:
+        # gRPC's own: the handler has ended the call itself, or the connection is gone.
+        code = grpc.StatusCode.UNKNOWN
+        raise
+    except Exception as error:
+        failure = status.as_error(error, where=call.name)
+        code, reason = failure.code, failure.reason
+        if isinstance(error, LatentflowError):
+            _log.info("call failed", call=call.name, reason=failure.reason, message=failure.message)
+        else:
+            _log.exception("call failed unexpectedly", call=call.name)
+    finally:
+        if admitted:
+            accounting.ended(Outcome(code=code, reason=reason, seconds=time.perf_counter() - call.arrived))
+    if failure is not None:
+        await status.abort_with(context, failure)
+
+
+async def answered(
+    call: Call, response: Awaitable[Any], context: Context, accounting: Accounting = NO_ACCOUNTING
+) -> Any:
+    """As `served`, for a call with one response, which it returns."""
+
+    async def once() -> AsyncGenerator[Any, None]:
+        yield await response
+
+    # Read to its end, so that the call counts as ended well.
+    found = [one async for one in served(call, once(), context, accounting)]
+    return found[0]
+
+
+def refusing(error: LatentflowError) -> Any:
+    """A handler for any method that ends every call with an error; for interceptors."""
+
+    async def refuse(_request: Any, context: Context) -> None:
+        await status.abort_with(context, error)
+
+    return grpc.unary_unary_rpc_method_handler(refuse)
