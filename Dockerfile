@@ -1,8 +1,8 @@
-# latentflow's two images, for one or the other of
+# The two images of latentflow. Build one of them with:
 #   docker build --target control --tag latentflow-control:0.1.0 .    (operator and gateway; no torch)
 #   docker build --target node --tag latentflow-node:0.1.0 .          (model servers)
-# What is installed is what their lock files say. Our own code is the last layer, and small: a change of it pulls no
-# libraries. BASE is any image with Python 3.11 to 3.13 and its venv module.
+# The lock files pin all libraries. Our own code is a small last layer, so a change of it does not pull the libraries again. BASE
+# is any image with Python 3.11 to 3.13 and its venv module.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS base

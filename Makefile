@@ -10,22 +10,22 @@ READY := $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | sha256sum
 PROTOS := $(wildcard protos/latentflow/v1/*.proto)
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate pyproject.toml
 TEST ?= tests --ignore=tests/kube --ignore=tests/chart
-# Programs of Kubernetes: built once, unless KUBEBUILDER_ASSETS says where they are.
+# Programs of Kubernetes: built once, unless KUBEBUILDER_ASSETS names a folder that contains them.
 KUBE = KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build etcd kubernetes)} PATH=$$(tools/build helm kubeconform):$$PATH
-# What `make e2e` runs on: node, made of Kubernetes' programs; or kind, which comes with its own.
+# The cluster of `make e2e`: node, made from these programs, or kind, which brings its own.
 CLUSTER ?= node
 PROGRAMS_node = KUBEBUILDER_ASSETS=$$(tools/build etcd kubernetes kubernetes-node) PATH=$$(tools/build helm):$$PATH
 
 ##@ Use
 .PHONY: help
-help: ## Say what there is
+help: ## List the targets
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(READY) ## Install everything into .venv (once; again when the lock changes)
 
 $(READY): requirements.lock pyproject.toml
-	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found; install one, or say make PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found; install one, or run make PYTHON=/path/to/python"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9
@@ -48,23 +48,23 @@ test-api: setup ## Run the tests against a real Kubernetes API server (builds it
 	$(KUBE) $(PY) -m pytest tests/kube
 
 .PHONY: chart
-chart: setup ## Check the Helm chart: lint, values, golden files, its objects' schemas, what an API server says of them
+chart: setup ## Check the Helm chart: lint, values, golden files, schemas, and whether an API server accepts its objects
 	$(KUBE) $(PY) -m pytest tests/chart
 
 .PHONY: e2e
-e2e: setup ## Run the tests on a real cluster of one node, made on this machine (Linux, root, Go, containerd, buildah; or CLUSTER=kind)
+e2e: setup ## Run the tests on a real cluster of one node, created on this machine (Linux, root, Go, containerd, buildah; or CLUSTER=kind)
 	$(PROGRAMS_$(CLUSTER)) CLUSTER=$(CLUSTER) $(PY) -m pytest e2e
 
 .PHONY: cluster
-cluster: setup ## Keep that cluster up until Ctrl-C, to look at
+cluster: setup ## Create the cluster of `make e2e` and keep it running until Ctrl-C
 	@KUBEBUILDER_ASSETS=$$(tools/build etcd kubernetes kubernetes-node) PYTHONPATH=tests $(PY) e2e/node.py
 
 .PHONY: images
-images: setup ## Build the images latentflow-control and latentflow-node (docker or buildah; BASE=… to build on)
+images: setup ## Build the images latentflow-control and latentflow-node (docker or buildah; BASE=… names the base image)
 	tools/images
 
 .PHONY: golden
-golden: setup ## Write anew what the chart renders to, for the tests to compare
+golden: setup ## Rewrite the golden files of the chart tests
 	$(KUBE) PYTHONPATH=tests $(PY) -m support.chart
 
 .PHONY: lint
@@ -82,12 +82,12 @@ hooks: setup ## Have git check style, types, import directions and protos before
 	$(VENV)/bin/pre-commit install
 
 .PHONY: fmt
-fmt: setup ## Put the code into the house's form
+fmt: setup ## Format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 .PHONY: check
-check: lint ## Lint, and see that generated files are as their sources say
+check: lint ## Lint, and check that generated files are up to date
 	$(PY) scripts/drift.py
 
 .PHONY: proto
@@ -103,22 +103,22 @@ crds: setup ## Generate the CustomResourceDefinitions from the typed API
 	$(PY) -m latentflow_operator.crds crds charts/latentflow/files/crds
 
 .PHONY: lock
-lock: setup ## Resolve requirements.lock anew from pyproject.toml, and from it those of the images
+lock: setup ## Resolve requirements.lock from pyproject.toml again, and the lock files of the images from it
 	$(COMPILE) --extra dev -o requirements.lock
 	$(COMPILE) --constraint requirements.lock --extra gateway --extra operator -o requirements-control.lock
 	$(COMPILE) --constraint requirements.lock --extra nodes -o requirements-node.lock
 
 ##@ Measure
 .PHONY: bench
-bench: setup ## Measure what the servers add to plain diffusers (needs an idle machine)
+bench: setup ## Measure the overhead of serving compared with plain diffusers (needs an idle machine)
 	$(PY) bench/overhead.py
 
 .PHONY: bench-operator
-bench-operator: setup ## Measure what the operator costs a cluster, on a real API server
+bench-operator: setup ## Measure the cost of the operator on a real API server
 	$(KUBE) $(PY) bench/reconciling.py
 
 .PHONY: pack
-pack: setup ## Train the shapes pack from nothing (hours on a CPU, minutes on a GPU; goes on where it was)
+pack: setup ## Train the shapes pack from scratch (hours on a CPU, minutes on a GPU; resumes an interrupted run)
 	PYTHONPATH=models $(PY) -m latentflow_pack train
 
 .PHONY: pack-eval

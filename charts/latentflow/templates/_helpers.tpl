@@ -8,7 +8,7 @@
 {{- end -}}
 {{- end -}}
 
-{{- /* Labels of everything; takes (list $ "component"). */ -}}
+{{- /* Labels of every object; takes (list $ "component"). */ -}}
 {{- define "latentflow.labels" -}}
 {{- $root := index . 0 -}}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
@@ -31,7 +31,7 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{ $image.repository }}:{{ $image.tag | default $root.Chart.AppVersion }}
 {{- end -}}
 
-{{- /* What Pod Security's restricted level asks of a pod, and of a container. */ -}}
+{{- /* Security contexts of a pod and of a container under the restricted Pod Security Standard. */ -}}
 {{- define "latentflow.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001
@@ -46,7 +46,7 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{- /* Where a pod may stand; takes the values of a component. */ -}}
+{{- /* Scheduling constraints of a pod; takes the values of a component. */ -}}
 {{- define "latentflow.placement" -}}
 {{- range $key := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" -}}
 {{- with index $ $key }}
@@ -55,7 +55,7 @@ capabilities: {drop: [ALL]}
 {{- end -}}
 {{- end -}}
 
-{{- /* The labels by which the operator's objects are known. */ -}}
+{{- /* Labels that select the objects of the operator. */ -}}
 {{- define "latentflow.nodeSelector" -}}
 app.kubernetes.io/name: latentflow
 app.kubernetes.io/component: node
