@@ -78,7 +78,7 @@ lint: setup ## Check style, types, import directions and protos
 	  $(VENV)/bin/buf breaking --against ".git#branch=$$(git rev-parse --abbrev-ref HEAD),ref=HEAD~1"; fi
 
 .PHONY: hooks
-hooks: setup ## Have git check style, types, import directions and protos before each commit (pre-commit)
+hooks: setup ## Make git run the checks of `make lint` before each commit (pre-commit)
 	$(VENV)/bin/pre-commit install
 
 .PHONY: fmt
