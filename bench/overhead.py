@@ -100,7 +100,7 @@ async def bench(rounds: int, threads: int) -> dict[str, float]:
     async with run(
         workflows, model_root=ROOT / "models", listen="127.0.0.1:0", threads=threads, log_level="ERROR"
     ) as runtime:
-        await runtime.supervisor.ready(300)
+        await runtime.supervisor.wait_ready(300)
         async with AsyncClient(runtime.target) as client:
             for _ in range(2):
                 plain(Side()), await served(client, Side())

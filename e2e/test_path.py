@@ -92,7 +92,7 @@ async def embedded(workflow: Body, folder: Path) -> Image.Image:
     path = folder / "workflow.yaml"
     path.write_text(yaml.safe_dump(workflow))
     async with run(load_workflows(path), model_root=ROOT / "models", listen="127.0.0.1:0", log_level="WARNING") as up:
-        await up.supervisor.ready(240)
+        await up.supervisor.wait_ready(240)
 
         def ask() -> Image.Image:
             with Client(up.target, timeout=120) as client:

@@ -40,9 +40,9 @@ async def demo() -> None:
             model_root=HERE.parent / "models",
             listen="127.0.0.1:0",
             log_level="WARNING",
-            changed=lambda one: bar.update(starting, advance=one.state == "ready"),
+            on_change=lambda one: bar.update(starting, advance=one.state == "ready"),
         ) as runtime:
-            await runtime.supervisor.ready(300)
+            await runtime.supervisor.wait_ready(300)
             ready = time.monotonic()
             steps = bar.add_task("denoising", total=None)
             async with AsyncClient(runtime.target, timeout=300) as client:

@@ -1,1 +1,1 @@
-"""The embedded runtime: a workflow file's model servers and a gateway, as supervised processes of one machine."""
+"""The embedded runtime: runs the model servers of workflows and a gateway as supervised processes on one machine."""

@@ -1,4 +1,4 @@
-"""Addresses of this machine to listen on."""
+"""Free addresses of this machine for servers to listen on."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Collection
 
 from latentflow.internal import serving
 
-# Below those that systems give to outgoing connections: one of them may take a port before the server listens that it is for.
+# Below the ephemeral ports: an outgoing connection could take one of those before the server listens on it.
 _PORTS = range(20_000, 32_000)
 
 
-def free(count: int, *, but: Collection[str] = ()) -> list[str]:
-    """Addresses whose ports are free now, all different; a server that finds its own taken says so.
+def free(count: int, *, exclude: Collection[str] = ()) -> list[str]:
+    """Different addresses whose ports are free at present. A server that finds its port taken reports that itself.
 
     Args:
-        but: Addresses that are given away already, whose server may not listen yet.
+        exclude: Addresses that are already assigned, although their servers may not listen yet.
     """
     found: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -25,17 +25,17 @@ def free(count: int, *, but: Collection[str] = ()) -> list[str]:
             if len(found) == count:
                 break
             address = f"127.0.0.1:{port}"
-            # Kept open until all are found, so that what another process looks for meanwhile is another.
+            # The socket stays open until all ports are found, so that another process that searches now gets other ports.
             one = stack.enter_context(socket.socket())
             with contextlib.suppress(OSError):
                 one.bind(("127.0.0.1", port))
-                if address not in but:
+                if address not in exclude:
                     found.append(address)
     return found
 
 
 def check_free(listen: str) -> str:
-    """The address, its port chosen; FailedPreconditionError where it is taken, InvalidRequestError where it is none."""
+    """The address, with a free port in place of port 0. FailedPreconditionError if it is taken, InvalidRequestError if invalid."""
     host, port = serving.host_and_port(listen)
     try:
         with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""`latentflow up`: serve workflows on this machine until Ctrl-C."""
+"""The command `latentflow up`, which serves workflows on this machine until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,22 +22,25 @@ _READY_SECONDS = 600.0
 def up(
     files: Annotated[list[Path], typer.Argument(help="DiffusionWorkflow files.")],
     model_root: Annotated[
-        Path, typer.Option("--model-root", help="Folder that relative sources are under.", file_okay=False)
+        Path, typer.Option("--model-root", help="Folder that contains the relative sources.", file_okay=False)
     ] = Path("models"),
     listen: Annotated[str, typer.Option("--listen", help="host:port of the gateway.")] = "127.0.0.1:8400",
     metrics: Annotated[
-        str, typer.Option("--metrics", help="host:port of this command's own /metrics; the table shows the others.")
+        str,
+        typer.Option(
+            "--metrics", help="host:port of this command's own /metrics; the table lists those of the processes."
+        ),
     ] = "127.0.0.1:0",
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Threads of every model.", show_default="all cores")
+        int | None, typer.Option("--threads", min=1, help="Threads of every replica.", show_default="all cores")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda, for every model.")] = None,
     drain: Annotated[
-        float, typer.Option("--drain", min=0, help="Seconds running requests get when a process is ended.")
+        float, typer.Option("--drain", min=0, help="Seconds that running requests get when a process is ended.")
     ] = 10.0,
     log_format: Annotated[str, typer.Option("--log-format", help="console or json.")] = "console",
 ) -> None:
-    """Serve workflows on this machine: processes for each distinct model, and a gateway. Ctrl-C ends it."""
+    """Serve workflows on this machine: processes for each distinct model, and a gateway. Ctrl-C stops them."""
     logs.configure(process="up", form="json" if log_format == "json" else "console")
     workflows = [workflow for path in files for workflow in load_workflows(path)]
     asyncio.run(
@@ -78,14 +81,14 @@ async def _serve(
     ) as runtime:
         stopped = asyncio.create_task(stop.wait())
         with _console.status(f"starting {len(runtime.supervised) - 1} model servers and a gateway"):
-            ready = asyncio.create_task(runtime.supervisor.ready(_READY_SECONDS))
+            ready = asyncio.create_task(runtime.supervisor.wait_ready(_READY_SECONDS))
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not stopped.done():
             ready.result()
             _console.print(_table(runtime))
             name = workflows[0].name if len(workflows) > 1 else None
             _console.print(_hint(runtime.target, name), highlight=False, soft_wrap=True)
-            failed = asyncio.create_task(runtime.supervisor.failed())
+            failed = asyncio.create_task(runtime.supervisor.wait_failed())
             await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if failed.done():
                 failed.result()
@@ -97,7 +100,7 @@ async def _serve(
 def _table(runtime: Runtime) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("process", "role", "used as", "address", "/metrics", "state", "ready after"):
-        # What does not fit is wrapped: a name that is cut cannot be copied.
+        # Long values are wrapped, because a truncated name cannot be copied.
         table.add_column(column, overflow="fold")
     for one in runtime.supervised.values():
         table.add_row(
@@ -107,7 +110,7 @@ def _table(runtime: Runtime) -> Table:
             one.spec.address,
             one.spec.metrics,
             _state(one),
-            _after(one),
+            _ready_seconds(one),
         )
     table.add_row("up", "", "", "", runtime.metrics, "", "")
     return table
@@ -117,11 +120,13 @@ def _state(one: Supervised) -> str:
     return f"[green]{one.state}[/]" if one.state is State.READY else f"[yellow]{one.state}[/]"
 
 
-def _after(one: Supervised) -> str:
+def _ready_seconds(one: Supervised) -> str:
     return f"{one.ready_seconds:.1f} s" if one.ready_seconds is not None else "-"
 
 
 def _hint(target: str, workflow: str | None) -> str:
-    named = f" -w {workflow}" if workflow else ""
-    aimed = "" if target == "127.0.0.1:8400" else f" --target {target}"
-    return f"\nTry: latentflow generate 'a large red circle on the left, white background'{named}{aimed}"
+    workflow_option = f" -w {workflow}" if workflow else ""
+    target_option = "" if target == "127.0.0.1:8400" else f" --target {target}"
+    return (
+        f"\nTry: latentflow generate 'a large red circle on the left, white background'{workflow_option}{target_option}"
+    )

@@ -1,4 +1,4 @@
-"""Which processes a set of workflows needs: pure. One for each replica of a distinct model, one for the gateway."""
+"""The processes that a set of workflows needs: one for each replica of a distinct model, one for the gateway. Pure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SERVED_SCHEMES = ("", "file", "hf", "s3")
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSpec:
-    """A process to keep running.
+    """A process that the supervisor keeps running.
 
     Attributes:
         name: The model's identity, with a number after it for all but the first of its replicas; or "gateway".
         model: The model's identity, or "gateway".
         role: The model's role, or "Gateway".
-        uses: "workflow:name" of every use.
-        address: host:port it serves on, the same after a restart.
-        metrics: host:port of its /metrics, likewise.
-        options: Arguments of its `main`, beside the two addresses.
+        uses: "workflow:name" of every use of the model.
+        address: host:port of its gRPC server; the same after a restart.
+        metrics: host:port of its `/metrics`; the same after a restart.
+        options: Arguments of its `main`, except the two addresses.
     """
 
     name: str
@@ -43,20 +43,20 @@ class ProcessSpec:
         return (*self.options, f"--listen={self.address}", f"--metrics={self.metrics}")
 
     def another(self, number: int, *, address: str, metrics: str) -> ProcessSpec:
-        """Another replica of the model. Only its name and addresses differ, so that it makes the same pixels.
+        """Another replica of the model. Only its name and addresses differ, so that it produces the same pixels.
 
         Args:
-            number: From 1, which is the first.
+            number: Of the replica; the first has 1.
         """
         name = self.model if number == 1 else f"{self.model}-{number}"
         return replace(self, name=name, address=address, metrics=metrics)
 
 
 def models_of(workflows: list[DiffusionWorkflow]) -> dict[str, Model]:
-    """The distinct models, refused where the embedded runtime cannot serve one."""
-    doubled = {w.full_name for w in workflows if sum(o.full_name == w.full_name for o in workflows) > 1}
-    if doubled:
-        raise InvalidRequestError(f"Two workflows are named {sorted(doubled)[0]}; give them different names.")
+    """The distinct models. Raises an error for a model that the embedded runtime cannot serve."""
+    duplicates = {w.full_name for w in workflows if sum(o.full_name == w.full_name for o in workflows) > 1}
+    if duplicates:
+        raise InvalidRequestError(f"Two workflows have the name {sorted(duplicates)[0]}; give them different names.")
     for workflow in workflows:
         where = f"Workflow {workflow.full_name}"
         if workflow.spec.task != "TextToImage":
@@ -64,7 +64,7 @@ def models_of(workflows: list[DiffusionWorkflow]) -> dict[str, Model]:
         for model in workflow.spec.models:
             if model.source is None:
                 raise UnimplementedError(
-                    f"{where}: model {model.name!r} is a modelRef, which names an object in a cluster; give it a source here."
+                    f"{where}: model {model.name!r} is a modelRef, which names an object in a cluster; give it a source instead."
                 )
             scheme = urlparse(model.source.uri).scheme
             if scheme not in _SERVED_SCHEMES:
@@ -87,23 +87,23 @@ def plan_models(
     shared_memory: Path | None,
     log_format: str,
 ) -> list[ProcessSpec]:
-    """A model server for each distinct model: its first replica.
+    """The first replica of each distinct model.
 
     Args:
-        addresses: By identity host:port for gRPC and for /metrics.
-        threads, device: For every model, over what the workflow says; None: as it says.
-        cores: How many this machine has for them.
-        turn_file: What servers share that would be in each other's way, computing at the same time.
-        shared_memory: The folder through which tensors go between them; None: over gRPC.
+        addresses: host:port for gRPC and host:port for `/metrics`, by identity.
+        threads, device: Override the workflows' values for every model; None: no override.
+        cores: Cores of this machine that the models may use.
+        turn_file: File of the lock that servers share if they would compete for the cores.
+        shared_memory: Folder of the shared memory through which servers transfer tensors; None: they use gRPC.
     """
-    over = {key: value for key, value in (("threads", threads), ("device", device)) if value is not None}
+    overrides = {key: value for key, value in (("threads", threads), ("device", device)) if value is not None}
     specs = []
     for name, model in models_of(workflows).items():
         uses = tuple(f"{w.name}:{m.name}" for w in workflows for m in w.spec.models if identity(m) == name)
-        options = _options(name, model, model_root, log_format) | over
+        options = _options(name, model, model_root, log_format) | overrides
         options["shared-memory"] = shared_memory
         own_threads = threads or model.engine.threads or cores
-        if own_threads > 1 and room(model, threads=threads, device=device, cores=cores) == 1:
+        if own_threads > 1 and capacity(model, threads=threads, device=device, cores=cores) == 1:
             options["turn-file"] = turn_file
         specs.append(
             ProcessSpec(
@@ -120,7 +120,7 @@ def plan_models(
 
 
 def plan_gateway(*, directory: Path, listen: str, metrics: str, log_format: str) -> ProcessSpec:
-    """The gateway."""
+    """The gateway's process."""
     return ProcessSpec(
         name=GATEWAY,
         model=GATEWAY,
@@ -132,33 +132,35 @@ def plan_gateway(*, directory: Path, listen: str, metrics: str, log_format: str)
     )
 
 
-def room(model: Model, *, threads: int | None, device: str | None, cores: int) -> int | None:
-    """How many replicas of a model can compute at a time without being in each other's way, at least one; None where
-    cores do not limit it. Arguments as those of `plan_models`."""
+def capacity(model: Model, *, threads: int | None, device: str | None, cores: int) -> int | None:
+    """How many replicas of a model can compute at the same time on cores of their own, at least 1; None if cores do not limit it.
+
+    The arguments are those of `plan_models`.
+    """
     if (device or model.engine.device) != "cpu":
         return None
     return max(1, cores // (threads or model.engine.threads or cores))
 
 
 def initial(model: Model) -> int:
-    """How many replicas a model starts with: enough to serve."""
+    """How many replicas a model starts with: at least one, so that it can serve."""
     return max(1, model.scaling.min_replicas)
 
 
-def bounds(model: Model, *, room: int | None) -> Bounds:
-    """Between how many replicas a model is scaled on this machine; equal where it is not.
+def bounds(model: Model, *, capacity: int | None) -> Bounds:
+    """The bounds between which a model is scaled on this machine; both are equal if it is not scaled.
 
-    More than there is room for would compute in turns, and no request would be done sooner; `minReplicas` there are in
-    any case. An External model stays as it starts, as nobody else scales processes.
+    Replicas above the capacity would compete for the cores and complete no request sooner. `minReplicas` are started in any
+    case. An External model keeps its initial replicas, because nothing else scales processes.
 
     Args:
-        room: As `room` says.
+        capacity: The result of `capacity`.
     """
     scaling = model.scaling
     if scaling.mode == "External":
-        return Bounds(fewest=initial(model), most=initial(model))
-    most = scaling.max_replicas if room is None else min(scaling.max_replicas, room)
-    return Bounds(fewest=scaling.min_replicas, most=max(most, initial(model)))
+        return Bounds(minimum=initial(model), maximum=initial(model))
+    maximum = scaling.max_replicas if capacity is None else min(scaling.max_replicas, capacity)
+    return Bounds(minimum=scaling.min_replicas, maximum=max(maximum, initial(model)))
 
 
 def _options(name: str, model: Model, root: Path, log_format: str) -> dict[str, str | int | Path | None]:

@@ -1,7 +1,7 @@
-"""Starting processes fast: a fork server that has the model servers' libraries imported already.
+"""Starts processes fast, from a fork server that has already imported the model servers' libraries.
 
-Importing torch and diffusers takes seconds and would be paid once for every model; the fork server pays it once for all,
-and a restart after a crash does not pay it at all. The gateway needs none of it and is an ordinary new process.
+To import torch and diffusers takes seconds for every process. The fork server imports them once for all, so that a restart
+after a crash is fast too. The gateway needs neither and is an ordinary new process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Process = ForkServerProcess | SpawnProcess
 
 
 def prepare() -> None:
-    """Starts the fork server and its imports, so that they go on while other things are done."""
+    """Starts the fork server, which imports the libraries in the background."""
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
@@ -28,7 +28,7 @@ def prepare() -> None:
 
 
 def start(spec: ProcessSpec, *, environment: dict[str, str]) -> Process:
-    """A running process; it dies with its parent, and that with this one."""
+    """Starts a process. It ends when its parent ends, and its parent when this process does."""
     if spec.name == GATEWAY:
         spawned = multiprocessing.get_context("spawn").Process(
             target=_gateway, args=(spec.argv, environment), name=spec.name
@@ -43,30 +43,30 @@ def start(spec: ProcessSpec, *, environment: dict[str, str]) -> Process:
 
 
 def _node(argv: tuple[str, ...], environment: dict[str, str]) -> None:
-    _settle(environment)
+    _set_up(environment)
     from latentflow_nodes.server import main
 
     main(list(argv))
 
 
 def _gateway(argv: tuple[str, ...], environment: dict[str, str]) -> None:
-    _settle(environment)
+    _set_up(environment)
     from latentflow_gateway.server import main
 
     main(list(argv))
 
 
-def _settle(environment: dict[str, str]) -> None:
-    """Death with the supervisor, no Ctrl-C from the terminal (the supervisor passes the end on), the environment."""
+def _set_up(environment: dict[str, str]) -> None:
+    """Sets the environment, ends the process with the supervisor, and leaves Ctrl-C to the supervisor, which ends all."""
     supervisor = multiprocessing.parent_process()
     if supervisor is not None:
-        threading.Thread(target=_follow, args=(supervisor.sentinel,), name="follow", daemon=True).start()
+        threading.Thread(target=_end_with, args=(supervisor.sentinel,), name="end-with-supervisor", daemon=True).start()
     os.setpgid(0, 0)
     os.environ.update(environment)
 
 
-def _follow(sentinel: int) -> None:
-    # Ready when the supervisor is gone, however it went. A death signal of the kernel would not do: it follows the fork
-    # server, which lives as long as its children do.
+def _end_with(sentinel: int) -> None:
+    # The sentinel is ready when the supervisor has ended for any reason. The kernel's parent-death signal does not serve: the
+    # parent is the fork server, which lives as long as its children.
     multiprocessing.connection.wait([sentinel])
     os.kill(os.getpid(), signal.SIGKILL)

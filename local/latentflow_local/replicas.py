@@ -1,6 +1,6 @@
-"""The replicas of every model on this machine: adds and removes them, and says in the directory file where they listen.
+"""The replicas of every model on this machine: starts and ends their processes, and writes their addresses to the directory file.
 
-The gateway follows the file. A replica that goes is taken out of it first, and then ends what it has begun.
+The gateway follows that file. A replica to be ended is removed from the file first, and then completes its running requests.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from latentflow_local.supervisor import State, Supervisor
 
 
 class Replicas:
-    """Which replicas there shall be.
+    """The replicas that should run.
 
     Args:
-        specs: Those that there are at first, at least one of each model. The supervisor runs them.
-        path: The directory file, written at once.
+        specs: The first replicas, at least one of each model. The supervisor runs them.
+        path: The directory file, which is written at once.
     """
 
     def __init__(
@@ -36,48 +36,48 @@ class Replicas:
         self._workflows = tuple(workflows)
         self._path = path
         self._supervisor = supervisor
-        self._any = {spec.model: spec for spec in specs}
-        self._present = {model: [spec for spec in specs if spec.model == model] for model in self._any}
+        self._template = {spec.model: spec for spec in specs}
+        self._present = {model: [spec for spec in specs if spec.model == model] for model in self._template}
         self._write()
 
     def count(self, model: str) -> int:
-        """How many replicas of a model there shall be."""
+        """How many replicas of a model should run."""
         return len(self._present[model])
 
     def ready(self, model: str) -> list[ProcessSpec]:
-        """Those that take requests."""
+        """The replicas of a model that accept requests."""
         return [spec for spec in self._present[model] if self._state(spec) is State.READY]
 
     def scale(self, model: str, replicas: int) -> None:
-        """Adds and removes processes, so that there shall be so many. Those that are not ready go first, then the newest."""
+        """Starts or ends replicas until `replicas` of them run. It ends those that are not ready first, then the newest."""
         present = self._present[model]
-        # A stable sort: among equals the oldest stay.
-        stay = sorted(present, key=lambda spec: self._state(spec) is not State.READY)[:replicas]
-        gone = [spec for spec in present if spec not in stay]
-        self._present[model] = [spec for spec in present if spec in stay]
-        for _ in range(replicas - len(stay)):
+        # The sort is stable, so that the oldest of equals are kept.
+        kept = sorted(present, key=lambda spec: self._state(spec) is not State.READY)[:replicas]
+        removed = [spec for spec in present if spec not in kept]
+        self._present[model] = [spec for spec in present if spec in kept]
+        for _ in range(replicas - len(kept)):
             spec = self._another(model)
             self._present[model].append(spec)
             self._supervisor.add(spec)
         self._write()
-        for spec in gone:
+        for spec in removed:
             self._supervisor.remove(spec.name)
 
     def _state(self, spec: ProcessSpec) -> State:
         return self._supervisor.supervised[spec.name].state
 
     def _another(self, model: str) -> ProcessSpec:
-        """One more replica, with the first name that no process has, one that is still ending included."""
-        there = {one.spec.name: one.spec for one in self._supervisor.supervised.values()}
-        given = {address for spec in there.values() for address in (spec.address, spec.metrics)}
-        address, metrics = addresses.free(2, but=given)
-        specs = (self._any[model].another(number, address=address, metrics=metrics) for number in count(1))
-        return next(spec for spec in specs if spec.name not in there)
+        """One more replica, with the first name that no process uses. Processes that are draining still use theirs."""
+        present = {one.spec.name: one.spec for one in self._supervisor.supervised.values()}
+        assigned = {address for spec in present.values() for address in (spec.address, spec.metrics)}
+        address, metrics = addresses.free(2, exclude=assigned)
+        specs = (self._template[model].another(number, address=address, metrics=metrics) for number in count(1))
+        return next(spec for spec in specs if spec.name not in present)
 
     def _write(self) -> None:
         models = {
             model: directory.Replicas(
-                role=Role(self._any[model].role), replicas=tuple(spec.address for spec in present)
+                role=Role(self._template[model].role), replicas=tuple(spec.address for spec in present)
             )
             for model, present in self._present.items()
         }

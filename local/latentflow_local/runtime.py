@@ -1,4 +1,4 @@
-"""A set of workflows, served on this machine while it is entered: model servers, gateway, and what scales the models."""
+"""Serves a set of workflows on this machine while its context is entered: model servers, gateway, and the models' scaling."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from latentflow_scheduler.policy import Bounds
 
 from latentflow_local import addresses, processes
 from latentflow_local.pinning import pinned
-from latentflow_local.planning import ProcessSpec, bounds, initial, models_of, plan_gateway, plan_models, room
+from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, models_of, plan_gateway, plan_models
 from latentflow_local.replicas import Replicas
-from latentflow_local.scaling import PACE, Pace, Scaler
+from latentflow_local.scaling import DEFAULT_SCALING, Scaler, ScalingConfig
 from latentflow_local.supervisor import Supervised, Supervisor
 
 _log = structlog.get_logger()
@@ -30,7 +30,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What is running. `target` is the gateway's host:port, `metrics` that of the runtime's own /metrics."""
+    """A running runtime. `target` is the gateway's host:port, `metrics` that of the runtime's own `/metrics`."""
 
     target: str
     metrics: str
@@ -53,21 +53,22 @@ async def run(
     device: str | None = None,
     drain: float = 10.0,
     cores: int | None = None,
-    pace: Pace = PACE,
+    scaling: ScalingConfig = DEFAULT_SCALING,
     log_format: str = "console",
     log_level: str = "INFO",
-    changed: Callable[[Supervised], None] = lambda _: None,
+    on_change: Callable[[Supervised], None] = lambda _: None,
 ) -> AsyncIterator[Runtime]:
-    """Starts everything; not yet ready when entered (see `Supervisor.ready`). Ends everything when left.
+    """Starts all processes when entered and ends them when left. `Supervisor.wait_ready` waits until they accept requests.
 
     Args:
-        listen: The gateway's host:port; port 0 takes a free one.
-        metrics: host:port for this process's own /metrics; port 0 takes a free one.
-        threads, device: For every model, over what the workflows say.
-        drain: Seconds that running requests get at the end of a process.
-        cores: Of this machine, for the models; None: those that this process may use.
-        pace: How fast models are scaled.
+        listen: host:port of the gateway; port 0 selects a free port.
+        metrics: host:port of this process's own `/metrics`; port 0 selects a free port.
+        threads, device: Override the workflows' values for every model.
+        drain: Seconds that running requests get when a process is ended.
+        cores: Cores of this machine that the models may use; None: those that this process may use.
+        scaling: How models are scaled.
         log_level: Least level that the processes log.
+        on_change: Called after every change of a process's state.
     """
     processes.prepare()
     workflows = await asyncio.to_thread(pinned, workflows)
@@ -93,47 +94,49 @@ async def run(
             shared_memory=shared_memory,
             log_format=log_format,
         )
-        specs = [*firsts, *_others(firsts, models, free[2 * len(models) :])]
+        specs = [*firsts, *_additional(firsts, models, free[2 * len(models) :])]
         directory = Path(folder) / "directory.json"
         gateway = plan_gateway(directory=directory, listen=target, metrics=free[-1], log_format=log_format)
         supervisor = Supervisor(
             [*specs, gateway],
             environment={"LATENTFLOW_TOKEN": secrets.token_hex(16), "LATENTFLOW_LOG_LEVEL": log_level},
             drain=drain,
-            changed=changed,
+            on_change=on_change,
             metrics=instruments,
         )
-        rooms = {name: room(model, threads=threads, device=device, cores=cores) for name, model in models.items()}
+        capacities = {
+            name: capacity(model, threads=threads, device=device, cores=cores) for name, model in models.items()
+        }
         scaler = Scaler(
             Replicas(specs, workflows=workflows, path=directory, supervisor=supervisor),
-            bounds={name: _bounds(name, model, room=rooms[name]) for name, model in models.items()},
+            bounds={name: _bounds(name, model, capacity=capacities[name]) for name, model in models.items()},
             gateway=gateway.metrics,
-            pace=pace,
+            config=scaling,
             metrics=instruments,
         )
         async with supervisor:
-            scaling = asyncio.create_task(scaler.run())
+            task = asyncio.create_task(scaler.run())
             try:
                 yield Runtime(target=target, metrics=metrics, supervisor=supervisor)
             finally:
-                scaling.cancel()
-                await asyncio.gather(scaling, return_exceptions=True)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
 
-def _bounds(name: str, model: Model, *, room: int | None) -> Bounds:
-    found, asked = bounds(model, room=room), model.scaling.max_replicas
-    if model.scaling.mode == "Managed" and found.most < asked:
+def _bounds(name: str, model: Model, *, capacity: int | None) -> Bounds:
+    found, requested = bounds(model, capacity=capacity), model.scaling.max_replicas
+    if model.scaling.mode == "Managed" and found.maximum < requested:
         _log.warning(
-            "fewer replicas than maxReplicas allows: each takes its threads (--threads) of the cores",
+            "the cores allow fewer replicas than maxReplicas; each replica uses its threads (--threads) of the cores",
             model=name,
-            most=found.most,
-            max_replicas=asked,
+            replicas=found.maximum,
+            max_replicas=requested,
         )
     return found
 
 
-def _others(firsts: list[ProcessSpec], models: Mapping[str, Model], free: list[str]) -> list[ProcessSpec]:
-    """The replicas that models start with beside their first."""
+def _additional(firsts: list[ProcessSpec], models: Mapping[str, Model], free: list[str]) -> list[ProcessSpec]:
+    """The replicas that models start with in addition to their first."""
     wanted = [(first, number) for first in firsts for number in range(2, initial(models[first.model]) + 1)]
     return [
         first.another(number, address=free[2 * i], metrics=free[2 * i + 1]) for i, (first, number) in enumerate(wanted)

@@ -1,6 +1,6 @@
-"""Keeps processes running: notices at once when one ends, starts it again with patience, ends them in order.
+"""Keeps processes running: detects at once that one has ended, restarts it with backoff, and ends all of them in order.
 
-Runs in an event loop; what happens is told to a listener (the command's table, a test).
+It runs in an event loop and reports every change of state to a callback.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from latentflow_local import processes
 from latentflow_local.planning import ProcessSpec
 
 _log = structlog.get_logger()
-_LONGEST_PAUSE = 10.0
-# Having ended so often without ever being ready, a process is given up.
+_MAX_BACKOFF_SECONDS = 10.0
+# A process that has ended this often without ever being ready is not restarted again.
 _MAX_STARTS = 6
-# Having run for so long, a process counts as healthy and its next restart is immediate again.
+# A process that has run for this long counts as healthy, and its next restart is immediate again.
 _HEALTHY_SECONDS = 30.0
 _CHECK_SECONDS = 0.1
 _KILL_SECONDS = 5.0
@@ -47,7 +47,7 @@ class State(StrEnum):
 
 @dataclass(kw_only=True)
 class Supervised:
-    """A process and what became of it."""
+    """A process and its state."""
 
     spec: ProcessSpec
     state: State = State.STARTING
@@ -55,7 +55,7 @@ class Supervised:
     started: float = field(default_factory=time.monotonic)
     ready_seconds: float | None = None
     process: processes.Process | None = None
-    # Set when it shall end for good.
+    # Set when the process must end and not be restarted.
     removed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -63,18 +63,19 @@ class Supervised:
         return self.process.pid if self.process is not None else None
 
 
-def pause(failures: int) -> float:
-    """Seconds before restart number `failures`: the first at once, then doubling from a quarter of a second."""
-    return 0.0 if failures <= 1 else min(_LONGEST_PAUSE, 0.25 * 2.0 ** (failures - 2))
+def backoff(failures: int) -> float:
+    """Seconds before restart number `failures`: none before the first, then doubling from a quarter of a second."""
+    return 0.0 if failures <= 1 else min(_MAX_BACKOFF_SECONDS, 0.25 * 2.0 ** (failures - 2))
 
 
 class Supervisor:
-    """Runs specs, and what is added to them, until left; an async context manager.
+    """Runs processes while its context is entered; an async context manager.
 
     Args:
-        drain: Seconds that processes get to end by themselves.
-        changed: Called after every change of a state.
-        metrics: The `LOCAL` table's.
+        specs: The processes that it starts when entered.
+        drain: Seconds that a process gets to end by itself before it is killed.
+        on_change: Called after every change of a process's state.
+        metrics: The instruments of the `LOCAL` table.
     """
 
     def __init__(
@@ -83,21 +84,21 @@ class Supervisor:
         *,
         environment: dict[str, str],
         drain: float,
-        changed: Callable[[Supervised], None] = lambda _: None,
+        on_change: Callable[[Supervised], None] = lambda _: None,
         metrics: Instruments,
     ) -> None:
         self._metrics = metrics
         self.supervised = {spec.name: Supervised(spec=spec) for spec in specs}
         self._environment = environment
         self._drain = drain
-        self._changed = changed
-        self._keeping: dict[str, asyncio.Task[None]] = {}
+        self._on_change = on_change
+        self._supervising: dict[str, asyncio.Task[None]] = {}
         self._removing: dict[str, asyncio.Task[None]] = {}
-        self._news = asyncio.Condition()
+        self._state_changed = asyncio.Condition()
         self._stopping = False
 
     async def __aenter__(self) -> Supervisor:
-        self._keeping = {name: asyncio.create_task(self._keep(one)) for name, one in self.supervised.items()}
+        self._supervising = {name: asyncio.create_task(self._supervise(one)) for name, one in self.supervised.items()}
         return self
 
     async def __aexit__(
@@ -108,37 +109,37 @@ class Supervisor:
             _signal(one, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain):
-                await asyncio.gather(*(_ended(one) for one in self.supervised.values()))
+                await asyncio.gather(*(_wait_exit(one) for one in self.supervised.values()))
         for one in self.supervised.values():
             _signal(one, signal.SIGKILL)
-        tasks = [*self._keeping.values(), *self._removing.values()]
+        tasks = [*self._supervising.values(), *self._removing.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_KILL_SECONDS):
-                await asyncio.gather(*(_ended(one) for one in self.supervised.values()))
+                await asyncio.gather(*(_wait_exit(one) for one in self.supervised.values()))
 
     def add(self, spec: ProcessSpec) -> None:
-        """Starts one more process. Its name is that of none in `supervised`."""
+        """Starts one more process. Its name must not be in `supervised`."""
         one = self.supervised[spec.name] = Supervised(spec=spec)
-        self._keeping[spec.name] = asyncio.create_task(self._keep(one))
+        self._supervising[spec.name] = asyncio.create_task(self._supervise(one))
 
     def remove(self, name: str) -> None:
-        """Ends a process for good, as at the end of all; it is gone from `supervised` when it has ended."""
+        """Ends a process and does not restart it. It leaves `supervised` once it has ended."""
         one = self.supervised[name]
         one.removed.set()
         self._removing[name] = asyncio.create_task(self._remove(one))
 
-    async def ready(self, seconds: float) -> None:
-        """Waits until all are ready. FailedPreconditionError when one cannot be started, or the time runs out."""
+    async def wait_ready(self, seconds: float) -> None:
+        """Waits until all processes are ready. FailedPreconditionError if one cannot be started, or after `seconds`."""
 
         def states() -> list[Supervised]:
             return [one for one in self.supervised.values() if not one.removed.is_set()]
 
         try:
-            async with asyncio.timeout(seconds), self._news:
-                await self._news.wait_for(
+            async with asyncio.timeout(seconds), self._state_changed:
+                await self._state_changed.wait_for(
                     lambda: (
                         any(s.state is State.FAILED for s in states()) or all(s.state is State.READY for s in states())
                     )
@@ -146,54 +147,54 @@ class Supervisor:
         except TimeoutError:
             late = ", ".join(s.spec.name for s in states() if s.state is not State.READY)
             raise FailedPreconditionError(
-                f"Not ready after {seconds:.0f} s: {late}. Their logs above say why.", reason="NOT_READY"
+                f"Not ready after {seconds:.0f} s: {late}. Their logs above show the reason.", reason="NOT_READY"
             ) from None
         for one in states():
             if one.state is State.FAILED:
                 raise _cannot_be_served(one)
 
-    async def until(self, condition: Callable[[], bool], *, seconds: float) -> None:
-        """Waits for something about the processes to be so. TimeoutError when it is not in time."""
-        async with asyncio.timeout(seconds), self._news:
-            await self._news.wait_for(condition)
+    async def wait_for(self, condition: Callable[[], bool], *, seconds: float) -> None:
+        """Waits until a condition on the processes holds. TimeoutError after `seconds`."""
+        async with asyncio.timeout(seconds), self._state_changed:
+            await self._state_changed.wait_for(condition)
 
-    async def failed(self) -> None:
-        """Returns never, or raises when a model cannot be served: none of its processes can be started."""
-        async with self._news:
-            lost = await self._news.wait_for(self._lost)
-        raise _cannot_be_served(lost[0])
+    async def wait_failed(self) -> None:
+        """Waits until a model cannot be served because none of its processes can be started, and raises FailedPreconditionError."""
+        async with self._state_changed:
+            unserved = await self._state_changed.wait_for(self._unserved)
+        raise _cannot_be_served(unserved[0])
 
-    def _lost(self) -> list[Supervised]:
+    def _unserved(self) -> list[Supervised]:
         served = {one.spec.model for one in self.supervised.values() if one.state is not State.FAILED}
         return [one for one in self.supervised.values() if one.spec.model not in served]
 
-    async def _keep(self, one: Supervised) -> None:
+    async def _supervise(self, one: Supervised) -> None:
         failures = 0
         while True:
             one.started = time.monotonic()
             one.process = await self._start(one.spec)
             if one.removed.is_set() or self._stopping:
                 _signal(one, signal.SIGTERM)
-            checking = asyncio.create_task(self._check(one))
-            await _ended(one)
-            checking.cancel()
-            await asyncio.gather(checking, return_exceptions=True)
+            health = asyncio.create_task(self._watch_health(one))
+            await _wait_exit(one)
+            health.cancel()
+            await asyncio.gather(health, return_exceptions=True)
             if self._stopping:
-                await self._tell(one, State.STOPPED)
+                await self._set_state(one, State.STOPPED)
                 return
             if one.removed.is_set():
                 return
             code = one.process.exitcode
             failures = 1 if time.monotonic() - one.started > _HEALTHY_SECONDS else failures + 1
             if code == serving.CANNOT_SERVE or (one.ready_seconds is None and failures == _MAX_STARTS):
-                await self._tell(one, State.FAILED)
+                await self._set_state(one, State.FAILED)
                 return
             one.restarts += 1
             self._metrics.of("latentflow_local_restarts_total", process=one.spec.name).inc()
-            _log.warning("process ended; starting it again", name=one.spec.name, exit_code=code, after=pause(failures))
-            await self._tell(one, State.RESTARTING)
+            _log.warning("process ended; restarting it", name=one.spec.name, exit_code=code, seconds=backoff(failures))
+            await self._set_state(one, State.RESTARTING)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause(failures)):
+                async with asyncio.timeout(backoff(failures)):
                     await one.removed.wait()
                     return
 
@@ -202,24 +203,24 @@ class Supervisor:
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # A thread cannot be called back: what it starts is ended, or nobody would know it.
+            # The thread cannot be cancelled, so the process that it starts is ended here; nothing else would refer to it.
             process = await starting
             process.kill()
             await asyncio.to_thread(process.join)
             raise
 
     async def _remove(self, one: Supervised) -> None:
-        name, keeping = one.spec.name, self._keeping[one.spec.name]
-        await self._tell(one, State.DRAINING)
+        name, supervising = one.spec.name, self._supervising[one.spec.name]
+        await self._set_state(one, State.DRAINING)
         _signal(one, signal.SIGTERM)
-        await asyncio.wait({keeping}, timeout=self._drain)
+        await asyncio.wait({supervising}, timeout=self._drain)
         _signal(one, signal.SIGKILL)
-        await keeping
-        del self.supervised[name], self._keeping[name], self._removing[name]
-        await self._tell(one, State.STOPPED)
+        await supervising
+        del self.supervised[name], self._supervising[name], self._removing[name]
+        await self._set_state(one, State.STOPPED)
 
-    async def _check(self, one: Supervised) -> None:
-        """Tells when the process takes requests."""
+    async def _watch_health(self, one: Supervised) -> None:
+        """Waits until the process accepts requests and records that."""
         request = health_pb2.HealthCheckRequest(service="")
         async with grpc.aio.insecure_channel(one.spec.address, [("grpc.initial_reconnect_backoff_ms", 50)]) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
@@ -231,26 +232,26 @@ class Supervisor:
                 await asyncio.sleep(_CHECK_SECONDS)
         one.ready_seconds = time.monotonic() - one.started
         if not one.removed.is_set():
-            await self._tell(one, State.READY)
+            await self._set_state(one, State.READY)
 
-    async def _tell(self, one: Supervised, state: State) -> None:
+    async def _set_state(self, one: Supervised, state: State) -> None:
         self._metrics.of("latentflow_local_ready", process=one.spec.name).set(state is State.READY)
-        async with self._news:
+        async with self._state_changed:
             one.state = state
-            self._news.notify_all()
-        self._changed(one)
+            self._state_changed.notify_all()
+        self._on_change(one)
 
 
 def _cannot_be_served(one: Supervised) -> FailedPreconditionError:
     uses = f" ({', '.join(one.spec.uses)})" if one.spec.uses else ""
     return FailedPreconditionError(
-        f"{one.spec.role} {one.spec.name}{uses} cannot be served; the line that it printed above says why.",
+        f"{one.spec.role} {one.spec.name}{uses} cannot be served; the last line of its log above shows the reason.",
         reason="PROCESS_FAILED",
     )
 
 
-async def _ended(one: Supervised) -> None:
-    """Returns when the process has ended; at once where there is none."""
+async def _wait_exit(one: Supervised) -> None:
+    """Waits until the process has ended; returns at once if there is none."""
     process = one.process
     if process is None or process.exitcode is not None:
         return

@@ -22,7 +22,7 @@ from latentflow.errors import UnavailableError
 from latentflow.internal.metrics import Instruments
 from latentflow_scheduler import policy, signals
 from latentflow_scheduler.policy import Bounds, Decision, Load, State
-from latentflow_scheduler.signals import Place, Signals
+from latentflow_scheduler.signals import ModelKey, Signals
 
 from latentflow_operator import events, manifests
 from latentflow_operator.cluster import Cluster
@@ -63,9 +63,9 @@ class Scaler:
         self._policy = settings.policy()
         self._metrics = metrics
         self._clock = clock
-        self._states: dict[Place, State] = {}
+        self._states: dict[ModelKey, State] = {}
         # Since when nothing is known of a model.
-        self._unseen: dict[Place, float] = {}
+        self._unseen: dict[ModelKey, float] = {}
 
     async def run(self) -> None:
         """Decides again and again, until cancelled; at once when a gateway holds a request for a model without replicas."""
@@ -79,7 +79,7 @@ class Scaler:
                     _log.exception("a round of scaling failed")
                     await asyncio.sleep(self._settings.interval_seconds)
 
-    async def step(self, known: Signals | None, held: Mapping[Place, float]) -> None:
+    async def step(self, known: Signals | None, held: Mapping[ModelKey, float]) -> None:
         """One decision for each model.
 
         Args:
@@ -90,8 +90,8 @@ class Scaler:
         self._states = {place: self._states.get(place, State()) for place in models}
         self._unseen = {place: since for place, since in self._unseen.items() if place in models}
         inside = self._hosts()
-        held = signals.gathered(held, inside)
-        known = replace(known, held=signals.gathered(known.held, inside)) if known else None
+        held = signals.held_by_host(held, inside)
+        known = replace(known, held=signals.held_by_host(known.held, inside)) if known else None
         for place, body in models.items():
             if "deletionTimestamp" in body["metadata"]:
                 continue
@@ -106,10 +106,10 @@ class Scaler:
         while (left := due - self._clock()) > 0:
             await asyncio.sleep(min(left, _WAKE_SECONDS))
             asleep = self._asleep()
-            if asleep and not asleep.isdisjoint(signals.gathered(await self._held(session), self._hosts())):
+            if asleep and not asleep.isdisjoint(signals.held_by_host(await self._held(session), self._hosts())):
                 return
 
-    def _asleep(self) -> set[Place]:
+    def _asleep(self) -> set[ModelKey]:
         """Models that have no replicas until somebody asks."""
         return {
             place_of(body)
@@ -117,12 +117,12 @@ class Scaler:
             if body["spec"].get("replicas") == 0 and body["spec"]["scaling"]["mode"] == "Managed"
         }
 
-    def _hosts(self) -> dict[Place, Place]:
+    def _hosts(self) -> dict[ModelKey, ModelKey]:
         """In whose pods models run that have none of their own."""
         models = {place_of(body): body["spec"].get("host") for body in self._store.all("DiffusionModel")}
         return {place: (place[0], host["model"]) for place, host in models.items() if host}
 
-    async def _held(self, session: aiohttp.ClientSession) -> dict[Place, float]:
+    async def _held(self, session: aiohttp.ClientSession) -> dict[ModelKey, float]:
         if self._settings.gateways is None:
             return {}
         return await signals.held(session, self._settings.gateways)
@@ -134,7 +134,9 @@ class Scaler:
             _log.warning("no signals; every model stays as it is", error=error.message)
             return None
 
-    async def _decide(self, place: Place, body: Manifest, known: Signals | None, held: Mapping[Place, float]) -> None:
+    async def _decide(
+        self, place: ModelKey, body: Manifest, known: Signals | None, held: Mapping[ModelKey, float]
+    ) -> None:
         spec = ModelSpec.model_validate(body["spec"])
         if spec.scaling.mode != "Managed" or spec.host is not None:
             return
@@ -149,7 +151,7 @@ class Scaler:
         decision, state = policy.decide(
             load,
             current=current,
-            bounds=Bounds(fewest=spec.scaling.min_replicas, most=spec.scaling.max_replicas),
+            bounds=Bounds(minimum=spec.scaling.min_replicas, maximum=spec.scaling.max_replicas),
             state=self._states[place],
             now=self._clock(),
             settings=self._policy,
@@ -177,7 +179,7 @@ class Scaler:
         # Only what has been written is remembered: a decision that failed is made again.
         self._states[place] = state
 
-    def _is_blind(self, place: Place, known: Signals | None, load: Load | None, *, ready: int, was: bool) -> bool:
+    def _is_blind(self, place: ModelKey, known: Signals | None, load: Load | None, *, ready: int, was: bool) -> bool:
         """Whether nothing is known of a model, and has not been for so long that it is worth telling.
 
         A Prometheus that misses one answer is not worth a write for each model, and new servers have to be scraped first.

@@ -29,8 +29,11 @@ class ScalingSettings(Typed):
     window_seconds: int = Field(
         default=60, ge=1, description="Over which rates are taken; at least four scrape intervals."
     )
-    full: float = Field(
-        default=policy.Settings.full, gt=0, le=1, description="Share of its time that a replica should compute."
+    target_utilization: float = Field(
+        default=policy.Settings.target_utilization,
+        gt=0,
+        le=1,
+        description="Share of its time that a replica should compute.",
     )
     backlog_seconds: float = Field(
         default=policy.Settings.backlog_seconds, gt=0, description="In which those that wait should be worked off."
@@ -50,7 +53,7 @@ class ScalingSettings(Typed):
     def policy(self) -> policy.Settings:
         """What of it the policy takes."""
         return policy.Settings(
-            full=self.full,
+            target_utilization=self.target_utilization,
             backlog_seconds=self.backlog_seconds,
             up_seconds=self.up_seconds,
             down_seconds=self.down_seconds,

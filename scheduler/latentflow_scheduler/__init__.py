@@ -1,1 +1,1 @@
-"""How many replicas each model gets: signals, a pure policy, and what acts on it. Knows neither kopf nor Kubernetes."""
+"""Decides how many replicas each model gets: it reads signals and applies a pure policy. Imports neither kopf nor Kubernetes."""

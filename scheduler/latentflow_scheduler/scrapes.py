@@ -1,7 +1,7 @@
-"""What processes say of themselves at /metrics: their text in, `policy.Load` out. Pure.
+"""A model's load from the `/metrics` texts of its processes: pure, from text to `policy.Load`.
 
-For where no Prometheus keeps what was: the counters of each replica are remembered over a window, and rates come out of
-them. The embedded runtime reads its processes this way.
+It serves where no Prometheus server keeps history: it remembers the counters of each replica over a window and computes rates
+from them. The embedded runtime reads its processes this way.
 """
 
 from __future__ import annotations
@@ -15,41 +15,41 @@ from prometheus_client.samples import Sample
 
 from latentflow_scheduler.policy import Load
 
-# The calls that are somebody's request of the model; the others are about it.
+# The calls that are requests to the model. The other calls manage the server.
 CALLS = ("Encode", "Denoise", "Decode", "Residuals", "Adapter")
-# How a call ends that a full queue has refused: it comes again, and costs nothing.
+# The code of a call that a full queue refused. Such a call is repeated, and it costs no computing.
 REFUSED = "RESOURCE_EXHAUSTED"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scrape:
-    """What one replica said at one time.
+    """The counters and gauges of one replica at one time.
 
     Attributes:
-        time: In seconds of any clock.
-        started: Requests that have come since the process started.
-        refused: Those of them that its full queue refused.
-        ended: The others of them that have ended.
-        computed: Seconds of computing since then.
-        waiting: Requests that wait inside it.
+        time: In seconds of any monotonic clock.
+        started: Requests that have arrived since the process started.
+        refused: Those of them that a full queue refused.
+        completed: Those of them that ended in any other way.
+        computed: Seconds of computing since the process started.
+        queued: Requests in its queue.
         running: Requests that it computes.
     """
 
     time: float
     started: float
     refused: float
-    ended: float
+    completed: float
     computed: float
-    waiting: float
+    queued: float
     running: float = 0.0
 
 
-# What one replica said, oldest first.
-Track = tuple[Scrape, ...]
+# The scrapes of one replica, oldest first.
+History = tuple[Scrape, ...]
 
 
-def replica(text: str, *, time: float) -> Scrape:
-    """What a model server's /metrics says. ValueError where that is no text of metrics."""
+def parse_replica(text: str, *, time: float) -> Scrape:
+    """Parses the `/metrics` text of a model server. ValueError if it is not in the metrics format."""
     samples = list(_samples(text))
     ended = [s for s in samples if s.name == "latentflow_requests_total" and s.labels["call"] in CALLS]
     refused = sum(s.value for s in ended if s.labels["code"] == REFUSED)
@@ -58,15 +58,15 @@ def replica(text: str, *, time: float) -> Scrape:
         time=time,
         started=sum(s.value for s in started),
         refused=refused,
-        ended=sum(s.value for s in ended) - refused,
+        completed=sum(s.value for s in ended) - refused,
         computed=sum(s.value for s in samples if s.name == "latentflow_step_seconds_sum"),
-        waiting=sum(s.value for s in samples if s.name == "latentflow_queue_depth"),
+        queued=sum(s.value for s in samples if s.name == "latentflow_queue_depth"),
         running=sum(s.value for s in samples if s.name == "latentflow_in_flight"),
     )
 
 
-def held(text: str) -> dict[str, float]:
-    """Requests that a gateway's /metrics says it holds, by model as the gateway names it. ValueError as above."""
+def parse_held(text: str) -> dict[str, float]:
+    """Held requests from a gateway's `/metrics` text, by the gateway's name of the model. ValueError as `parse_replica`."""
     found: dict[str, float] = {}
     for sample in _samples(text):
         if sample.name == "latentflow_gateway_held":
@@ -75,56 +75,56 @@ def held(text: str) -> dict[str, float]:
     return found
 
 
-def longer(track: Track, scrape: Scrape, *, window: float) -> Track:
-    """The track with what was said last, and without what is not needed for rates over `window` seconds.
+def extended(history: History, scrape: Scrape, *, window: float) -> History:
+    """The history with one more scrape and without those that rates over `window` seconds no longer need.
 
     Args:
-        scrape: Later than all of the track.
+        scrape: Later than every scrape of the history.
     """
     start = scrape.time - window
-    before = [one for one in track if one.time <= start]
-    return (*before[-1:], *(one for one in track if one.time > start), scrape)
+    before = [one for one in history if one.time <= start]
+    return (*before[-1:], *(one for one in history if one.time > start), scrape)
 
 
-def load(tracks: Mapping[str, Track], *, ready: Collection[str], now: float, held: float) -> Load | None:
-    """A model's load; None where the figures do not cover the replicas that are ready.
+def load(histories: Mapping[str, History], *, ready: Collection[str], now: float, held: float) -> Load | None:
+    """A model's load; None if a ready replica has no scrape of this time.
 
     Args:
-        tracks: By replica.
-        ready: The replicas that are; of a model without any, what gateways hold is all there is to know.
-        now: When the scrapes were made that count as this time's.
+        histories: By replica.
+        ready: The ready replicas. Of a model that has none, only `held` is known.
+        now: The time of the present scrapes.
         held: Requests that gateways hold.
     """
-    known = [tracks.get(name, ()) for name in ready]
-    if not all(track and track[-1].time == now for track in known):
+    known = [histories.get(name, ()) for name in ready]
+    if not all(history and history[-1].time == now for history in known):
         return None
-    ended = [_rate(track, [one.ended for one in track]) for track in known]
-    # A step counts when it ends: one longer than the track is would show as more than all of a replica's time.
-    busy = [min(1.0, _rate(track, [one.computed for one in track])) for track in known]
-    # A replica that has ended none yet has computed for some already.
-    ended_by = [computed for computed, count in zip(busy, ended, strict=True) if count > 0]
+    completed = [_rate(history, [one.completed for one in history]) for history in known]
+    # A step is counted when it completes. One that is longer than the history would show as more than 100% of the time.
+    busy = [min(1.0, _rate(history, [one.computed for one in history])) for history in known]
+    # A replica that has not completed a request yet has already computed for some. It is left out of the cost per request.
+    costs = [computed for computed, count in zip(busy, completed, strict=True) if count > 0]
     return Load(
-        arrivals=sum(_arrivals(track) for track in known),
-        service_seconds=sum(ended_by) / sum(ended) if ended_by else 0.0,
+        arrival_rate=sum(_arrival_rate(history) for history in known),
+        service_seconds=sum(costs) / sum(completed) if costs else 0.0,
         busy=sum(busy),
-        waiting=sum(track[-1].waiting for track in known),
-        running=sum(track[-1].running for track in known),
+        queued=sum(history[-1].queued for history in known),
+        running=sum(history[-1].running for history in known),
         held=held,
     )
 
 
-def _arrivals(track: Track) -> float:
-    # Each counter by itself: their difference goes back with every refusal, which would look like a restart.
-    come, refused = [one.started for one in track], [one.refused for one in track]
-    return max(0.0, _rate(track, come) - _rate(track, refused))
+def _arrival_rate(history: History) -> float:
+    # Each counter by itself: their difference decreases with every refusal, which would look like a restart.
+    started, refused = [one.started for one in history], [one.refused for one in history]
+    return max(0.0, _rate(history, started) - _rate(history, refused))
 
 
-def _rate(track: Track, counter: list[float]) -> float:
-    """A counter's growth per second; 0 where there is nothing to compare with."""
-    seconds = track[-1].time - track[0].time
-    # A counter that went back was set to nothing by a restart: what it says since then has come since then.
-    grown = sum(after - before if after >= before else after for before, after in pairwise(counter))
-    return grown / seconds if seconds > 0 else 0.0
+def _rate(history: History, counter: list[float]) -> float:
+    """Increase of a counter per second; 0 for a single scrape."""
+    seconds = history[-1].time - history[0].time
+    # A counter that decreased was reset by a restart: its whole value has accumulated since then.
+    increase = sum(after - before if after >= before else after for before, after in pairwise(counter))
+    return increase / seconds if seconds > 0 else 0.0
 
 
 def _samples(text: str) -> Iterator[Sample]:

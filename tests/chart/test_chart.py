@@ -148,7 +148,7 @@ REFUSED = [
     ("auth.tokenSecret=Not_A_Name", "/auth/tokenSecret"),
     ("gateway.apiKeysSecret=Not_A_Name", "/gateway/apiKeysSecret"),
     ("scaling.prometheus=prometheus:9090", "/scaling/prometheus"),
-    ("scaling.full=70", "/scaling/full"),
+    ("scaling.targetUtilization=70", "/scaling/targetUtilization"),
     ("podMonitor.interval=soon", "/podMonitor/interval"),
     ("models.cache.emptyDir.sizeLimit=1Gi,models.cache.hostPath.path=/x", "/models/cache"),
     (

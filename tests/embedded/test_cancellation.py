@@ -1,4 +1,4 @@
-"""A client that leaves frees the denoiser within two steps; a request counts as taken before it has ended."""
+"""A cancelled request frees the denoiser within two steps, and the counters include requests that still run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from support.scraping import value
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-def not_ended(denoiser: str) -> float:
-    """Requests that the denoiser has taken and not ended, by its counters."""
+def unfinished(denoiser: str) -> float:
+    """Requests that the denoiser has started and not ended, by its counters."""
     started, ended = "latentflow_requests_started_total", "latentflow_requests_total"
     return value(denoiser, started, call="Denoise") - value(denoiser, ended, call="Denoise")
 
@@ -28,11 +28,11 @@ async def test_the_denoiser_is_free_within_two_steps_of_a_cancellation(runtime: 
             if isinstance(event, Progress):
                 seen = event.step
                 if seen >= 3:
-                    assert await asyncio.to_thread(not_ended, denoiser) == 1
+                    assert await asyncio.to_thread(unfinished, denoiser) == 1
                     break
     async with asyncio.timeout(30):
         while await asyncio.to_thread(value, denoiser, "latentflow_in_flight"):
             pass
-        while await asyncio.to_thread(not_ended, denoiser):
+        while await asyncio.to_thread(unfinished, denoiser):
             pass
     assert value(denoiser, "latentflow_step_seconds_count") - before <= seen + 2

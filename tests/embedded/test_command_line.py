@@ -28,7 +28,7 @@ async def run(runtime: Runtime, *arguments: str) -> tuple[int, str, str]:
     return process.returncode or 0, out.decode(), err.decode()
 
 
-async def test_a_picture_is_made_again_from_what_its_png_says(runtime: Runtime, tmp_path: Path) -> None:
+async def test_an_image_is_reproduced_from_the_metadata_of_its_png(runtime: Runtime, tmp_path: Path) -> None:
     first, second = tmp_path / "a.png", tmp_path / "b.png"
     arguments = ["--steps", "5", "--lora", "neon:0.6", "--seed", "12", "--sampler", "euler", "-o", str(first)]
     code, out, err = await run(runtime, "generate", "a green square, gray background", *arguments)
@@ -40,7 +40,7 @@ async def test_a_picture_is_made_again_from_what_its_png_says(runtime: Runtime, 
         assert a.tobytes() == b.tobytes()
 
 
-async def test_scripts_get_one_json_document(runtime: Runtime, tmp_path: Path) -> None:
+async def test_with_json_output_a_command_prints_one_document(runtime: Runtime, tmp_path: Path) -> None:
     output = tmp_path / "a.png"
     code, out, err = await run(
         runtime, "generate", "a red star", "--images", "2", "--steps", "2", "--json", "-o", str(output)
@@ -53,7 +53,7 @@ async def test_scripts_get_one_json_document(runtime: Runtime, tmp_path: Path) -
     assert all(len(used["content_digest"]) == 64 for used in document["models"])
 
 
-async def test_describe_and_models_tell_what_can_be_asked_for(runtime: Runtime) -> None:
+async def test_describe_and_models_list_limits_and_ready_replicas(runtime: Runtime) -> None:
     code, described, _ = await run(runtime, "describe", "--json")
     assert code == 0
     assert json.loads(described)["limits"]["size_multiple"] == 8
@@ -78,7 +78,7 @@ async def test_describe_and_models_tell_what_can_be_asked_for(runtime: Runtime) 
         (["validate", "/absent.yaml"], "cannot be read"),
     ],
 )
-async def test_a_mistake_is_answered_with_one_message_and_no_traceback(
+async def test_a_mistake_produces_one_message_and_no_traceback(
     runtime: Runtime, arguments: list[str], message: str
 ) -> None:
     code, _, err = await run(runtime, *arguments)

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of a request: the process comes back and the request ends in the very same pixels."""
+"""kill -9 in the middle of a request: the process is restarted, and the request completes with the same pixels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def of_role(runtime: Runtime, role: str) -> Supervised:
 
 
 async def pixels(client: AsyncClient, *, kill_at: int = 0, victim: Supervised | None = None) -> bytes:
-    """The image's pixels; the victim is killed at the first news of step `kill_at` or a later one."""
+    """The image's pixels. The victim is killed at the first progress event of step `kill_at` or a later one."""
     collector = results.Collector()
     async for event in client.stream(PROMPT, **ARGUMENTS):
         collector.take(event)
@@ -50,14 +50,14 @@ async def pixels(client: AsyncClient, *, kill_at: int = 0, victim: Supervised | 
     return collector.result().image.tobytes()
 
 
-async def back(runtime: Runtime, one: Supervised, restarts: int) -> None:
+async def wait_restarted(runtime: Runtime, one: Supervised, restarts: int) -> None:
     """Returns when the process has been restarted and takes requests again."""
     ready = lambda: one.restarts > restarts and one.state is State.READY  # noqa: E731
-    await runtime.supervisor.until(ready, seconds=60)
+    await runtime.supervisor.wait_for(ready, seconds=60)
 
 
 @pytest.mark.parametrize("role", ["TextEncoder", "Denoiser", "ControlNet", "LoRAStore", "VAE", "Gateway"])
-async def test_a_process_killed_in_mid_request_comes_back_and_the_pixels_are_the_same(
+async def test_a_process_killed_in_mid_request_is_restarted_and_the_pixels_are_the_same(
     runtime: Runtime, role: str
 ) -> None:
     async with AsyncClient(runtime.target) as client:
@@ -66,17 +66,17 @@ async def test_a_process_killed_in_mid_request_comes_back_and_the_pixels_are_the
         restarts = victim.restarts
         survived = await pixels(client, kill_at=11, victim=victim)
         assert survived == expected
-        await back(runtime, victim, restarts)
+        await wait_restarted(runtime, victim, restarts)
         assert await pixels(client) == expected
 
 
 @pytest.mark.parametrize("role", ["ControlNet", "Denoiser"])
-async def test_what_a_killed_server_had_in_shared_memory_is_removed(runtime: Runtime, role: str) -> None:
+async def test_the_shared_memory_of_a_killed_server_is_removed(runtime: Runtime, role: str) -> None:
     victim = of_role(runtime, role)
     (option,) = (option for option in victim.spec.argv if option.startswith("--shared-memory="))
     folder = Path(option.partition("=")[2])
     servers, restarts = len(runtime.supervised) - 1, victim.restarts
-    # Under leases, where a test before this one killed the gateway.
+    # Tensors whose leases still run, if an earlier test killed the gateway.
     before = set(folder.glob("*/*"))
 
     def clean() -> bool:
@@ -84,7 +84,7 @@ async def test_what_a_killed_server_had_in_shared_memory_is_removed(runtime: Run
 
     async with AsyncClient(runtime.target) as client:
         await pixels(client, kill_at=11, victim=victim)
-    await back(runtime, victim, restarts)
+    await wait_restarted(runtime, victim, restarts)
     async with asyncio.timeout(30):
         while not await asyncio.to_thread(clean):
             pass

@@ -1,4 +1,4 @@
-"""What the documents tell a reader to do works as they tell it."""
+"""The commands and programs in the documents work as shown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def commands(document: str) -> list[list[str]]:
 
 @pytest.mark.asyncio(loop_scope="session")
 @pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
-async def test_the_commands_that_a_document_shows_work(runtime: Runtime, tmp_path: Path, document: str) -> None:
+async def test_the_commands_in_a_document_work(runtime: Runtime, tmp_path: Path, document: str) -> None:
     edges = Image.new("RGB", (64, 64))
     ImageDraw.Draw(edges).rectangle((16, 16, 48, 48), outline="white")
     edges.save(tmp_path / "edges.png")
@@ -43,7 +43,7 @@ async def test_the_commands_that_a_document_shows_work(runtime: Runtime, tmp_pat
 
 @pytest.mark.asyncio(loop_scope="session")
 @pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
-async def test_the_programs_that_a_document_shows_work(runtime: Runtime, tmp_path: Path, document: str) -> None:
+async def test_the_programs_in_a_document_work(runtime: Runtime, tmp_path: Path, document: str) -> None:
     shown = blocks(document, "python")
     assert shown
     for program in shown:
@@ -58,7 +58,7 @@ async def test_the_programs_that_a_document_shows_work(runtime: Runtime, tmp_pat
     assert list(tmp_path.glob("*.png"))
 
 
-def test_the_demo_writes_its_picture(tmp_path: Path) -> None:
+def test_the_demo_writes_its_image(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, str(EXAMPLES / "demo.py")],
         cwd=tmp_path,
@@ -74,6 +74,6 @@ def test_the_demo_writes_its_picture(tmp_path: Path) -> None:
 
 
 def test_make_help_names_every_target() -> None:
-    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = ("setup", "demo", "test", "lint", "bench", "pack", "pack-eval", "proto", "docs", "check")
-    assert all(re.search(rf"^  {name} ", said, re.MULTILINE) for name in wanted)
+    assert all(re.search(rf"^  {name} ", output, re.MULTILINE) for name in wanted)

@@ -1,4 +1,4 @@
-"""Many clients at a time, some of them rude: everyone who stays gets an image, and nothing is left behind."""
+"""Many clients at the same time, some of which disconnect: every other client gets an image, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ COLORS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "trian
 
 
 async def one_request(client: AsyncClient, rng: random.Random) -> str:
-    """What a request came to: "image", "gone" where its client left early, or the error's reason."""
-    leave_after = rng.randint(1, 3) if rng.random() < 0.2 else None
+    """The outcome of a request: "image", "gone" if its client disconnected early, or the error's reason."""
+    disconnect_after = rng.randint(1, 3) if rng.random() < 0.2 else None
     prompt = f"a {rng.choice(COLORS)} {rng.choice(SHAPES)}"
     loras = {rng.choice(("outline", "neon")): 0.5} if rng.random() < 0.3 else {}
     events = images = 0
     try:
         async for event in client.stream(prompt, steps=4, seed=rng.randrange(1000), loras=loras, timeout=300):
             events += 1
-            if events == leave_after:
+            if events == disconnect_after:
                 return "gone"
             images += type(event).__name__ == "ImageReady"
     except LatentflowError as error:
@@ -35,7 +35,7 @@ async def one_request(client: AsyncClient, rng: random.Random) -> str:
 
 
 async def wave(runtime: Runtime, *, retries: Retries, seed: int) -> Counter[str]:
-    """200 requests from 20 clients; every fourth client breaks its connection off in the middle once."""
+    """200 requests from 20 clients; every fourth client disconnects in the middle of a request once."""
     outcomes: Counter[str] = Counter()
 
     async def client_task(number: int) -> None:
@@ -44,7 +44,7 @@ async def wave(runtime: Runtime, *, retries: Retries, seed: int) -> Counter[str]
         while done < REQUESTS // CLIENTS:
             async with AsyncClient(runtime.target, retries=retries) as client:
                 if number % 4 == 0 and done == 3:
-                    # Disconnects without a word while a request runs.
+                    # Disconnects without cancelling while a request runs.
                     task = asyncio.create_task(one_request(client, rng))
                     await asyncio.wait({task}, timeout=0.05)
                     task.cancel()
@@ -61,7 +61,7 @@ async def wave(runtime: Runtime, *, retries: Retries, seed: int) -> Counter[str]
 
 
 async def settled(runtime: Runtime) -> None:
-    """Returns when no process counts a request or holds a tensor, and all that was taken has ended. Fails, saying who does, when that does not come."""
+    """Waits until no process counts a request or holds a tensor, and every started request has ended. Fails with the rest."""
 
     def left() -> dict[str, float]:
         counts: dict[str, float] = {}
@@ -70,18 +70,18 @@ async def settled(runtime: Runtime) -> None:
             names = ["latentflow_gateway_in_flight"] if one.spec.role == "Gateway" else names
             counts |= {f"{one.spec.role} {name}": value(one.spec.metrics, name) for name in names}
             if one.spec.role != "Gateway":
-                taken = value(one.spec.metrics, "latentflow_requests_started_total")
-                counts[f"{one.spec.role} not ended"] = taken - value(one.spec.metrics, "latentflow_requests_total")
+                started = value(one.spec.metrics, "latentflow_requests_started_total")
+                counts[f"{one.spec.role} not ended"] = started - value(one.spec.metrics, "latentflow_requests_total")
         return {name: count for name, count in counts.items() if count}
 
     remaining: dict[str, float] = {}
     try:
-        # What an owner sent to a gateway that had just been left is freed when its lease of a minute ends.
+        # A tensor sent to a gateway whose client had just disconnected is freed when its lease of a minute ends.
         async with asyncio.timeout(90):
             while remaining := await asyncio.to_thread(left):
                 pass
     except TimeoutError:
-        pytest.fail(f"left behind: {remaining}")
+        pytest.fail(f"not released: {remaining}")
 
 
 def resident(runtime: Runtime) -> int:
@@ -89,7 +89,7 @@ def resident(runtime: Runtime) -> int:
     return sum(psutil.Process(one.pid).memory_info().rss for one in runtime.supervised.values())
 
 
-async def test_every_client_that_stays_gets_its_image_and_nothing_is_left_behind(runtime: Runtime) -> None:
+async def test_every_client_that_stays_connected_gets_its_image_and_nothing_leaks(runtime: Runtime) -> None:
     memory = []
     for seed in range(3):
         outcomes = await wave(runtime, retries=Retries(), seed=seed)
@@ -100,7 +100,7 @@ async def test_every_client_that_stays_gets_its_image_and_nothing_is_left_behind
     assert memory[2] <= memory[1] * 1.05
 
 
-async def test_without_retries_a_client_gets_its_image_or_a_truthful_error(runtime: Runtime) -> None:
+async def test_without_retries_a_client_gets_its_image_or_a_queue_full_error(runtime: Runtime) -> None:
     outcomes = await wave(runtime, retries=NO_RETRIES, seed=9)
     assert outcomes.total() == REQUESTS
     assert set(outcomes) <= {"image", "gone", "QUEUE_FULL"}

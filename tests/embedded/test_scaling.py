@@ -1,4 +1,4 @@
-"""Models that may have more replicas or none, as real processes: they come and go with what is asked, and no request fails."""
+"""Models that are scaled, as real processes: replicas start and end with the load, and no request fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from latentflow.api import parse_workflows
 from latentflow.errors import FailedPreconditionError
 from latentflow_local import addresses
 from latentflow_local.runtime import Runtime, run
-from latentflow_local.scaling import Pace
+from latentflow_local.scaling import ScalingConfig
 from latentflow_local.supervisor import State, Supervised
 from latentflow_scheduler.policy import Settings
 from support.packs import MODELS
@@ -38,15 +38,17 @@ spec:
 """
 
 
-def pace(*, down: float, idle: float = 3600.0) -> Pace:
-    """Fast, so that a test does not wait; a replica that works half of its time is full."""
-    settings = Settings(full=0.5, backlog_seconds=1.0, up_seconds=1.0, down_seconds=down, idle_seconds=idle)
-    return Pace(interval_seconds=0.2, window_seconds=2.0, settings=settings)
+def config(*, down: float, idle: float = 3600.0) -> ScalingConfig:
+    """Short times, so that tests are fast, and a target utilization of one half."""
+    settings = Settings(
+        target_utilization=0.5, backlog_seconds=1.0, up_seconds=1.0, down_seconds=down, idle_seconds=idle
+    )
+    return ScalingConfig(interval_seconds=0.2, window_seconds=2.0, policy=settings)
 
 
 @contextlib.asynccontextmanager
-async def served(scaling: str, *, pace: Pace, drain: float = 10.0) -> AsyncIterator[Runtime]:
-    """The workflow, its denoiser scaled so, on a machine that has room for two replicas."""
+async def served(scaling: str, *, config: ScalingConfig, drain: float = 10.0) -> AsyncIterator[Runtime]:
+    """The workflow with this scaling of its denoiser, on two cores, which is the capacity for two replicas."""
     workflows = parse_workflows(FILE.format(scaling=scaling))
     async with run(
         workflows,
@@ -54,11 +56,11 @@ async def served(scaling: str, *, pace: Pace, drain: float = 10.0) -> AsyncItera
         listen="127.0.0.1:0",
         threads=1,
         cores=2,
-        pace=pace,
+        scaling=config,
         drain=drain,
         log_level="WARNING",
     ) as runtime:
-        await runtime.supervisor.ready(240)
+        await runtime.supervisor.wait_ready(240)
         yield runtime
 
 
@@ -68,11 +70,11 @@ def denoiser(runtime: Runtime) -> str:
 
 @contextlib.asynccontextmanager
 async def load(runtime: Runtime, *, clients: int) -> AsyncIterator[set[str]]:
-    """So many clients that ask again and again. The addresses that have denoised; a request that fails raises at the end."""
+    """Clients that each send one request after another. Yields the addresses that have denoised; raises if a request failed."""
     used: set[str] = set()
     stopped = asyncio.Event()
 
-    async def ask(number: int) -> None:
+    async def send(number: int) -> None:
         async with AsyncClient(runtime.target, timeout=SECONDS) as client:
             while not stopped.is_set():
                 result = await client.generate(PROMPT, seed=number)
@@ -80,7 +82,7 @@ async def load(runtime: Runtime, *, clients: int) -> AsyncIterator[set[str]]:
 
     async with asyncio.TaskGroup() as group:
         for number in range(clients):
-            group.create_task(ask(number))
+            group.create_task(send(number))
         try:
             yield used
         finally:
@@ -91,40 +93,40 @@ def ready(runtime: Runtime, name: str) -> bool:
     return name in runtime.supervised and runtime.supervised[name].state is State.READY
 
 
-async def test_under_load_a_replica_is_added_that_takes_requests_and_goes_again() -> None:
-    async with served("{maxReplicas: 2}", pace=pace(down=2.0)) as runtime:
+async def test_a_replica_added_under_load_serves_requests_and_is_removed_again() -> None:
+    async with served("{maxReplicas: 2}", config=config(down=2.0)) as runtime:
         model, before = denoiser(runtime), set(runtime.supervised)
         added = f"{model}-2"
         async with load(runtime, clients=4) as used:
-            await runtime.supervisor.until(lambda: ready(runtime, added), seconds=SECONDS)
-            # The models whose bounds leave no choice stay as they are.
+            await runtime.supervisor.wait_for(lambda: ready(runtime, added), seconds=SECONDS)
+            # The models with equal bounds keep their replicas.
             assert set(runtime.supervised) == before | {added}
             address = runtime.supervised[added].spec.address
             async with asyncio.timeout(SECONDS), AsyncClient(runtime.target) as client:
                 while address not in used:
                     await client.generate(PROMPT)
-        await runtime.supervisor.until(lambda: set(runtime.supervised) == before, seconds=SECONDS)
+        await runtime.supervisor.wait_for(lambda: set(runtime.supervised) == before, seconds=SECONDS)
         for direction in ("up", "down"):
             labels = {"model": model, "direction": direction}
             assert value(runtime.metrics, "latentflow_scheduler_decisions_total", **labels) >= 1
         assert value(runtime.metrics, "latentflow_scheduler_replicas", model=model) == 1
 
 
-async def test_an_added_replica_that_is_killed_comes_back() -> None:
-    async with served("{maxReplicas: 2}", pace=pace(down=3600.0)) as runtime:
+async def test_an_added_replica_that_is_killed_is_restarted() -> None:
+    async with served("{maxReplicas: 2}", config=config(down=3600.0)) as runtime:
         added = f"{denoiser(runtime)}-2"
         async with load(runtime, clients=4):
-            await runtime.supervisor.until(lambda: ready(runtime, added), seconds=SECONDS)
+            await runtime.supervisor.wait_for(lambda: ready(runtime, added), seconds=SECONDS)
             one = runtime.supervised[added]
             assert one.pid is not None
             os.kill(one.pid, signal.SIGKILL)
-            await runtime.supervisor.until(lambda: one.restarts == 1 and ready(runtime, added), seconds=SECONDS)
+            await runtime.supervisor.wait_for(lambda: one.restarts == 1 and ready(runtime, added), seconds=SECONDS)
         assert runtime.supervised[added] is one
 
 
-async def test_a_model_that_nobody_asks_for_has_no_replica_until_it_is_asked_for_and_no_request_fails() -> None:
+async def test_an_idle_model_has_no_replica_until_a_request_and_no_request_fails() -> None:
     async with (
-        served("{minReplicas: 0}", pace=pace(down=0.5, idle=0.5)) as runtime,
+        served("{minReplicas: 0}", config=config(down=0.5, idle=0.5)) as runtime,
         AsyncClient(runtime.target, timeout=SECONDS, retries=NO_RETRIES) as client,
     ):
         model = denoiser(runtime)
@@ -132,19 +134,19 @@ async def test_a_model_that_nobody_asks_for_has_no_replica_until_it_is_asked_for
         def present() -> list[State]:
             return [one.state for one in runtime.supervised.values() if one.spec.model == model]
 
-        await runtime.supervisor.until(lambda: not present(), seconds=SECONDS)
+        await runtime.supervisor.wait_for(lambda: not present(), seconds=SECONDS)
         assert len((await client.generate(PROMPT)).images) == 1
-        # And one that comes while the last replica goes.
-        await runtime.supervisor.until(lambda: State.DRAINING in present(), seconds=SECONDS)
+        # And a request that arrives while the last replica drains.
+        await runtime.supervisor.wait_for(lambda: State.DRAINING in present(), seconds=SECONDS)
         assert len((await client.generate(PROMPT)).images) == 1
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "out of time"])
-async def test_a_replica_that_is_removed_in_mid_request_is_not_started_again_and_the_pixels_are_the_same(
+async def test_removing_a_replica_in_mid_request_neither_restarts_it_nor_changes_pixels(
     killed: bool,
 ) -> None:
     async with (
-        served("{minReplicas: 2, maxReplicas: 2}", pace=pace(down=0.0), drain=0.2) as runtime,
+        served("{minReplicas: 2, maxReplicas: 2}", config=config(down=0.0), drain=0.2) as runtime,
         AsyncClient(runtime.target, timeout=SECONDS) as client,
     ):
         model = denoiser(runtime)
@@ -162,20 +164,20 @@ async def test_a_replica_that_is_removed_in_mid_request_is_not_started_again_and
                     assert removed.pid is not None
                     os.kill(removed.pid, signal.SIGKILL)
         assert removed is not None
-        await runtime.supervisor.until(lambda: removed.spec.name not in runtime.supervised, seconds=SECONDS)
+        await runtime.supervisor.wait_for(lambda: removed.spec.name not in runtime.supervised, seconds=SECONDS)
         assert (removed.state, removed.restarts) == (State.STOPPED, 0)
         assert collector.result().image.tobytes() == expected
 
 
-async def test_a_replica_that_cannot_be_started_ends_nothing_while_another_serves() -> None:
-    async with served("{}", pace=pace(down=0.0)) as runtime, AsyncClient(runtime.target, timeout=SECONDS) as client:
+async def test_a_replica_that_cannot_start_is_no_error_while_another_serves() -> None:
+    async with served("{}", config=config(down=0.0)) as runtime, AsyncClient(runtime.target, timeout=SECONDS) as client:
         supervisor, serving = runtime.supervisor, runtime.supervised[denoiser(runtime)]
-        failed = asyncio.create_task(supervisor.failed())
+        failed = asyncio.create_task(supervisor.wait_failed())
         address, metrics = addresses.free(2)
         another = serving.spec.another(2, address=address, metrics=metrics)
         supervisor.add(replace(another, options=(*another.options, "--dtype=none")))
         broken = runtime.supervised[another.name]
-        await supervisor.until(lambda: broken.state is State.FAILED, seconds=SECONDS)
+        await supervisor.wait_for(lambda: broken.state is State.FAILED, seconds=SECONDS)
         assert len((await client.generate(PROMPT)).images) == 1
         assert not failed.done()
         supervisor.remove(serving.spec.name)

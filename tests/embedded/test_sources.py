@@ -1,4 +1,4 @@
-"""Where the embedded runtime takes weights from."""
+"""The sources from which the embedded runtime loads weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shapes_from(uri: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("uri", ["pvc://claim/shapes", "oci://registry.example/shapes:1"])
-def test_what_only_a_cluster_has_is_refused_with_its_name(uri: str) -> None:
+def test_a_source_that_needs_a_cluster_is_refused_with_its_name(uri: str) -> None:
     with pytest.raises(UnimplementedError) as caught:
         models_of([DiffusionWorkflow.model_validate(shapes_from(uri))])
     scheme = uri.partition(":")[0]
@@ -41,7 +41,7 @@ def test_what_only_a_cluster_has_is_refused_with_its_name(uri: str) -> None:
     assert f"{scheme}:// needs a cluster" in caught.value.message
 
 
-def test_the_models_of_a_hub_are_pinned_to_one_commit_while_they_are_served(
+def test_hub_models_are_pinned_to_one_commit_while_they_are_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -50,9 +50,9 @@ def test_the_models_of_a_hub_are_pinned_to_one_commit_while_they_are_served(
         workflows = [DiffusionWorkflow.model_validate(shapes_from("hf://org/shapes"))]
         assert pinned(workflows) == workflows
         commit = hub.push("org/shapes", SHAPES)
-        asked = hub.asked["revision"]
+        requests = hub.asked["revision"]
         assert {model.source.revision for model in pinned(workflows)[0].spec.models if model.source} == {commit}
-        assert hub.asked["revision"] == asked + 1
+        assert hub.asked["revision"] == requests + 1
         hub.down = True
         assert {model.source.revision for model in pinned(workflows)[0].spec.models if model.source} == {commit}
 
@@ -68,7 +68,7 @@ def generated(target: str) -> Image.Image:
         return client.generate("a red circle", steps=2, seed=1).image
 
 
-def test_a_bucket_s_models_are_served_on_one_machine(tmp_path: Path) -> None:
+def test_models_from_a_bucket_are_served_on_one_machine(tmp_path: Path) -> None:
     with Store().running() as store, socket.socket() as free:
         store.upload(SHAPES, "shapes")
         free.bind(("127.0.0.1", 0))

@@ -223,8 +223,8 @@ async def test_a_companion_s_waiting_requests_wake_its_denoiser_and_its_load_sca
     replicas = {name: body["spec"].get("replicas") for name, body in namespace.list("DiffusionModel").items()}
     assert replicas == dict.fromkeys(names.values(), None) | {names["base"]: 1}
     now = ScalingSettings(prometheus="http://127.0.0.1:9").up_seconds
-    asked = Load(arrivals=3.0, service_seconds=0.33, busy=1.0, waiting=0.0, held=0.0)
-    idle = Load(arrivals=3.0, service_seconds=0.03, busy=0.1, waiting=0.0, held=0.0)
+    asked = Load(arrival_rate=3.0, service_seconds=0.33, busy=1.0, queued=0.0, held=0.0)
+    idle = Load(arrival_rate=3.0, service_seconds=0.03, busy=0.1, queued=0.0, held=0.0)
     for body in namespace.list("DiffusionModel").values():
         store.put(body)
     loads = {(namespace.name, names["base"]): idle, (namespace.name, names["edges"]): asked}

@@ -37,7 +37,7 @@ async def test_a_decision_that_the_api_server_is_not_there_to_take_is_made_again
         settings=ScalingSettings(prometheus="http://127.0.0.1:9"),
         metrics=metrics,
     )
-    busy = Load(arrivals=2.0, service_seconds=1.0, busy=2.0, waiting=0.0, held=0.0)
+    busy = Load(arrival_rate=2.0, service_seconds=1.0, busy=2.0, queued=0.0, held=0.0)
     for _ in range(2):
         await scaler.step(Signals(loads={PLACE: busy}, replicas={PLACE: 1}, held={}), {})
         wanted = metrics.registry.get_sample_value(

@@ -180,19 +180,19 @@ SCHEDULER: tuple[Metric, ...] = (
         name="latentflow_scheduler_demand",
         kind="gauge",
         labels=("namespace", "model"),
-        help="What is asked of a model, in replicas that compute all the time.",
+        help="Demand for a model, in fully busy replicas.",
     ),
     Metric(
         name="latentflow_scheduler_replicas",
         kind="gauge",
         labels=("namespace", "model"),
-        help="Replicas that the scheduler has decided on.",
+        help="Replicas that the scheduler decided on.",
     ),
     Metric(
         name="latentflow_scheduler_decisions_total",
         kind="counter",
         labels=("namespace", "model", "direction"),
-        help="Decisions for another number of replicas, by direction (up, down).",
+        help="Decisions that changed the number of replicas, by direction (up, down).",
     ),
 )
 
@@ -202,13 +202,13 @@ LOCAL: tuple[Metric, ...] = (
         name="latentflow_local_restarts_total",
         kind="counter",
         labels=("process",),
-        help="Processes started again after they ended by themselves.",
+        help="Restarts of processes that ended by themselves.",
     ),
     Metric(
         name="latentflow_local_ready",
         kind="gauge",
         labels=("process",),
-        help="1 when the process takes requests.",
+        help="1 if the process accepts requests.",
     ),
 )
 

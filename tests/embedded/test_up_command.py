@@ -1,4 +1,4 @@
-"""`latentflow up` as a user starts and ends it: what it refuses, what it says, and that it leaves nothing behind."""
+"""`latentflow up` as a user starts and ends it: the errors it reports, and that it leaves no process or shared memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def serving() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A `latentflow up` that is ready, and all processes below it."""
+    """A `latentflow up` that is ready, and all its descendant processes."""
     up = start(str(MINIMAL), "--model-root", str(MODELS), "--listen", "127.0.0.1:0", "--threads", "1")
     assert up.stderr is not None
     for line in up.stderr:
@@ -44,7 +44,7 @@ def serving() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_however_it_ends_no_process_is_left(
+def test_no_process_is_left_after_any_signal(
     serving: tuple[subprocess.Popen[str], list[psutil.Process]], signum: signal.Signals
 ) -> None:
     up, children = serving
@@ -60,44 +60,44 @@ def test_however_it_ends_no_process_is_left(
 
 
 def refusal(*arguments: str) -> str:
-    """What a start that cannot work says; it ends by itself, without a traceback."""
+    """The message of a start that fails. The process ends by itself, without a traceback."""
     up = start(*arguments)
-    _, said = up.communicate(timeout=SECONDS)
+    _, message = up.communicate(timeout=SECONDS)
     assert up.returncode == 1
-    assert "Traceback" not in said
-    return " ".join(said.split())
+    assert "Traceback" not in message
+    return " ".join(message.split())
 
 
-def test_a_typo_in_the_file_is_refused_with_line_and_suggestion(tmp_path: Path) -> None:
+def test_a_typo_in_the_file_is_reported_with_its_line_and_a_suggestion(tmp_path: Path) -> None:
     path = tmp_path / "typo.yaml"
     path.write_text(MINIMAL.read_text().replace("role: VAE", "rol: VAE"))
-    said = refusal(str(path))
-    assert "typo.yaml:9:" in said
-    assert "did you mean 'role'?" in said
+    message = refusal(str(path))
+    assert "typo.yaml:9:" in message
+    assert "did you mean 'role'?" in message
 
 
-def test_a_missing_weights_folder_is_named() -> None:
-    said = refusal(str(MINIMAL), "--model-root", "/nonexistent", "--listen", "127.0.0.1:0")
-    assert "There is no weights folder /nonexistent/shapes" in said
+def test_the_error_for_a_missing_weights_folder_names_it() -> None:
+    message = refusal(str(MINIMAL), "--model-root", "/nonexistent", "--listen", "127.0.0.1:0")
+    assert "There is no weights folder /nonexistent/shapes" in message
 
 
-def test_a_truncated_weights_file_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_truncated_weights_file_names_it(tmp_path: Path) -> None:
     shutil.copytree(SHAPES, tmp_path / "shapes")
     broken = next((tmp_path / "shapes/vae").glob("*.safetensors"))
     broken.write_bytes(broken.read_bytes()[:-100])
-    said = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
-    assert f"{broken.name} is damaged or cut off" in said
+    message = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
+    assert f"{broken.name} is damaged or cut off" in message
 
 
-def test_a_pickle_is_refused(tmp_path: Path) -> None:
+def test_weights_in_a_pickle_file_are_refused(tmp_path: Path) -> None:
     shutil.copytree(SHAPES, tmp_path / "shapes")
     weights = next((tmp_path / "shapes/unet").glob("*.safetensors"))
     weights.rename(weights.with_suffix(".bin"))
-    said = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
-    assert "Weights load from safetensors only" in said
+    message = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
+    assert "Weights load from safetensors only" in message
 
 
-def test_a_taken_port_is_named() -> None:
+def test_the_error_for_a_taken_port_names_the_address() -> None:
     import socket
 
     with socket.socket() as taken:
@@ -108,11 +108,11 @@ def test_a_taken_port_is_named() -> None:
 
 
 @pytest.mark.asyncio(loop_scope="session")
-async def test_two_workflows_that_name_the_same_models_share_their_processes() -> None:
+async def test_two_workflows_with_the_same_models_share_their_processes() -> None:
     workflows = load_workflows(EXAMPLES / "shapes-shared.yaml")
     async with run(workflows, model_root=MODELS, listen="127.0.0.1:0", threads=1, log_level="WARNING") as runtime:
         assert len(runtime.supervised) == 4 + 1
-        await runtime.supervisor.ready(SECONDS)
+        await runtime.supervisor.wait_ready(SECONDS)
         async with AsyncClient(runtime.target, timeout=120) as client:
             assert await client.workflows() == ["default/plain", "default/traced"]
             plain, traced = await asyncio.gather(

@@ -1,0 +1,89 @@
+"""The processes of a model on one machine, and the bounds between which it is scaled there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from latentflow.api import Model, identity, load_workflows
+from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, plan_models
+from latentflow_scheduler.policy import Bounds
+from support.paths import EXAMPLES
+
+BASE: dict[str, Any] = {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}}
+
+
+def model(**changes: Any) -> Model:
+    return Model.model_validate(BASE | changes)
+
+
+def here(scaling: dict[str, Any], *, cores: int = 8, threads: int | None = 1, device: str | None = None) -> Bounds:
+    one = model(scaling=scaling)
+    return bounds(one, capacity=capacity(one, threads=threads, device=device, cores=cores))
+
+
+def first(*, threads: int | None, cores: int) -> ProcessSpec:
+    """The first replica of a model."""
+    workflow = load_workflows(EXAMPLES / "shapes-minimal.yaml")[0]
+    addresses = {identity(model): ("127.0.0.1:1", "127.0.0.1:2") for model in workflow.spec.models}
+    return plan_models(
+        [workflow],
+        model_root=Path("/models"),
+        addresses=addresses,
+        threads=threads,
+        device=None,
+        cores=cores,
+        turn_file=Path("/turn"),
+        shared_memory=None,
+        log_format="console",
+    )[0]
+
+
+def test_a_model_is_scaled_between_the_bounds_in_the_file() -> None:
+    assert here({"minReplicas": 0, "maxReplicas": 4}) == Bounds(minimum=0, maximum=4)
+
+
+def test_a_model_with_equal_bounds_is_not_scaled() -> None:
+    assert here({}) == Bounds(minimum=1, maximum=1)
+    assert here({"minReplicas": 3, "maxReplicas": 3}) == Bounds(minimum=3, maximum=3)
+
+
+def test_an_external_model_keeps_its_initial_replicas() -> None:
+    assert here({"minReplicas": 2, "maxReplicas": 4, "mode": "External"}) == Bounds(minimum=2, maximum=2)
+    assert here({"minReplicas": 0, "maxReplicas": 4, "mode": "External"}) == Bounds(minimum=1, maximum=1)
+
+
+@pytest.mark.parametrize(("threads", "maximum"), [(1, 8), (2, 4), (3, 2), (5, 1), (8, 1), (16, 1), (None, 1)])
+def test_there_are_no_more_replicas_than_have_cores_of_their_own(threads: int | None, maximum: int) -> None:
+    assert here({"maxReplicas": 100}, threads=threads) == Bounds(minimum=1, maximum=maximum)
+
+
+def test_cores_do_not_limit_the_replicas_on_a_gpu() -> None:
+    assert here({"maxReplicas": 100}, cores=1, device="cuda") == Bounds(minimum=1, maximum=100)
+
+
+@given(st.integers(0, 20), st.integers(1, 20), st.sampled_from(["Managed", "External"]), st.integers(1, 64))
+def test_a_model_starts_with_enough_replicas_to_serve_within_its_bounds(
+    minimum: int, more: int, mode: str, cores: int
+) -> None:
+    scaling = {"minReplicas": minimum, "maxReplicas": minimum + more, "mode": mode}
+    found = here(scaling, cores=cores)
+    assert found.minimum <= initial(model(scaling=scaling)) <= found.maximum
+    assert found.maximum <= minimum + more
+
+
+def test_the_replicas_of_a_model_differ_only_in_name_and_addresses() -> None:
+    one = first(threads=2, cores=2)
+    other = one.another(2, address="127.0.0.1:3", metrics="127.0.0.1:4")
+    assert other.name == f"{one.name}-2"
+    assert f"--identity={one.model}" in other.argv
+    assert {"--listen=127.0.0.1:3", "--metrics=127.0.0.1:4"} == set(other.argv) - set(one.argv)
+    assert one.another(1, address=one.address, metrics=one.metrics) == one
+
+
+@pytest.mark.parametrize(("threads", "cores", "locked"), [(2, 2, True), (2, 3, True), (2, 4, False), (1, 1, False)])
+def test_models_share_a_compute_lock_if_two_would_compete_for_the_cores(threads: int, cores: int, locked: bool) -> None:
+    assert ("--turn-file=/turn" in first(threads=threads, cores=cores).argv) is locked
