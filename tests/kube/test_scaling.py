@@ -258,7 +258,7 @@ async def test_what_a_request_costs_is_read_of_those_that_have_ended_and_refusal
             load = (await signals.read(session, url, window=5)).loads["art", "denoiser-1"]
         assert load.busy == pytest.approx(1.5, rel=0.1)
         assert load.service_seconds == pytest.approx(0.5, rel=0.1)
-        assert load.arrivals == pytest.approx(1.0, rel=0.2)
+        assert load.arrival_rate == pytest.approx(1.0, rel=0.2)
 
     addresses = []
     for node in (old, new):

@@ -57,5 +57,5 @@ async def test_what_answers_and_is_no_prometheus_gives_no_signals(body: str) -> 
     application = web.Application()
     application.router.add_get("/api/v1/query", answer)
     async with TestServer(application) as server, aiohttp.ClientSession() as session:
-        with pytest.raises(UnavailableError, match="is no Prometheus"):
+        with pytest.raises(UnavailableError, match="is not a Prometheus server"):
             await read(session, str(server.make_url("")).rstrip("/"), window=10)
