@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,10 @@ from latentflow_local.supervisor import State, Supervised
 
 _console = Console(stderr=True)
 _READY_SECONDS = 600.0
+# Only the started processes import these. Where they are missing, the command line reports how to install them.
+for _package in ("torch", "cachetools"):
+    if find_spec(_package) is None:
+        raise ModuleNotFoundError(f"No module named {_package!r}", name=_package)
 
 
 def up(

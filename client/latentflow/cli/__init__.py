@@ -44,8 +44,11 @@ def _join_commands() -> None:
         try:
             command: Callable[..., Any] = point.load()
         except ImportError as problem:
-            command = _unavailable(point.name, problem)
-        app.command(point.name)(command)
+            # It accepts any arguments, so that users see how to install it and no complaint about their arguments.
+            settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+            app.command(point.name, context_settings=settings)(_unavailable(point.name, problem))
+        else:
+            app.command(point.name)(command)
 
 
 def main() -> None:
