@@ -95,7 +95,7 @@ proto: setup ## Generate the gRPC stubs from protos/
 	$(PY) -m grpc_tools.protoc -I protos --python_out=client --pyi_out=client --grpc_python_out=client $(PROTOS)
 
 .PHONY: docs
-docs: setup ## Generate docs/workflow-reference.md and docs/metrics.md
+docs: setup ## Generate docs/workflow-reference.md, docs/metrics.md and docs/errors.md
 	$(PY) scripts/reference.py
 
 .PHONY: crds

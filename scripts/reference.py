@@ -1,4 +1,4 @@
-"""Writes the generated pages of docs/: the workflow reference from the types, the metrics from their tables."""
+"""Writes the generated pages of docs/: the workflow reference from the types, the metrics and the errors from their tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from latentflow.api import DiffusionModel, DiffusionWorkflow
+from latentflow.errors import CLASSES
 from latentflow.internal.metrics import TABLES
+from latentflow.reasons import Reason
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -52,6 +54,25 @@ def metrics() -> str:
     return "".join(pages)
 
 
+def errors() -> str:
+    """Every class of errors and every reason."""
+    pages = [
+        NOTE,
+        "# Errors\n\nEvery error has a message, which names what failed, where and what to do; a class, of one gRPC status "
+        "code; and a reason, which programs may test and metrics count by. Over gRPC the reason is in `google.rpc.ErrorInfo` "
+        "with the domain `latentflow.io`. Clients retry the classes marked so; a request keeps its seed and its idempotency "
+        "key. From `client/latentflow/errors.py` and `client/latentflow/reasons.py`.\n\n## Classes\n\n",
+        "| class | gRPC status code | retried | meaning |\n|---|---|---|---|\n",
+    ]
+    for kind in CLASSES:
+        meaning = (kind.__doc__ or "").strip()
+        retried = "yes" if kind.retryable else "no"
+        pages.append(f"| `{kind.__name__}` | `{kind.code.name}` | {retried} | {meaning} |\n")
+    pages.append("\n## Reasons\n\n| reason | meaning | remedy |\n|---|---|---|\n")
+    pages += [f"| `{reason}` | {reason.meaning} | {reason.remedy} |\n" for reason in sorted(Reason)]
+    return "".join(pages)
+
+
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
@@ -83,7 +104,7 @@ def _default(field: Any) -> str:
     return "-" if field.default is None else f"`{field.default}`"
 
 
-PAGES = {"workflow-reference.md": workflow_reference, "metrics.md": metrics}
+PAGES = {"workflow-reference.md": workflow_reference, "metrics.md": metrics, "errors.md": errors}
 
 if __name__ == "__main__":
     for file_name, page in PAGES.items():

@@ -1,8 +1,7 @@
-"""The one tree of errors, from a model server's depths to the client's `except`.
+"""The exception tree of the project: servers raise these classes, and the client raises the same class again.
 
-Every error says what went wrong, where, and what to do. Each class maps to one gRPC status code and carries a `reason`,
-a constant word that programs may test; servers raise these classes, `latentflow.status` carries them over the wire,
-and the client raises the same class again.
+A message names what failed, where, and what to do. Each class maps to one gRPC status code; an error's `reason` is a
+constant word that programs may test.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 import grpc
+
+from latentflow.reasons import Reason
 
 __all__ = [
     "AuthenticationError",
@@ -33,16 +34,16 @@ __all__ = [
 class LatentflowError(Exception):
     """Base of every error of this project.
 
-    Args:
-        message: What, where and what to do, in one or two sentences.
-        reason: A constant in UPPER_SNAKE_CASE; the class's own where not given.
-        details: What a program may want to read of it (names, limits, addresses), as strings.
-        retry_after: Seconds after which trying again makes sense, where the server knows.
+    Attributes:
+        message: What failed, where, and what to do, in one or two sentences.
+        reason: A member of `Reason`, or the word that a server of another version sent; by default the class's own.
+        details: Names, limits and addresses for programs, as strings.
+        retry_after: Seconds after which to send the request again, where the server knows.
     """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
-    default_reason: ClassVar[str] = "UNKNOWN"
-    # Whether the same request may simply be sent again.
+    default_reason: ClassVar[Reason] = Reason.UNKNOWN
+    # Whether the same request may be sent again.
     retryable: ClassVar[bool] = False
 
     def __init__(
@@ -55,52 +56,52 @@ class LatentflowError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.reason = reason or self.default_reason
+        self.reason: str = reason or self.default_reason
         self.details = dict(details or {})
         self.retry_after = retry_after
 
 
 class InvalidRequestError(LatentflowError):
-    """The request or the file says something impossible; sending it again changes nothing."""
+    """An argument or a file is impossible; the same request fails again."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
-    default_reason = "INVALID_REQUEST"
+    default_reason = Reason.INVALID_REQUEST
 
 
 class NotFoundError(LatentflowError):
-    """A workflow, model or adapter of that name is not here."""
+    """No workflow, model or adapter has this name."""
 
     code = grpc.StatusCode.NOT_FOUND
-    default_reason = "NOT_FOUND"
+    default_reason = Reason.NOT_FOUND
 
 
 class OwnerLostError(LatentflowError):
-    """The server that held a tensor restarted or went away; the stage that made the tensor has to run again."""
+    """The server that held a tensor has restarted or is gone; the stage that made the tensor has to run again."""
 
     code = grpc.StatusCode.ABORTED
-    default_reason = "OWNER_LOST"
+    default_reason = Reason.OWNER_LOST
     retryable = True
 
 
 class FailedPreconditionError(LatentflowError):
-    """Something has to be put right first: weights that do not load, parts that do not fit together."""
+    """Something has to be corrected first: weights that do not load, models that do not fit together."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
-    default_reason = "FAILED_PRECONDITION"
+    default_reason = Reason.FAILED_PRECONDITION
 
 
 class ConflictError(LatentflowError):
-    """An idempotency key was used for another request."""
+    """The idempotency key belongs to another request."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
-    default_reason = "IDEMPOTENCY_CONFLICT"
+    default_reason = Reason.IDEMPOTENCY_CONFLICT
 
 
 class OverloadedError(LatentflowError):
-    """A bounded queue is full; `retry_after` says when to come back."""
+    """A bounded queue is full; `retry_after` is when to send the request again."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
-    default_reason = "QUEUE_FULL"
+    default_reason = Reason.QUEUE_FULL
     retryable = True
 
 
@@ -108,72 +109,71 @@ class UnavailableError(LatentflowError):
     """A server is starting, draining or gone."""
 
     code = grpc.StatusCode.UNAVAILABLE
-    default_reason = "UNAVAILABLE"
+    default_reason = Reason.UNAVAILABLE
     retryable = True
 
 
 class DeadlineError(LatentflowError):
-    """The request's time ran out."""
+    """The deadline passed before the request was finished."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
-    default_reason = "DEADLINE_EXCEEDED"
+    default_reason = Reason.DEADLINE_EXCEEDED
 
 
 class CancelledError(LatentflowError):
-    """The caller gave up."""
+    """The caller cancelled the request."""
 
     code = grpc.StatusCode.CANCELLED
-    default_reason = "CANCELLED"
+    default_reason = Reason.CANCELLED
 
 
 class AuthenticationError(LatentflowError):
     """The token or certificate is missing or wrong."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
-    default_reason = "UNAUTHENTICATED"
+    default_reason = Reason.UNAUTHENTICATED
 
 
 class DataLossError(LatentflowError):
-    """Bytes are damaged: a truncated weights file, a checkpoint that does not parse."""
+    """Data is damaged: a truncated weights file, a checkpoint that cannot be parsed."""
 
     code = grpc.StatusCode.DATA_LOSS
-    default_reason = "DATA_LOSS"
+    default_reason = Reason.DATA_LOSS
 
 
 class UnimplementedError(LatentflowError):
-    """This server does not serve that call: it has another role."""
+    """The server does not serve this call: it has another role or version."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
-    default_reason = "UNIMPLEMENTED"
+    default_reason = Reason.UNIMPLEMENTED
 
 
 class InternalError(LatentflowError):
-    """A defect of ours; the server's log has more."""
+    """A defect; the server's log has the traceback."""
 
     code = grpc.StatusCode.INTERNAL
-    default_reason = "INTERNAL"
+    default_reason = Reason.INTERNAL
 
 
-_BY_CODE: dict[grpc.StatusCode, type[LatentflowError]] = {
-    cls.code: cls
-    for cls in (
-        InvalidRequestError,
-        NotFoundError,
-        OwnerLostError,
-        FailedPreconditionError,
-        ConflictError,
-        OverloadedError,
-        UnavailableError,
-        DeadlineError,
-        CancelledError,
-        AuthenticationError,
-        DataLossError,
-        UnimplementedError,
-        InternalError,
-    )
-}
+# All classes, in the order of the documentation.
+CLASSES: tuple[type[LatentflowError], ...] = (
+    InvalidRequestError,
+    NotFoundError,
+    ConflictError,
+    AuthenticationError,
+    FailedPreconditionError,
+    DataLossError,
+    UnimplementedError,
+    OverloadedError,
+    UnavailableError,
+    OwnerLostError,
+    DeadlineError,
+    CancelledError,
+    InternalError,
+)
+_BY_CODE = {cls.code: cls for cls in CLASSES}
 
 
 def error_for(code: grpc.StatusCode) -> type[LatentflowError]:
-    """The class for a gRPC status code; codes that nothing here maps to give `InternalError`."""
+    """The class of a gRPC status code; `InternalError` for a code that no class maps to."""
     return _BY_CODE.get(code, InternalError)

@@ -15,6 +15,7 @@ import grpc.aio
 
 from latentflow.errors import LatentflowError, UnavailableError
 from latentflow.internal import rpc, status
+from latentflow.reasons import Reason
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 Metadata = list[tuple[str, str]]
@@ -171,6 +172,6 @@ def _explained(rpc_error: grpc.RpcError, target: str) -> LatentflowError:
         return UnavailableError(
             f"No gateway answers at {target}. Start one with `latentflow up FILE`, or name another target. "
             f"({error.message})",
-            reason="GATEWAY_UNREACHABLE",
+            reason=Reason.GATEWAY_UNREACHABLE,
         )
     return error

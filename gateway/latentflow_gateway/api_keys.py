@@ -21,6 +21,7 @@ from latentflow.errors import AuthenticationError, FailedPreconditionError
 from latentflow.internal import rpc
 from latentflow.internal.calls import refusing
 from latentflow.internal.metrics import Instruments
+from latentflow.reasons import Reason
 
 _log = structlog.get_logger()
 # Kubelets check the health of a gateway and tools ask what it offers, both without a key.
@@ -108,13 +109,13 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
         self._missing = refusing(
             AuthenticationError(
                 "This gateway asks for an API key: give Client(api_key=…) or --api-key, or set LATENTFLOW_API_KEY.",
-                reason="API_KEY_MISSING",
+                reason=Reason.API_KEY_MISSING,
             )
         )
         self._wrong = refusing(
             AuthenticationError(
                 "This gateway does not know that API key; it may have been replaced: ask for the present one.",
-                reason="API_KEY_UNKNOWN",
+                reason=Reason.API_KEY_UNKNOWN,
             )
         )
 

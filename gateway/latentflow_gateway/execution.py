@@ -21,6 +21,7 @@ import structlog
 from latentflow.errors import DeadlineError, LatentflowError, OwnerLostError, UnavailableError
 from latentflow.internal import rpc, status
 from latentflow.internal.metrics import Instruments
+from latentflow.reasons import Reason
 from latentflow.v1 import generation_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
 
 from latentflow_gateway import retrying
@@ -119,7 +120,7 @@ class Execution:
             except OwnerLostError:
                 if remade == _MAX_REMADE:
                     raise
-                self._retried(self._plan.text_encoder, "encode", "OWNER_LOST")
+                self._retried(self._plan.text_encoder, "encode", Reason.OWNER_LOST)
                 await self._conditioning(conditioning)
                 continue
             decoding = decoding or _Timing(stage="decode", image=index)
@@ -131,10 +132,11 @@ class Execution:
             except OwnerLostError:
                 if remade == _MAX_REMADE:
                     raise
-                self._retried(self._plan.denoiser, "denoise", "OWNER_LOST")
+                self._retried(self._plan.denoiser, "denoise", Reason.OWNER_LOST)
         if decoded is None or decoding is None:
             raise UnavailableError(
-                f"Image {index} was lost {_MAX_REMADE} times; the servers keep restarting.", reason="STAGE_BROKEN_OFF"
+                f"Image {index} was lost {_MAX_REMADE} times; the servers keep restarting.",
+                reason=Reason.STAGE_BROKEN_OFF,
             )
         self._report(timing, self._plan.denoiser)
         self._report(decoding, self._plan.vae)
@@ -248,7 +250,9 @@ class Execution:
                     )
                 )
             )
-        raise UnavailableError(f"{replica.address} ended a Denoise call without a result.", reason="STAGE_BROKEN_OFF")
+        raise UnavailableError(
+            f"{replica.address} ended a Denoise call without a result.", reason=Reason.STAGE_BROKEN_OFF
+        )
 
     async def _decode(self, latents: tensors_pb2.Tensor, timing: _Timing, replica: Replica) -> stage_pb2.DecodeResponse:
         request = stage_pb2.DecodeRequest(request_id=self._request_id, latents=latents)
@@ -283,7 +287,7 @@ class Execution:
 
     def _suspect(self, error: LatentflowError, replica: Replica) -> None:
         """Whoever did not answer is asked for its health before it gets another request."""
-        if error.reason == "PEER_UNAVAILABLE":
+        if error.reason == Reason.PEER_UNAVAILABLE:
             peer = self._replicas.find(error.details.get("peer", ""))
             if peer is not None:
                 peer.suspect()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Role, identity
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, NotFoundError, UnimplementedError
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, generation_pb2
 from PIL import Image
 
@@ -78,12 +79,12 @@ def find(workflows: tuple[DiffusionWorkflow, ...], name: str) -> DiffusionWorkfl
     if not name:
         if len(workflows) == 1:
             return workflows[0]
-        raise NotFoundError(f"The request names no workflow; served here: {known}.", reason="UNKNOWN_WORKFLOW")
+        raise NotFoundError(f"The request names no workflow; served here: {known}.", reason=Reason.UNKNOWN_WORKFLOW)
     full = name if "/" in name else f"default/{name}"
     for workflow in workflows:
         if workflow.full_name == full:
             return workflow
-    raise NotFoundError(f"There is no workflow {full!r} here; served are: {known}.", reason="UNKNOWN_WORKFLOW")
+    raise NotFoundError(f"There is no workflow {full!r} here; served are: {known}.", reason=Reason.UNKNOWN_WORKFLOW)
 
 
 def needed(workflow: DiffusionWorkflow, request: generation_pb2.GenerateRequest) -> dict[str, str]:
@@ -147,7 +148,7 @@ def plan(
     samplers = list(denoiser.samplers)
     if sampler and sampler not in samplers:
         raise InvalidRequestError(
-            f"Sampler {sampler!r} is not known; use one of {', '.join(samplers)}.", reason="UNKNOWN_SAMPLER"
+            f"Sampler {sampler!r} is not known; use one of {', '.join(samplers)}.", reason=Reason.UNKNOWN_SAMPLER
         )
     negative = request.negative_prompt if request.HasField("negative_prompt") else defaults.negative_prompt
     stores = workflow.of_role(Role.LORA_STORE)
@@ -191,7 +192,7 @@ def _controls(
         if given.model not in known:
             raise NotFoundError(
                 f"Workflow {workflow.full_name} has no ControlNet {given.model!r}; it has {', '.join(known) or 'none'}.",
-                reason="UNKNOWN_MODEL",
+                reason=Reason.UNKNOWN_MODEL,
             )
         if any(plan.name == given.model for plan in plans):
             raise InvalidRequestError(f"ControlNet {given.model!r} is given two images; give one.")
@@ -201,7 +202,7 @@ def _controls(
                 f"ControlNet {given.model!r} takes embeddings {net.cross_attention_dim} wide and {net.latent_channels} latent "
                 f"channels, the denoiser {denoiser.cross_attention_dim} and {denoiser.latent_channels}: it belongs to "
                 "another base model. Correct the workflow's source.",
-                reason="CONTROLNET_MISMATCH",
+                reason=Reason.CONTROLNET_MISMATCH,
             )
         scale = given.scale if given.HasField("scale") else 1.0
         start = given.start if given.HasField("start") else 0.0
@@ -229,7 +230,7 @@ def _adapters(
         return ()
     stores = workflow.of_role(Role.LORA_STORE)
     if not stores:
-        raise NotFoundError(f"Workflow {workflow.full_name} has no LoRA store.", reason="UNKNOWN_ADAPTER")
+        raise NotFoundError(f"Workflow {workflow.full_name} has no LoRA store.", reason=Reason.UNKNOWN_ADAPTER)
     known = {adapter.name: adapter for adapter in descriptions[identity(stores[0])].lora_store.adapters}
     plans: list[AdapterPlan] = []
     for lora in request.loras:
@@ -237,11 +238,11 @@ def _adapters(
         if adapter is None:
             raise NotFoundError(
                 f"There is no LoRA {lora.name!r} in {stores[0].name!r}; it has {', '.join(known) or 'none'}.",
-                reason="UNKNOWN_ADAPTER",
+                reason=Reason.UNKNOWN_ADAPTER,
             )
         if adapter.problem:
             raise FailedPreconditionError(
-                f"LoRA {lora.name!r} cannot be used: {adapter.problem}", reason="ADAPTER_UNREADABLE"
+                f"LoRA {lora.name!r} cannot be used: {adapter.problem}", reason=Reason.ADAPTER_UNREADABLE
             )
         if not math.isfinite(lora.weight) or lora.weight == 0:
             raise InvalidRequestError(f"LoRA {lora.name!r}: weight has to be finite and not 0, not {lora.weight}.")
@@ -261,7 +262,7 @@ def _check_families(workflow: DiffusionWorkflow, descriptions: Mapping[str, cont
             raise FailedPreconditionError(
                 f"Model {model.name!r} is of the family {said.family}, the denoiser of {descriptions[denoiser].family}; "
                 "they cannot work together. Correct the workflow's sources.",
-                reason="FAMILY_MISMATCH",
+                reason=Reason.FAMILY_MISMATCH,
             )
 
 

@@ -20,6 +20,7 @@ from latentflow.errors import UnavailableError
 from latentflow.internal import rpc
 from latentflow.internal.directory import Directory
 from latentflow.internal.metrics import Instruments
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, control_pb2_grpc
 
 _log = structlog.get_logger()
@@ -143,7 +144,7 @@ class Replicas:
             raise UnavailableError(
                 f"No replica of the model {late} has been ready for {seconds:.0f} s; it is starting, or its servers "
                 "fail. Look at their logs.",
-                reason="MODEL_NOT_READY",
+                reason=Reason.MODEL_NOT_READY,
                 details={"model": late},
                 retry_after=1.0,
             ) from None

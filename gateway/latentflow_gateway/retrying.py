@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 from latentflow.errors import InternalError, LatentflowError, OverloadedError, UnavailableError
+from latentflow.reasons import Reason
 
 # Failures that one stage of one image survives; a full queue is no failure.
 MAX_FAILURES = 6
@@ -35,7 +36,7 @@ def decide(error: LatentflowError, *, failures: int, draw: float | None = None) 
         return Retry(
             seconds=max(_FIRST_SECONDS, min(error.retry_after or pause, _LONGEST_SECONDS)) * jitter, failures=failures
         )
-    if isinstance(error, UnavailableError) and error.reason != "MODEL_NOT_READY" and failures < MAX_FAILURES:
+    if isinstance(error, UnavailableError) and error.reason != Reason.MODEL_NOT_READY and failures < MAX_FAILURES:
         return Retry(seconds=pause, failures=failures + 1)
     if isinstance(error, InternalError) and failures == 0:
         return Retry(seconds=pause, failures=MAX_FAILURES)

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latentflow.errors import FailedPreconditionError
 from latentflow.internal import serving
 from latentflow.internal.metrics import Instruments
+from latentflow.reasons import Reason
 
 from latentflow_local import processes
 from latentflow_local.planning import ProcessSpec
@@ -147,7 +148,7 @@ class Supervisor:
         except TimeoutError:
             late = ", ".join(s.spec.name for s in states() if s.state is not State.READY)
             raise FailedPreconditionError(
-                f"Not ready after {seconds:.0f} s: {late}. Their logs above show the reason.", reason="NOT_READY"
+                f"Not ready after {seconds:.0f} s: {late}. Their logs above show the reason.", reason=Reason.NOT_READY
             ) from None
         for one in states():
             if one.state is State.FAILED:
@@ -246,7 +247,7 @@ def _cannot_be_served(one: Supervised) -> FailedPreconditionError:
     uses = f" ({', '.join(one.spec.uses)})" if one.spec.uses else ""
     return FailedPreconditionError(
         f"{one.spec.role} {one.spec.name}{uses} cannot be served; the last line of its log above shows the reason.",
-        reason="PROCESS_FAILED",
+        reason=Reason.PROCESS_FAILED,
     )
 
 

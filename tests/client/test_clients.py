@@ -19,6 +19,7 @@ from latentflow import (
     Retries,
 )
 from latentflow.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from latentflow.reasons import Reason
 
 FAST = Retries(first=0.001, longest=0.002)
 
@@ -89,7 +90,7 @@ def test_a_gateway_that_is_not_there_is_named_with_what_to_do() -> None:
     raises = pytest.raises(UnavailableError, match=r"No gateway answers at 127\.0\.0\.1:1\. Start one with")
     with Client("127.0.0.1:1", retries=NO_RETRIES) as client, raises as caught:
         client.generate("a", timeout=10)
-    assert caught.value.reason == "GATEWAY_UNREACHABLE"
+    assert caught.value.reason == Reason.GATEWAY_UNREACHABLE
 
 
 def test_importing_the_client_is_quick_and_brings_no_torch() -> None:

@@ -23,6 +23,7 @@ from latentflow.api import load_workflows
 from latentflow.cli import app
 from latentflow.errors import AuthenticationError, FailedPreconditionError, InvalidRequestError, NotFoundError
 from latentflow.internal.directory import Directory
+from latentflow.reasons import Reason
 from latentflow_gateway.api_keys import client_of, digests
 from latentflow_gateway.server import Gateway, serve
 from latentflow_gateway.settings import GatewaySettings
@@ -86,9 +87,9 @@ async def test_only_a_client_with_a_key_of_the_folder_is_let_in(tmp_path: Path) 
         for key in (ANNA, BEN, f" {BEN}\n"):
             assert await listed(gateway, key) == [WORKFLOW.full_name]
         missing, unknown = await refused(gateway, ""), await refused(gateway, STRANGER)
-    assert missing.reason == "API_KEY_MISSING"
+    assert missing.reason == Reason.API_KEY_MISSING
     assert "LATENTFLOW_API_KEY" in missing.message
-    assert unknown.reason == "API_KEY_UNKNOWN"
+    assert unknown.reason == Reason.API_KEY_UNKNOWN
     assert STRANGER not in unknown.message
 
 
@@ -98,11 +99,11 @@ async def test_a_rotated_key_counts_from_the_next_call_and_the_old_one_no_more(t
         assert await listed(gateway, ANNA)
         mounted(keys, anna=BEN)
         assert await listed(gateway, BEN)
-        assert (await refused(gateway, ANNA)).reason == "API_KEY_UNKNOWN"
+        assert (await refused(gateway, ANNA)).reason == Reason.API_KEY_UNKNOWN
         mounted(keys, ben=BEN, anna=ANNA)
         assert await listed(gateway, ANNA)
         mounted(keys)
-        assert (await refused(gateway, BEN)).reason == "API_KEY_UNKNOWN"
+        assert (await refused(gateway, BEN)).reason == Reason.API_KEY_UNKNOWN
 
 
 async def test_while_the_folder_cannot_be_read_the_keys_that_were_there_stand(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from latentflow import AsyncClient, Event, Retries
 from latentflow.errors import InternalError, LatentflowError, NotFoundError, UnavailableError
 from latentflow.internal.calls import Accounting, Call, Context, Outcome, Running, served
+from latentflow.reasons import Reason
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 STEP = generation_pb2.GenerateResponse(progress=generation_pb2.Progress(step=1, total=2))
@@ -82,7 +83,7 @@ async def test_a_cancelled_call_ends_its_handler_and_is_recorded_as_cancelled() 
         call.cancel()
         await asyncio.wait_for(cancelled.wait(), 10)
         outcome = await asyncio.wait_for(servicer.outcomes.get(), 10)
-    assert (outcome.code, outcome.reason) == (grpc.StatusCode.CANCELLED, "CANCELLED")
+    assert (outcome.code, outcome.reason) == (grpc.StatusCode.CANCELLED, Reason.CANCELLED)
 
 
 async def test_a_draining_server_refuses_new_calls_and_waits_for_the_admitted_ones() -> None:
@@ -98,7 +99,7 @@ async def test_a_draining_server_refuses_new_calls_and_waits_for_the_admitted_on
         draining = asyncio.create_task(servicer.running.drained())
         with pytest.raises(UnavailableError) as caught:
             await client.generate("b")
-        assert caught.value.reason == "DRAINING"
+        assert caught.value.reason == Reason.DRAINING
         assert not draining.done()
         finish.set()
         with contextlib.suppress(LatentflowError):

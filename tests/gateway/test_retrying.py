@@ -16,6 +16,7 @@ from latentflow.errors import (
     OwnerLostError,
     UnavailableError,
 )
+from latentflow.reasons import Reason
 from latentflow_gateway.retrying import MAX_FAILURES, decide
 
 
@@ -30,7 +31,7 @@ def test_a_lost_tensor_is_for_the_stage_that_made_it() -> None:
 
 def test_a_replica_that_went_away_is_tried_elsewhere_a_bounded_number_of_times() -> None:
     failures = 0
-    while (retry := decide(UnavailableError("gone", reason="X"), failures=failures)) is not None:
+    while (retry := decide(UnavailableError("gone", reason=Reason.STAGE_BROKEN_OFF), failures=failures)) is not None:
         failures = retry.failures
     assert failures == MAX_FAILURES
 

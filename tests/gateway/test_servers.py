@@ -30,6 +30,7 @@ from latentflow.errors import (
 from latentflow.internal import rpc, status
 from latentflow.internal.directory import Directory, Replicas
 from latentflow.internal.rpc import Tls
+from latentflow.reasons import Reason
 from latentflow.retries import NO_RETRIES
 from latentflow.v1 import control_pb2, control_pb2_grpc
 from latentflow_gateway.server import Gateway
@@ -243,7 +244,7 @@ async def test_a_model_server_that_drains_finishes_what_runs(tmp_path: Path) -> 
         async with AsyncClient(servers.gateway.address, retries=Retries(attempts=1)) as late:
             with pytest.raises(UnavailableError) as caught:
                 await late.generate(PROMPT, steps=2, timeout=60)
-        assert caught.value.reason == "MODEL_NOT_READY"
+        assert caught.value.reason == Reason.MODEL_NOT_READY
 
 
 async def test_a_request_wakes_all_its_models_at_once_and_those_that_wait_for_that_are_bounded(tmp_path: Path) -> None:

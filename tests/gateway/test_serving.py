@@ -14,6 +14,7 @@ import pytest
 from latentflow.api import load_workflows
 from latentflow.errors import FailedPreconditionError, InvalidRequestError
 from latentflow.internal.directory import Directory
+from latentflow.reasons import Reason
 from latentflow_gateway.server import serve as serve_gateway
 from latentflow_gateway.settings import GatewaySettings
 from latentflow_nodes.server import serve as serve_node
@@ -49,7 +50,7 @@ async def start(kind: str, folder: Path, **addresses: str) -> None:
 async def test_a_taken_port_is_named_with_its_address(kind: str, option: str, taken: str, tmp_path: Path) -> None:
     with pytest.raises(FailedPreconditionError, match=f"cannot listen on {taken}: ") as caught:
         await start(kind, tmp_path, **{option: taken})
-    assert caught.value.reason == "PORT_TAKEN"
+    assert caught.value.reason == Reason.PORT_TAKEN
 
 
 @pytest.mark.parametrize("option", ["listen", "metrics"])

@@ -20,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from latentflow.api.types import API_VERSION
 from latentflow.api.workflow import DiffusionWorkflow
 from latentflow.errors import InvalidRequestError
+from latentflow.reasons import Reason
 
 MAX_BYTES = 1 << 20
 # Aliases can make a small file describe a huge tree; no workflow needs as many values.
@@ -207,4 +208,6 @@ def _line(document: Any, location: Sequence[Any]) -> tuple[int, int]:
 
 
 def _invalid(problems: list[str]) -> InvalidRequestError:
-    return InvalidRequestError("\n".join(problems), reason="INVALID_WORKFLOW", details={"problems": str(len(problems))})
+    return InvalidRequestError(
+        "\n".join(problems), reason=Reason.INVALID_WORKFLOW, details={"problems": str(len(problems))}
+    )

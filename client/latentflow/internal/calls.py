@@ -20,6 +20,7 @@ import structlog
 
 from latentflow.errors import CancelledError, LatentflowError, UnavailableError
 from latentflow.internal import rpc, status
+from latentflow.reasons import Reason
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -82,7 +83,7 @@ class Running:
         if self.draining:
             raise UnavailableError(
                 "This server is draining and admits no new calls; try another replica.",
-                reason="DRAINING",
+                reason=Reason.DRAINING,
                 retry_after=0.2,
             )
         self._count += 1

@@ -13,6 +13,7 @@ import grpc.aio
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
 from latentflow.internal import rpc
 from latentflow.internal.metrics import Instruments
+from latentflow.reasons import Reason
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The exit code of a process that cannot serve with its settings: starting it again would change nothing.
@@ -63,7 +64,7 @@ def port_taken(listen: str, problem: object) -> FailedPreconditionError:
     return FailedPreconditionError(
         f"The server cannot listen on {listen}: {problem}. Another process may use the port: stop it, or choose "
         "another address.",
-        reason="PORT_TAKEN",
+        reason=Reason.PORT_TAKEN,
     )
 
 

@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from latentflow.errors import CancelledError, InternalError, LatentflowError, UnavailableError, error_for
+from latentflow.reasons import Reason
 
 DOMAIN = "latentflow.io"
 # A message travels in a header; gRPC's default limit for all headers is 8 KiB.
@@ -66,7 +67,7 @@ def error_of_peer(rpc_error: grpc.RpcError) -> LatentflowError:
     """
     error = error_from(rpc_error)
     if isinstance(error, CancelledError):
-        return UnavailableError("The other side broke the call off; it stops.", reason="STAGE_BROKEN_OFF")
+        return UnavailableError("The other side broke the call off; it stops.", reason=Reason.STAGE_BROKEN_OFF)
     return error
 
 
