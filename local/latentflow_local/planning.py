@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
 
 from latentflow.api import DiffusionWorkflow, Model, distinct_models, identity
+from latentflow.api.types import Engine, problems
 from latentflow.errors import InvalidRequestError, UnimplementedError
 from latentflow_scheduler.policy import Bounds
+from pydantic import ValidationError
 
 GATEWAY = "gateway"
 _SERVED_SCHEMES = ("", "file", "hf", "s3")
@@ -100,7 +103,9 @@ def plan_models(
     specs = []
     for name, model in models_of(workflows).items():
         uses = tuple(f"{w.name}:{m.name}" for w in workflows for m in w.spec.models if identity(m) == name)
-        options = _options(name, model, model_root, log_format) | overrides
+        options = _options(name, model, model_root, log_format)
+        engine = _overridden(model, overrides).options()
+        options["engine"] = json.dumps(engine) if engine else None
         options["shared-memory"] = shared_memory
         own_threads = threads or model.engine.threads or cores
         if own_threads > 1 and capacity(model, threads=threads, device=device, cores=cores) == 1:
@@ -164,7 +169,7 @@ def bounds(model: Model, *, capacity: int | None) -> Bounds:
 
 
 def _options(name: str, model: Model, root: Path, log_format: str) -> dict[str, str | int | Path | None]:
-    source, engine = model.source, model.engine
+    source = model.source
     if source is None:
         raise InvalidRequestError(f"Model {name} has no source.")
     return {
@@ -174,13 +179,18 @@ def _options(name: str, model: Model, root: Path, log_format: str) -> dict[str, 
         "revision": source.revision,
         "model-root": root,
         "identity": name,
-        "threads": engine.threads,
-        "device": engine.device,
         "dtype": model.dtype,
-        "max-running": engine.max_running,
-        "max-waiting": engine.max_waiting,
         "log-format": log_format,
     }
+
+
+def _overridden(model: Model, overrides: Mapping[str, object]) -> Engine:
+    try:
+        return model.engine.override(model.role, overrides)
+    except ValidationError as error:
+        raise InvalidRequestError(
+            f"Model {model.name!r} cannot run with the options given: {problems(error)}."
+        ) from None
 
 
 def _argv(options: Mapping[str, object]) -> tuple[str, ...]:

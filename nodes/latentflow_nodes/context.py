@@ -29,7 +29,7 @@ class Context:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.settings.device)
+        return torch.device(self.settings.engine.device)
 
     @property
     def dtype(self) -> torch.dtype:

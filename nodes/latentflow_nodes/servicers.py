@@ -128,10 +128,10 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
             boot_id=self._context.store.boot_id,
             model=settings.identity,
             version=version("latentflow"),
-            max_running=settings.max_running,
-            max_waiting=settings.max_waiting,
+            max_running=settings.engine.max_running,
+            max_waiting=settings.engine.max_waiting,
             dtype=settings.dtype,
-            device=settings.device,
+            device=settings.engine.device,
         )
         self._role.describe(response)
         return response

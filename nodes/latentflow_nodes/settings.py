@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from latentflow.api.types import Engine, Role, problems
 from latentflow.internal import rpc
+from pydantic import ValidationError
 
 _CACHE = Path(os.path.expanduser("~/.cache/latentflow"))
-ROLES = ("TextEncoder", "Denoiser", "ControlNet", "LoRAStore", "VAE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,8 @@ class NodeSettings:
         listen: host:port to serve gRPC on; port 0 lets the system choose.
         advertise: host:port that peers reach this server by; None: `listen`.
         metrics: host:port for /metrics.
-        threads: Threads of one forward pass.
-        device: "cpu" or "cuda".
         dtype: "float32", "float16" or "bfloat16".
-        max_running: Requests that may share a forward pass.
-        max_waiting: Requests that may wait; one more is refused.
+        engine: How the model is run.
         lease: Seconds a handle lives without being renewed.
         drain: Seconds that running requests get when the server is told to stop.
         turn_file: Servers of one machine that name the same file compute one after the other; None: at any time.
@@ -51,11 +49,8 @@ class NodeSettings:
     listen: str = "127.0.0.1:0"
     advertise: str | None = None
     metrics: str = "127.0.0.1:0"
-    threads: int = 1
-    device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    max_running: int = 4
-    max_waiting: int = 64
+    engine: Engine = field(default_factory=Engine)
     lease: float = 60.0
     drain: float = 30.0
     turn_file: Path | None = None
@@ -63,6 +58,11 @@ class NodeSettings:
     token: str | None = None
     tls: rpc.Tls | None = None
     log_format: Literal["console", "json"] = "console"
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of one forward pass."""
+        return self.engine.threads or usable_cores()
 
 
 def usable_cores() -> int:
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
         epilog="The servers' shared secret is read from the environment variable LATENTFLOW_TOKEN.",
     )
     add = parser.add_argument
-    add("--role", required=True, choices=ROLES, help="what the model is for")
+    add("--role", required=True, choices=[role.value for role in Role], help="what the model is for")
     add(
         "--uri",
         required=True,
@@ -99,13 +99,17 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     add("--listen", default="127.0.0.1:0", help="host:port for gRPC (default: a free port of this host)")
     add("--advertise", help="host:port by which peers reach this server (default: as --listen)")
     add("--metrics", default="127.0.0.1:0", help="host:port for /metrics (default: a free port)")
-    add("--threads", type=int, default=0, help="threads of a forward pass (default: the cores of the cgroup)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     add(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="element type (default: float32)"
     )
-    add("--max-running", type=int, default=4, help="requests that may share a forward pass (default: 4)")
-    add("--max-waiting", type=int, default=64, help="requests that may wait (default: 64)")
+    add(
+        "--engine",
+        type=_engine,
+        default=Engine(),
+        metavar="JSON",
+        help='how the model is run: an object of the options that "engine" has in a workflow, such as '
+        '\'{"device": "cuda"}\' (default: every option\'s default)',
+    )
     add("--lease", type=float, default=60.0, help="seconds a handle lives unless renewed (default: 60)")
     add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
     add("--turn-file", type=Path, help="servers of one machine that name one file compute one after the other")
@@ -120,17 +124,27 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     add("--tls-ca", type=Path, help="CA of peers' certificates, PEM; makes TLS mutual")
     add("--log-format", choices=("console", "json"), default="console")
     args = parser.parse_args(argv)
-    for name, least in (("max_running", 1), ("max_waiting", 0), ("threads", 0), ("lease", 1.0), ("drain", 0.0)):
+    for name, least in (("lease", 1.0), ("drain", 0.0)):
         if not getattr(args, name) >= least:
             parser.error(f"--{name.replace('_', '-')} has to be at least {least}, not {getattr(args, name)}")
+    try:
+        args.engine.check(Role(args.role))
+    except ValueError as error:
+        parser.error(f"--engine: {error}")
     tls = None
     if args.tls_cert or args.tls_key or args.tls_ca:
         if not (args.tls_cert and args.tls_key):
             parser.error("TLS needs both --tls-cert and --tls-key")
         tls = rpc.Tls(ca=args.tls_ca, certificate=args.tls_cert, key=args.tls_key)
     plain = {k: v for k, v in vars(args).items() if not k.startswith("tls_")}
-    plain["threads"] = args.threads or usable_cores()
     return NodeSettings(**plain, tls=tls, token=os.environ.get("LATENTFLOW_TOKEN") or None)
+
+
+def _engine(text: str) -> Engine:
+    try:
+        return Engine.model_validate_json(text, by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError(problems(error)) from None
 
 
 def _cgroup_limit() -> float | None:

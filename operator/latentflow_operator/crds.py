@@ -12,7 +12,7 @@ from typing import Any
 
 from latentflow.api.model import DiffusionModel
 from latentflow.api.status import ModelStatus, WorkflowStatus
-from latentflow.api.types import API_VERSION
+from latentflow.api.types import API_VERSION, Engine
 from latentflow.api.workflow import DiffusionWorkflow
 from pydantic import BaseModel
 from ruamel.yaml import YAML
@@ -151,7 +151,7 @@ def _crd(
 
 def _object(model: Any) -> dict[str, Any]:
     """A type's structural schema, with those of the types in it."""
-    written = model.model_json_schema(by_alias=True, mode="serialization")
+    written = model.model_json_schema(by_alias=True, mode="validation")
     return _translate(written, written.get("$defs", {}), model.__name__)
 
 
@@ -191,6 +191,9 @@ def _members(schema: dict[str, Any], definitions: dict[str, Any], type_name: str
     properties = {}
     for name, member in schema["properties"].items():
         translated = _translate(member, definitions)
+        if type_name == Engine.__name__ and "default" in translated:
+            # An option that is not set stays so: a stored object follows a later change of the default.
+            translated["description"] += f" Default: {translated.pop('default')}."
         filled = {
             key: inner["default"] for key, inner in translated.get("properties", {}).items() if "default" in inner
         }

@@ -6,13 +6,14 @@ Pod Security Standard. A model that runs inside another's pods has a Service onl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from latentflow.api import API_VERSION, Role, Source
 from latentflow.api.model import ColocatedModel, ModelSpec
-from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Engine, Pod
+from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Pod
 
 from latentflow_operator.settings import OperatorSettings
 
@@ -291,7 +292,6 @@ def _container(
 
 
 def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings, seat: Seat) -> list[str]:
-    engine: Engine = spec.engine
     options = {
         "role": spec.role.value,
         "uri": uri,
@@ -304,11 +304,8 @@ def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings,
         "advertise": f"$(POD_IP):{seat.grpc_port}",
         "metrics": f"0.0.0.0:{seat.metrics_port}",
         "shared-memory": _MEMORY if seat.shares_memory else None,
-        "threads": engine.threads,
-        "device": engine.device,
         "dtype": spec.dtype,
-        "max-running": engine.max_running,
-        "max-waiting": engine.max_waiting,
+        "engine": json.dumps(engine) if (engine := spec.engine.options()) else None,
         "drain": settings.drain_seconds,
         "log-format": "json",
     }

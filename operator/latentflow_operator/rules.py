@@ -6,9 +6,11 @@ cases holds both to the same verdicts (`tests/kube`).
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from latentflow.api.types import Pod
+from latentflow.api.types import Engine, Pod, Role, option_roles
 
 _SCHEME = "^[a-zA-Z][a-zA-Z0-9+.-]*:"
 
@@ -41,6 +43,20 @@ def _colocated(cel: str, message: str) -> Rule:
     return Rule(
         cel=f"self.placement != 'Colocated' || {cel}", message=f'"model \'" + self.name + "{message}"', computed=True
     )
+
+
+def _engine() -> Iterator[Rule]:
+    """Rules for a type with role and engine: an option that the role does not use keeps its default."""
+    for name, field in Engine.model_fields.items():
+        roles = option_roles(name)
+        if others := [role for role in Role if role not in roles]:
+            option = f"self.engine.{field.alias}"
+            default = "" if field.default is None else f" || {option} == {json.dumps(field.default)}"
+            yield Rule(
+                cel=f"!has(self.engine) || !has({option}){default} || !(self.role in {[role.value for role in others]})",
+                message=f"'engine.{field.alias} is an option of {', '.join(roles)}, not of ' + self.role + '; remove it'",
+                computed=True,
+            )
 
 
 _NO_POD = " && ".join(f"!has(self.pod.{field.alias})" for field in Pod.model_fields.values())
@@ -92,7 +108,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
             message="latent is Auto, 1 or 2",
         ),
     ),
+    "ColocatedModel": tuple(_engine()),
     "Model": (
+        *_engine(),
         Rule(
             cel="has(self.source) != has(self.modelRef)",
             message='"model \'" + self.name + "\' needs exactly one of source and modelRef"',
@@ -154,11 +172,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "placement Colocated from the other models",
         ),
     ),
-    "ModelSpec": tuple(
-        Rule(
-            cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
-            message=f"{field} is part of the model's identity and cannot change; make another DiffusionModel",
-        )
-        for field in ("role", "source", "dtype", "engine", "resources", "host", "colocated")
+    "ModelSpec": (
+        *_engine(),
+        *(
+            Rule(
+                cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
+                message=f"{field} is part of the model's identity and cannot change; make another DiffusionModel",
+            )
+            for field in ("role", "source", "dtype", "engine", "resources", "host", "colocated")
+        ),
     ),
 }

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from latentflow.api import (
     API_VERSION,
     DiffusionWorkflow,
+    Engine,
     Model,
     Scaling,
     distinct_models,
@@ -31,9 +32,45 @@ def test_an_identity_is_a_dns_label_that_begins_with_the_role() -> None:
     assert len(identity(model())) <= 63
 
 
+# A changed value here renames and restarts every model of that identity in every cluster: see docs/upgrading.md.
+_SHAPES = {"text": "text-encoder-6af4c5cbcf", "base": "denoiser-ff725c4333", "pixels": "vae-817a54017d"}
+GOLDEN = {
+    "plain": _SHAPES,
+    "sdxl": {"text": "text-encoder-3afa158d89", "base": "denoiser-2f61bb785e", "pixels": "vae-f0123d2a88"},
+    "shapes": _SHAPES
+    | {"edges": "controlnet-43db2b71b8", "layout": "controlnet-db829599c2", "styles": "lora-store-33fd157a3d"},
+    "shapes-colocated": _SHAPES
+    | {
+        "base": "denoiser-e42b6ca777",
+        "edges": "controlnet-8d54c8047d",
+        "layout": "controlnet-8ef661d17c",
+        "styles": "lora-store-836f29bfde",
+    },
+    "shapes-minimal": _SHAPES,
+    "traced": {
+        "words": "text-encoder-6af4c5cbcf",
+        "base": "denoiser-ff725c4333",
+        "edges": "controlnet-43db2b71b8",
+        "pixels": "vae-817a54017d",
+    },
+}
+
+
+def test_the_identities_of_every_example_are_as_in_every_release_of_this_version() -> None:
+    workflows = [workflow for path in EXAMPLES.glob("*.yaml") for workflow in load_workflows(path)]
+    assert {workflow.name: placed(workflow) for workflow in workflows} == GOLDEN
+
+
 def test_names_scaling_and_spelt_out_defaults_do_not_change_the_identity() -> None:
     same = model(name="other", scaling={"maxReplicas": 4}, dtype="float32", engine={"device": "cpu"})
     assert identity(same) == identity(model())
+
+
+def test_an_option_that_the_role_does_not_use_does_not_change_the_identity() -> None:
+    pixels = model(role="VAE")
+    with_option = pixels.model_copy(update={"engine": Engine(max_running=9)})
+    assert identity(with_option) == identity(pixels)
+    assert identity(model(engine={"maxRunning": 9})) != identity(model())
 
 
 def test_what_changes_the_served_model_changes_the_identity() -> None:

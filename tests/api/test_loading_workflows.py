@@ -66,7 +66,7 @@ def test_a_file_may_hold_several_workflows() -> None:
         ("uri: shapes}}", "uri: ../shapes}}", "a relative URI stays under the model root"),
         ("uri: shapes}}", "uri: 'hf://only'}}", "hf://org/repo"),
         ("subfolder: loras", "subfolder: ../loras", "without '..'"),
-        ("name: shapes", "name: Shapes", "'Shapes' is no valid name"),
+        ("name: shapes", "name: Shapes", "'Shapes' is not a name of lower-case letters"),
         ("task: TextToImage", "task: TextToVideo", "spec.task"),
         ("task: TextToImage", "stages: []", "stages is reserved"),
         ("v1alpha1", "v2", "apiVersion: 'latentflow.io/v2' is not known"),

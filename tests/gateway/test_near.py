@@ -9,6 +9,7 @@ from pathlib import Path
 
 from latentflow import AsyncClient, ControlImage
 from latentflow.api import Role, identity, load_workflows
+from latentflow.api.types import Engine
 from latentflow.internal.directory import Directory, Replicas
 from latentflow_gateway.server import serve as serve_gateway
 from latentflow_gateway.settings import GatewaySettings
@@ -56,6 +57,7 @@ async def pods(folder: Path, *missing: tuple[str, str]) -> AsyncIterator[Pods]:
                     subfolder=model.source.subfolder,
                     model_root=MODELS,
                     identity=identity(model),
+                    engine=Engine(threads=1),
                     listen=f"{host}:0",
                 )
                 nodes[host, model.name] = await stack.enter_async_context(serve_node(settings))

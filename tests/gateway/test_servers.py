@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from latentflow import AsyncClient, Progress, Retries
 from latentflow.api import DiffusionWorkflow, identity, load_workflows
+from latentflow.api.types import Engine
 from latentflow.cli.kube import Route
 from latentflow.errors import (
     AuthenticationError,
@@ -83,6 +84,7 @@ async def served(
                 model_root=MODELS,
                 identity=identity(model),
                 tls=tls,
+                engine=Engine(threads=1),
                 token=token,
             )
             node = await stack.enter_async_context(serve_node(settings))

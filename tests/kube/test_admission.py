@@ -48,7 +48,7 @@ def test_defaults_are_filled_in_by_the_server(api_server: ApiServer) -> None:
     spec = create(api_server, workflow(BASE), dry=True)["spec"]
     assert spec["defaults"] == {"steps": 20, "guidanceScale": 5.0, "width": 512, "height": 512}
     assert spec["models"][0]["scaling"] == {"minReplicas": 1, "maxReplicas": 1, "mode": "Managed"}
-    assert spec["models"][0]["engine"] == {"device": "cpu", "maxRunning": 4, "maxWaiting": 64}
+    assert "engine" not in spec["models"][0]
     assert "slo" not in spec
 
 
@@ -83,7 +83,7 @@ MODEL = {"role": "VAE", "source": {"uri": "shapes"}, "resources": {"limits": {"c
         ("role", "TextEncoder"),
         ("source", {"uri": "other"}),
         ("dtype", "float16"),
-        ("engine", {"maxRunning": 8}),
+        ("engine", {"maxWaiting": 8}),
         ("resources", {"limits": {"cpu": "2"}}),
         ("host", {"model": "denoiser-1", "index": 1}),
         ("colocated", [{"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "shapes"}}]),

@@ -13,6 +13,7 @@ from gateway.test_servers import PROMPT, WORKFLOW, served
 from kube.acting import workflow
 from latentflow import AsyncClient
 from latentflow.api import Role, identity
+from latentflow.api.types import Engine
 from latentflow.internal.directory import Directory
 from latentflow_gateway import cluster
 from latentflow_gateway.server import serve as serve_gateway
@@ -121,6 +122,7 @@ async def test_a_gateway_serves_a_cluster_s_workflow_with_the_pixels_of_the_embe
                 uri="shapes",
                 model_root=MODELS,
                 identity=identity(model),
+                engine=Engine(threads=1),
                 listen=f"{_own_address()}:0",
             )
             node: Node = await stack.enter_async_context(serve_node(settings))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from latentflow.api.model import ModelSpec
+from latentflow.api.types import Engine
 from latentflow_nodes.settings import parse
 from latentflow_operator.manifests import Manifest, manifests
 from latentflow_operator.settings import OperatorSettings
@@ -39,18 +40,19 @@ def test_all_of_a_model_s_objects_are_owned_by_it_and_go_with_it() -> None:
 
 def test_the_server_s_arguments_are_ones_that_it_takes() -> None:
     (container,) = pod(
+        role="Denoiser",
         source={"uri": "hf://org/repo", "subfolder": "vae", "revision": "main"},
         engine={"threads": 2, "maxRunning": 3, "maxWaiting": 5},
         dtype="bfloat16",
     )["containers"]
     settings = parse([argument.replace("$(POD_IP)", "10.1.2.3") for argument in container["args"]])
     assert (settings.role, settings.uri, settings.subfolder, settings.revision) == (
-        "VAE",
+        "Denoiser",
         "hf://org/repo",
         "vae",
         "main",
     )
-    assert (settings.threads, settings.max_running, settings.max_waiting, settings.dtype) == (2, 3, 5, "bfloat16")
+    assert (settings.engine, settings.dtype) == (Engine(threads=2, max_running=3, max_waiting=5), "bfloat16")
     assert settings.advertise == "10.1.2.3:8500"
     assert settings.identity == "vae-1"
 
@@ -135,7 +137,7 @@ def test_secrets_are_referred_to_and_never_written_out() -> None:
 
 
 COLOCATED: list[Manifest] = [
-    {"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "pvc://nets/edges"}, "engine": {"maxRunning": 2}},
+    {"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "pvc://nets/edges"}, "engine": {"maxWaiting": 2}},
     {"model": "lora-store-1", "role": "LoRAStore", "source": {"uri": "pvc://styles"}, "dtype": "float16"},
     {"model": "vae-1", "role": "VAE", "source": {"uri": "pvc://styles"}, "resources": {"limits": {"cpu": "1"}}},
 ]
@@ -174,7 +176,7 @@ def test_companions_are_containers_with_names_and_ports_of_their_own() -> None:
 def test_a_companion_s_container_is_as_its_model_says() -> None:
     spec = colocated()
     edges, styles, pixels = (arguments(container(spec, one["model"])) for one in COLOCATED)
-    assert (edges["role"], edges["identity"], edges["max-running"]) == ("ControlNet", "controlnet-1", "2")
+    assert (edges["role"], edges["identity"], edges["engine"]) == ("ControlNet", "controlnet-1", '{"maxWaiting": 2}')
     assert (styles["role"], styles["dtype"]) == ("LoRAStore", "float16")
     assert (pixels["role"], container(spec, "vae-1")["resources"]) == ("VAE", {"limits": {"cpu": "1"}})
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import grpc.aio
 import torch
+from latentflow.api.types import Engine
 from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, stage_pb2_grpc, tensors_pb2_grpc
 from latentflow_nodes.server import Node, serve
 from latentflow_nodes.settings import NodeSettings
@@ -142,7 +143,9 @@ async def started(
         nodes = {}
         for name, (role, subfolder) in parts.items():
             its = settings | (own or {}).get(name, {})
-            node = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, **its)  # type: ignore[arg-type]
+            node = NodeSettings(
+                role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, engine=Engine(threads=1), **its
+            )  # type: ignore[arg-type]
             nodes[name] = await stack.enter_async_context(serve(node))
         metrics = next(iter(nodes.values())).context.metrics
         peers = await stack.enter_async_context(

@@ -1,7 +1,8 @@
-"""Which models are the same: identity, and what workflows that share a model agree on.
+"""Identity, which decides that two models are the same, and the settings on which workflows that share a model agree.
 
-Identity decides how many servers there are, so it is a pure function of what changes the served model: role, source,
-dtype, engine settings, resources and tensor degree. In a cluster also of who shares its pods.
+One server serves all models of one identity. It is a hash of role, source, everything that changes results, and of all
+other settings those that the role uses and that differ from their defaults. So a new option with a neutral default changes
+no identity and restarts no model. In a cluster it also depends on the models that share the pods.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ def identity(model: Model) -> str:
         "role": model.role.value,
         "source": model.source.model_dump(exclude_none=True),
         "dtype": model.dtype,
-        "engine": model.engine.model_dump(),
-        "resources": model.resources,
         "tensor": model.parallelism.tensor,
+        "engine": model.engine.distinguishing(model.role),
+        "resources": model.resources,
     }
-    return _named(model.role, meaning)
+    return _named(model.role, {name: value for name, value in meaning.items() if value != {}})
 
 
 def placed(workflow: DiffusionWorkflow) -> dict[str, str]:

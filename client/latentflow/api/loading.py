@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from latentflow.api.types import API_VERSION
+from latentflow.api.types import API_VERSION, PATTERNS
 from latentflow.api.workflow import DiffusionWorkflow
 from latentflow.errors import InvalidRequestError
 from latentflow.reasons import Reason
@@ -155,7 +155,7 @@ def _message(detail: ErrorDetails, document: CommentedMap, origin: str) -> str:
     elif detail["type"] == "missing":
         text = "this field is required"
     elif detail["type"] == "string_pattern_mismatch":
-        text = f"{detail['input']!r} is no valid name: lower-case letters, digits and '-', at most 63 characters"
+        text = f"{detail['input']!r} is not {PATTERNS[detail['ctx']['pattern']]}"
     elif detail["type"] not in ("value_error", "missing") and not isinstance(detail.get("input"), dict | list):
         text = f"{text[:1].lower()}{text[1:]}, not {detail.get('input')!r}"
     return f"{_place(document, location, origin)}: {field + ': ' if field else ''}{text}"

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from urllib.parse import urlparse
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
 API_VERSION = "latentflow.io/v1alpha1"
@@ -21,8 +21,15 @@ API_VERSION = "latentflow.io/v1alpha1"
 MODEL_LABEL, ROLE_LABEL = "latentflow.io/model", "latentflow.io/role"
 SCHEMES = ("", "file", "pvc", "hf", "s3", "oci")
 _DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+_DEVICE = r"^(cpu|cuda(:[0-9]{1,2})?)$"
+# What a text has to be that does not match a pattern.
+PATTERNS = {
+    _DNS_LABEL: "a name of lower-case letters, digits and '-', at most 63 characters",
+    _DEVICE: "a device; devices are cpu, cuda and cuda:N",
+}
 
 Name = Annotated[str, Field(pattern=_DNS_LABEL, max_length=63)]
+Device = Annotated[str, Field(pattern=_DEVICE)]
 Size = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
 
 
@@ -51,6 +58,14 @@ class Typed(BaseModel):
             if isinstance(data, dict) and former in data:
                 raise ValueError(f"the field {former} was renamed; write {present}")
         return data
+
+
+def problems(error: ValidationError) -> str:
+    """What is wrong with a value, in one line that names the fields as in files."""
+    return "; ".join(
+        f"{'.'.join(to_camel(str(part)) for part in one['loc']) or 'value'}: {one['msg']}"
+        for one in error.errors(include_url=False)
+    )
 
 
 class Source(Typed):
@@ -101,15 +116,68 @@ class Source(Typed):
         return self
 
 
-class Engine(Typed):
-    """How a model's server runs it."""
+_COMPUTING = (Role.TEXT_ENCODER, Role.DENOISER, Role.CONTROL_NET, Role.VAE)
 
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the model runs.")
-    threads: int | None = Field(
-        default=None, ge=1, le=1024, description="CPU threads of a forward pass; absent: the cores of the container."
+
+def _option(*roles: Role, default: Any, description: str, **constraints: Any) -> Any:
+    """An engine option: the roles whose servers use it, its default and its bounds, as of pydantic's Field."""
+    return Field(
+        default=default,
+        description=f"{description} Used by {', '.join(roles)}.",
+        json_schema_extra={"roles": list(roles)},
+        **constraints,
     )
-    max_running: int = Field(default=4, ge=1, le=64, description="Requests that may share a forward pass.")
-    max_waiting: int = Field(default=64, ge=0, le=4096, description="Requests that may wait in the server.")
+
+
+class Engine(Typed):
+    """How a model's server runs it: the options of `latentflow-node --engine`.
+
+    This is the only list of them. CRD, server arguments of operator and embedded runtime, and reference follow from it.
+    """
+
+    device: Device = _option(*_COMPUTING, default="cpu", description="Device of the model: cpu, cuda or cuda:N.")
+    threads: int | None = _option(
+        *_COMPUTING, default=None, ge=1, le=1024, description="CPU threads of a forward pass; absent: all usable cores."
+    )
+    max_running: int = _option(
+        Role.DENOISER, default=4, ge=1, le=64, description="Maximum number of requests in one forward pass."
+    )
+    max_waiting: int = _option(
+        *_COMPUTING,
+        default=64,
+        ge=0,
+        le=4096,
+        description="Maximum number of queued requests; further ones are refused.",
+    )
+
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as in files."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
+    def distinguishing(self, role: Role) -> dict[str, Any]:
+        """The options that make a model of a role another one, by Python names: used by it, and not at a neutral value."""
+        found = {name: getattr(self, name) for name in Engine.model_fields if role in option_roles(name)}
+        return {name: value for name, value in found.items() if value != Engine.model_fields[name].default}
+
+    def override(self, role: Role, changes: Mapping[str, Any]) -> Engine:
+        """With changes, by Python names, of the options that a role uses. ValueError for a value out of bounds."""
+        used = {name: value for name, value in changes.items() if role in option_roles(name)}
+        return Engine.model_validate(self.model_dump(exclude_defaults=True) | used)
+
+    def check(self, role: Role) -> None:
+        """Raises ValueError if an option differs from its default that servers of the role do not use."""
+        for name, field in Engine.model_fields.items():
+            roles = option_roles(name)
+            if role not in roles and getattr(self, name) != field.default:
+                raise ValueError(f"engine.{field.alias} is an option of {', '.join(roles)}, not of {role}; remove it")
+
+
+def option_roles(option: str) -> tuple[Role, ...]:
+    """The roles whose servers use an engine option, by its Python name."""
+    extra = Engine.model_fields[option].json_schema_extra
+    if not isinstance(extra, dict):
+        raise TypeError(f"{option} is not declared as an option")
+    return tuple(Role(str(role)) for role in cast("list[str]", extra["roles"]))
 
 
 class Scaling(Typed):
@@ -165,6 +233,16 @@ class ServedModel(Typed):
     )
     engine: Engine = Field(default_factory=Engine, description="How the model's server runs it.")
     resources: dict[str, Any] = Field(default_factory=dict, description="As Container.resources: requests and limits.")
+
+    @model_validator(mode="after")
+    def _options_of_its_role(self) -> Self:
+        self.engine.check(self.role)
+        return self
+
+    @field_serializer("engine")
+    def _only_options_that_are_set(self, engine: Engine) -> dict[str, Any]:
+        # So a later change of a default reaches objects that were written before, and a new option changes none.
+        return engine.options()
 
     def served(self) -> dict[str, Any]:
         """The fields that every ServedModel has, by their Python names."""

@@ -41,7 +41,10 @@ class ControlNet:
         self._timer = ForwardTimer(self._network)
         settings = context.settings
         self._worker = Worker(
-            threads=settings.threads, max_waiting=settings.max_waiting, turn=context.turn, metrics=context.metrics
+            threads=settings.threads,
+            max_waiting=settings.engine.max_waiting,
+            turn=context.turn,
+            metrics=context.metrics,
         )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:

@@ -61,8 +61,8 @@ class Denoiser:
         self._engine = Engine(
             network=self._network,
             merger=self._merger,
-            max_running=settings.max_running,
-            max_waiting=settings.max_waiting,
+            max_running=settings.engine.max_running,
+            max_waiting=settings.engine.max_waiting,
             threads=settings.threads,
             turn=context.turn,
             metrics=context.metrics,

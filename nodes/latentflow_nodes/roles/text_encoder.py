@@ -57,7 +57,7 @@ class TextEncoder:
         settings = context.settings
         self._worker = Worker(
             threads=min(settings.threads, _useful_threads(encoders.values())),
-            max_waiting=settings.max_waiting,
+            max_waiting=settings.engine.max_waiting,
             turn=context.turn,
             metrics=context.metrics,
         )
