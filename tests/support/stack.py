@@ -142,10 +142,8 @@ async def started(
     async with contextlib.AsyncExitStack() as stack:
         nodes = {}
         for name, (role, subfolder) in parts.items():
-            its = settings | (own or {}).get(name, {})
-            node = NodeSettings(
-                role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, engine=Engine(threads=1), **its
-            )  # type: ignore[arg-type]
+            its = {"engine": Engine(threads=1)} | settings | (own or {}).get(name, {})
+            node = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, **its)  # type: ignore[arg-type]
             nodes[name] = await stack.enter_async_context(serve(node))
         metrics = next(iter(nodes.values())).context.metrics
         peers = await stack.enter_async_context(
