@@ -1,1 +1,1 @@
-"""The gateway: takes requests, plans their stages, sends each to a replica, and hands handles along."""
+"""The gateway: admits requests, plans their stages, runs each on a replica, and passes handles from stage to stage."""

@@ -1,4 +1,4 @@
-"""Who may come in: a bounded number of requests at work, a bounded queue before them, an honest refusal after that."""
+"""Admission of requests: a bounded number runs at a time, a bounded number is queued, and any further one is refused."""
 
 from __future__ import annotations
 
@@ -15,46 +15,47 @@ class Admission:
     """The gateway's queue.
 
     Args:
-        max_running: Requests at work at a time.
-        max_queued: Requests that may wait for that.
+        max_running: Requests that run at a time.
+        max_queued: Admitted requests that do not run yet.
     """
 
     def __init__(self, *, max_running: int, max_queued: int, metrics: Instruments) -> None:
         self._slots = asyncio.Semaphore(max_running)
         self._max_running = max_running
         self._max_queued = max_queued
-        self._present = 0
-        self._mean = 1.0
+        self._admitted = 0
+        self._mean_seconds = 1.0
         self._metrics = metrics
 
     @property
     def queued(self) -> int:
-        """Requests that wait."""
-        return max(0, self._present - self._max_running)
+        """Admitted requests beyond those that may run."""
+        return max(0, self._admitted - self._max_running)
 
     @contextlib.contextmanager
-    def present(self, workflow: str) -> Iterator[None]:
-        """A place in the gateway, before its models are awake and it is at work. OverloadedError when there is none.
+    def admit(self, workflow: str) -> Iterator[None]:
+        """Counts a request as admitted while entered, from before its models are awake until it has ended.
 
-        The error says when there should be room.
+        OverloadedError where the queue is full; its `retry_after` is when half of the queue should be gone.
         """
-        if self._present >= self._max_running + self._max_queued:
+        if self._admitted >= self._max_running + self._max_queued:
+            delay = retry_delay(mean=self._mean_seconds, ahead=self.queued, running=self._max_running)
             raise OverloadedError(
-                f"The gateway's queue is full ({self.queued} of {self._max_queued} waiting); try again later.",
-                retry_after=max(0.1, retry_delay(mean=self._mean, ahead=self.queued, running=self._max_running)),
+                f"The gateway's queue is full ({self.queued} of {self._max_queued} requests queued); try again later.",
+                retry_after=max(0.1, delay),
             )
         in_flight = self._metrics.of("latentflow_gateway_in_flight", workflow=workflow)
-        self._present += 1
+        self._admitted += 1
         in_flight.inc()
         try:
             yield
         finally:
-            self._present -= 1
+            self._admitted -= 1
             in_flight.dec()
 
     @contextlib.asynccontextmanager
     async def slot(self, workflow: str) -> AsyncIterator[None]:
-        """A place at work, for who is present; waits for it."""
+        """A running slot for an admitted request; waits until one is free."""
         waiting = self._metrics.of("latentflow_gateway_queue_depth", workflow=workflow)
         waiting.inc()
         try:
@@ -66,9 +67,9 @@ class Admission:
             yield
         finally:
             self._slots.release()
-            self._mean = 0.9 * self._mean + 0.1 * (time.monotonic() - started)
+            self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * (time.monotonic() - started)
 
 
 def retry_delay(*, mean: float, ahead: int, running: int) -> float:
-    """Seconds until half of those ahead are through, `running` of them at a time, each taking `mean` seconds."""
+    """Seconds until half of `ahead` queued requests have ended, with `running` at a time and `mean` seconds for each."""
     return mean * (ahead / 2) / running

@@ -1,8 +1,8 @@
-"""Who may call a gateway: clients that send one of the API keys which lie in a folder, a file for each client.
+"""Authentication of clients by API keys, which are the files of a folder: one for each client.
 
-A Kubernetes Secret mounted as a folder has this form: an entry's name is the client's, its content the key. The folder
-is looked at with every call, so that a key that was taken away opens nothing from then on. Of a key only its digest is kept;
-logs and metrics have the client's name.
+A Kubernetes Secret mounted as a folder has this form: the file's name is the client's, its content is the key. The folder
+is checked at every call, so that a key is refused as soon as its file is removed. The gateway keeps only digests of the
+keys; logs and metrics carry the client's name.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 
 _log = structlog.get_logger()
-# Kubelets check the health of a gateway and tools ask what it offers, both without a key.
-_OPEN = ("/grpc.health.v1.", "/grpc.reflection.")
+# Kubelets check the gateway's health, and tools list its services, without a key.
+_WITHOUT_KEY = ("/grpc.health.v1.", "/grpc.reflection.")
 _caller: ContextVar[str] = ContextVar("caller", default="")
 
 Digest = NewType("Digest", bytes)
-# Name, time of change, inode and size of every file.
+# Name, modification time, inode and size of every file.
 _Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 def digests(files: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
-    """The clients and their keys' digests out of files' names and contents; files without a key are left out: pure.
+    """Digests of the keys by client, from the names and contents of files. Empty files are left out. Pure.
 
-    Space around a key is no part of it: editors and `echo` end a file with a newline.
+    White space around a key is not part of it: editors and `echo` end a file with a newline.
     """
     return {name: _digest(key) for name, content in files if (key := content.strip())}
 
 
 def client_of(authorization: str, known: Mapping[str, Digest]) -> str | None:
-    """The client whose key an authorization header carries; None where it is nobody's: pure.
+    """The client whose key an authorization header carries; None where the key is unknown. Pure.
 
-    It takes the same time whichever key is sent and whoever's it is.
+    The time it takes does not depend on the key that was sent, nor on which client it belongs to.
 
     Args:
         authorization: "Bearer KEY".
@@ -59,12 +59,12 @@ def client_of(authorization: str, known: Mapping[str, Digest]) -> str | None:
 
 
 def caller() -> str:
-    """The client whose call this task serves; empty where the gateway asks for no key."""
+    """The client whose call this task serves; empty where the gateway requires no key."""
     return _caller.get()
 
 
 class ApiKeys:
-    """The keys of a folder, as it is now."""
+    """The current keys of a folder."""
 
     def __init__(self, folder: Path) -> None:
         """FailedPreconditionError where the folder cannot be read."""
@@ -74,19 +74,19 @@ class ApiKeys:
             self._known = _read(folder)
         except OSError as error:
             raise FailedPreconditionError(
-                f"The API keys cannot be read from {folder}: {error.strerror}. Name a folder with a file for each client."
+                f"The API keys cannot be read from {folder}: {error.strerror}. Pass a folder with one file for each client."
             ) from None
         _log.info("API keys read", clients=sorted(self._known))
 
     def client(self, authorization: str) -> str | None:
-        """The client whose key an authorization header carries; None where it is nobody's.
+        """The client whose key an authorization header carries; None where the key is unknown.
 
-        While the folder cannot be read, the keys that were there last stand.
+        While the folder cannot be read, the keys that were read last stay valid.
         """
-        self._follow()
+        self._refresh()
         return client_of(authorization, self._known)
 
-    def _follow(self) -> None:
+    def _refresh(self) -> None:
         try:
             stamp = _stamp(self._folder)
             if stamp == self._seen:
@@ -95,32 +95,32 @@ class ApiKeys:
             _log.info("API keys changed", clients=sorted(self._known))
         except OSError as error:
             if self._seen is not None:
-                _log.warning("the API keys cannot be read; what is known stands", problem=error.strerror)
+                _log.warning("API keys cannot be read; the last ones stay valid", problem=error.strerror)
             stamp = None
         self._seen = stamp
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without a key, and names the client of the others in what is logged of them."""
+    """Refuses calls without a valid key, and binds the client's name to the log context of the others."""
 
     def __init__(self, keys: ApiKeys, *, metrics: Instruments) -> None:
         self._keys = keys
         self._metrics = metrics
         self._missing = refusing(
             AuthenticationError(
-                "This gateway asks for an API key: give Client(api_key=…) or --api-key, or set LATENTFLOW_API_KEY.",
+                "This gateway requires an API key: pass Client(api_key=…) or --api-key, or set LATENTFLOW_API_KEY.",
                 reason=Reason.API_KEY_MISSING,
             )
         )
         self._wrong = refusing(
             AuthenticationError(
-                "This gateway does not know that API key; it may have been replaced: ask for the present one.",
+                "This gateway does not accept the API key; it may have been replaced. Ask for the current one.",
                 reason=Reason.API_KEY_UNKNOWN,
             )
         )
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        if details.method.startswith(_OPEN):
+        if details.method.startswith(_WITHOUT_KEY):
             return await continuation(details)
         sent = str(dict(details.invocation_metadata).get(rpc.AUTHORIZATION, ""))
         client = self._keys.client(sent)
@@ -138,7 +138,7 @@ def _digest(key: bytes) -> Digest:
 
 def _files(folder: Path) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        # The kubelet's own entries, and editors', begin with a dot.
+        # The kubelet and editors keep entries of their own whose names begin with a dot.
         found = [entry for entry in entries if not entry.name.startswith(".") and entry.is_file()]
     return sorted(found, key=lambda entry: entry.name)
 

@@ -1,7 +1,8 @@
-"""The directory as a cluster's own objects say it: DiffusionWorkflows and the EndpointSlices of their models' Services.
+"""The directory of a cluster: its DiffusionWorkflows and the EndpointSlices of their models' Services.
 
-Followed by watches, so that a workflow, a binding or a replica is known as soon as the API server knows it. While the API
-server is away, what is known stands. Which replica takes requests is not asked here: the servers say so themselves.
+Watches follow both, so that a workflow, a binding or a replica is known as soon as the API server has it. While the API
+server is unreachable, the last directory stays in force. Whether a replica is ready is not read here: the gateway watches
+the health of every server.
 """
 
 from __future__ import annotations
@@ -29,18 +30,19 @@ from pydantic import ValidationError
 Body = dict[str, Any]
 
 _log = structlog.get_logger()
-# What it says with a traceback whenever a watch ends, is said here in a line.
+# The informer logs a traceback whenever a watch ends; `_failed` logs one line instead.
 logging.getLogger("kubernetes.informer").setLevel(logging.CRITICAL)
-# A watch that has silently died is noticed by then; a quiet one is renewed.
+# A watch is renewed so often, so that one whose connection is lost without notice ends.
 _RENEW_SECONDS = 300
 _RETRY_SECONDS = 1.0
 
 
 def directory(workflows: Iterable[Body], slices: Iterable[Body]) -> Directory:
-    """What a cluster's objects come to: pure.
+    """The directory that a cluster's objects describe. Pure.
 
-    A workflow's models are named by what serves them now, as its status says, so that a changed model is asked for only
-    once it has taken over; with its namespace, because what a URI means is a namespace's own affair.
+    A workflow's models are replaced by references to the DiffusionModels that its status binds, so that a changed model gets
+    requests only once the binding has switched to it. A reference includes the namespace, because the same URI may mean
+    different weights in another namespace.
     """
     read = [found for body in workflows if (found := _workflow(body)) is not None]
     replicas: dict[str, set[str]] = {}
@@ -59,10 +61,10 @@ def directory(workflows: Iterable[Body], slices: Iterable[Body]) -> Directory:
 
 
 async def follow(namespaces: tuple[str, ...]) -> AsyncGenerator[Directory, None]:
-    """The directory, when everything has been listed and at every change. FailedPreconditionError without a cluster.
+    """The directory, once everything has been listed and at every change. FailedPreconditionError without a cluster.
 
     Args:
-        namespaces: Which to look at; empty: all.
+        namespaces: Namespaces to watch; empty: all.
     """
     try:
         if "KUBERNETES_SERVICE_HOST" in os.environ:
@@ -71,15 +73,15 @@ async def follow(namespaces: tuple[str, ...]) -> AsyncGenerator[Directory, None]
             config.load_kube_config(config_file=os.environ.get("KUBECONFIG"))
     except config.ConfigException as error:
         raise FailedPreconditionError(
-            f"No cluster to follow: {error} Run in a cluster with a ServiceAccount, or set KUBECONFIG."
+            f"There is no Kubernetes configuration: {error} Run in a pod with a ServiceAccount, or set KUBECONFIG."
         ) from None
     loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
-    def told() -> None:
+    def notify() -> None:
         loop.call_soon_threadsafe(changed.set)
 
     def followers(kind: _Kind) -> list[_Follower]:
-        return [_Follower(kind, namespace, told) for namespace in namespaces or ("",)]
+        return [_Follower(kind, namespace, notify) for namespace in namespaces or ("",)]
 
     workflows = followers(_Kind(f"/apis/{API_VERSION}", "diffusionworkflows", None))
     slices = followers(_Kind("/apis/discovery.k8s.io/v1", "endpointslices", MODEL_LABEL))
@@ -107,13 +109,13 @@ class _Kind:
 
 
 class _Follower(SharedInformer):
-    """One kind in one namespace ("" for all), bodies as dicts. `listed` is set once all there is is known."""
+    """Watches one kind in one namespace ("" for all), with bodies as dicts. `listed` is set after the first list."""
 
     def __init__(self, kind: _Kind, namespace: str, changed: Callable[[], None]) -> None:
         super().__init__(self._call, resync_period=_RENEW_SECONDS, key_func=_key)
         self.listed = threading.Event()
         self._kind, self._changed = kind, changed
-        self._inside = f"/namespaces/{namespace}" if namespace else ""
+        self._scope = f"/namespaces/{namespace}" if namespace else ""
         self._api = kube.ApiClient()
         self._stopping = threading.Event()
         for event in (ADDED, MODIFIED, DELETED):
@@ -121,7 +123,7 @@ class _Follower(SharedInformer):
         self.add_event_handler(ERROR, self._failed)
 
     def end(self) -> None:
-        """Stops following; blocks until it has."""
+        """Ends the watch; blocks until it has ended."""
         self._stopping.set()
         self.stop()
 
@@ -131,10 +133,8 @@ class _Follower(SharedInformer):
         self._changed()
 
     def _failed(self, error: object) -> None:
-        _log.warning(
-            "the API server cannot be followed; what is known stands", kind=self._kind.plural, error=str(error)
-        )
-        # The informer tries again at once, which would be a busy loop while the server is away.
+        _log.warning("watch failed; the last known objects stay in force", kind=self._kind.plural, error=str(error))
+        # The informer retries at once, which would be a busy loop while the server is unreachable.
         self._stopping.wait(_RETRY_SECONDS)
 
     def _call(
@@ -145,7 +145,7 @@ class _Follower(SharedInformer):
         timeout_seconds: int | None = None,
         _preload_content: bool = True,
     ) -> object:
-        """As the generated list calls, which the informer is made for, are."""
+        """Has the signature of the generated list calls, which the informer expects."""
         wanted = {
             "watch": "true" if watch else None,
             "resourceVersion": resource_version,
@@ -154,7 +154,7 @@ class _Follower(SharedInformer):
         }
         request = self._api.param_serialize(
             method="GET",
-            resource_path=f"{self._kind.prefix}{self._inside}/{self._kind.plural}",
+            resource_path=f"{self._kind.prefix}{self._scope}/{self._kind.plural}",
             query_params=[(key, str(value)) for key, value in wanted.items() if value is not None],
             header_params={"Accept": "application/json"},
             auth_settings=["BearerToken"],
@@ -182,7 +182,7 @@ def _workflow(body: Body) -> DiffusionWorkflow | None:
     try:
         read = DiffusionWorkflow.of_object(body)
     except (ValidationError, KeyError) as error:
-        _log.warning("a workflow cannot be read; it is not served", workflow=_key(body), error=str(error))
+        _log.warning("workflow is invalid and is not served", workflow=_key(body), error=str(error))
         return None
     bound = {entry["name"]: entry["model"] for entry in body.get("status", {}).get("models", ())}
     serves = placed(read) | bound

@@ -1,4 +1,4 @@
-"""The directory as a file, which the embedded runtime writes: its states, for the replicas to follow."""
+"""The directory as a file, which the embedded runtime writes and the gateway follows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from latentflow.errors import InvalidRequestError
 from latentflow.internal.directory import Directory
 
 _log = structlog.get_logger()
-_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 
 async def follow(path: Path) -> AsyncGenerator[Directory, None]:
-    """The file's content, now and at every change. InvalidRequestError where it cannot be read at first."""
+    """The directory, now and at every change of the file. InvalidRequestError where it cannot be read at first."""
     seen = _stamp(path)
     yield Directory.read(path)
     while True:
-        await asyncio.sleep(_SECONDS)
+        await asyncio.sleep(_POLL_SECONDS)
         try:
             stamp = _stamp(path)
             if stamp != seen:
@@ -27,7 +27,7 @@ async def follow(path: Path) -> AsyncGenerator[Directory, None]:
                 seen = stamp
                 yield directory
         except InvalidRequestError as error:
-            _log.warning("the directory cannot be read; what is known stands", problem=error.message)
+            _log.warning("directory file cannot be read; the last directory stays in force", problem=error.message)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""The replicas of every model: which can take a request now, and what their models say of themselves.
+"""The replicas of every model: which of them are ready, and the descriptions of their models.
 
-Follows the directory and each replica's health. `acquire` hands a ready replica to one attempt of a stage and
-counts it as busy; what a model's servers last said of it stays known while they are away.
+Follows the directory and watches each replica's health. `acquire` reserves a ready replica for one attempt of a stage. The
+last description of a model stays known while it has no ready replica.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Replica:
         self._watch: Any = None
 
     def suspect(self) -> None:
-        """A call failed as if nobody were there: not ready until its health says so anew."""
+        """Counts as not ready until its health has been checked anew; for a replica that did not answer a call."""
         self.ready = False
         if self._watch is not None:
             self._watch.cancel()
 
     async def states(self) -> AsyncIterator[bool]:
-        """Whether it serves, now and at every change; ends when the connection does."""
+        """Whether its health is SERVING, now and at every change; ends with the connection."""
         stub = health_pb2_grpc.HealthStub(self.channel)
         self._watch = watch = stub.Watch(health_pb2.HealthCheckRequest(service=""), wait_for_ready=False)
         async for response in watch:
@@ -54,12 +54,12 @@ class Replica:
 
 
 class Replicas:
-    """Every replica of a directory. Use as an async context manager, which waits for the directory's first state.
+    """Every replica of a directory. An async context manager, which waits for the first directory.
 
     Args:
-        directories: The directory's states, now and at every change.
+        directories: The directory, now and at every change.
         token: Sent to the servers as bearer token.
-        tls: How to talk to them; None: without TLS.
+        tls: For connections to the servers; None: without TLS.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Replicas:
         self.descriptions: dict[str, control_pb2.DescribeResponse] = {}
 
     async def __aenter__(self) -> Replicas:
-        self._take(await anext(self._directories))
+        self._apply(await anext(self._directories))
         self._follower = asyncio.create_task(self._follow())
         return self
 
@@ -97,7 +97,7 @@ class Replicas:
             await replica.channel.close(grace=None)
 
     def ready(self, identity: str) -> list[Replica]:
-        """Replicas of a model that can take a request now, least busy first."""
+        """Ready replicas of a model, those with the fewest outstanding requests first."""
         own = [r for r in self._replicas.values() if r.identity == identity and r.ready]
         return sorted(own, key=lambda replica: replica.outstanding)
 
@@ -106,18 +106,20 @@ class Replicas:
         return next((r for r in self._replicas.values() if r.address == address), None)
 
     async def pick(self, identity: str, *, seconds: float, near: str | None = None) -> Replica:
-        """The least busy ready replica; waits for one. UnavailableError when none is ready in time.
+        """The ready replica with the fewest outstanding requests; waits for one.
+
+        UnavailableError, reason MODEL_NOT_READY, when none is ready within `seconds`.
 
         Args:
-            near: Address of a server that will exchange tensors with it: a replica on the same host, which in a cluster is
-                in the same pod, goes before all others.
+            near: Address of a server that will exchange tensors with it. A replica on the same host, which in a cluster is
+                the same pod, is preferred to all others.
         """
-        await self.awake([identity], seconds=seconds)
+        await self.wait_ready([identity], seconds=seconds)
         return min(self.ready(identity), key=lambda replica: near is None or _host(replica.address) != _host(near))
 
     @contextlib.asynccontextmanager
     async def acquire(self, identity: str, *, seconds: float, near: str | None = None) -> AsyncIterator[Replica]:
-        """`pick`, counted as busy while held."""
+        """As `pick`; the request counts as outstanding while entered."""
         replica = await self.pick(identity, seconds=seconds, near=near)
         replica.outstanding += 1
         try:
@@ -125,25 +127,26 @@ class Replicas:
         finally:
             replica.outstanding -= 1
 
-    async def awake(self, identities: Collection[str], *, seconds: float) -> None:
-        """Waits until every model has a replica that takes requests, and so has said what it is.
+    async def wait_ready(self, identities: Collection[str], *, seconds: float) -> None:
+        """Waits until every model has a ready replica, whose description is then known.
 
-        All that have none count as held meanwhile, so that they wake at the same time. UnavailableError when one is late.
+        All models without one count as held meanwhile, so that they start at the same time. UnavailableError, reason
+        MODEL_NOT_READY, where one has none within `seconds`.
         """
-        asleep = [identity for identity in identities if not self.ready(identity)]
-        if not asleep:
+        waiting = [identity for identity in identities if not self.ready(identity)]
+        if not waiting:
             return
         try:
             with contextlib.ExitStack() as held:
-                for identity in asleep:
+                for identity in waiting:
                     held.enter_context(self._metrics.of("latentflow_gateway_held", model=identity).track_inprogress())
                 async with asyncio.timeout(seconds), self._changed:
-                    await self._changed.wait_for(lambda: all(map(self.ready, asleep)))
+                    await self._changed.wait_for(lambda: all(map(self.ready, waiting)))
         except TimeoutError:
-            late = next((identity for identity in asleep if not self.ready(identity)), asleep[0])
+            late = next((identity for identity in waiting if not self.ready(identity)), waiting[0])
             raise UnavailableError(
-                f"No replica of the model {late} has been ready for {seconds:.0f} s; it is starting, or its servers "
-                "fail. Look at their logs.",
+                f"Model {late} has had no ready replica for {seconds:.0f} s: its servers are starting, or they fail. See "
+                "their logs.",
                 reason=Reason.MODEL_NOT_READY,
                 details={"model": late},
                 retry_after=1.0,
@@ -151,9 +154,9 @@ class Replicas:
 
     async def _follow(self) -> None:
         async for directory in self._directories:
-            self._take(directory)
+            self._apply(directory)
 
-    def _take(self, directory: Directory) -> None:
+    def _apply(self, directory: Directory) -> None:
         self.directory = directory
         wanted = {(identity, a) for identity, model in self.directory.models.items() for a in model.replicas}
         for key in self._replicas.keys() - wanted:
@@ -170,20 +173,20 @@ class Replicas:
             try:
                 async for serves in replica.states():
                     if serves:
-                        await self._meet(replica)
+                        await self._describe(replica)
                     await self._set(replica, serves)
             except grpc.RpcError:
-                # Not there, or gone: said by the state, tried again below.
+                # The server is unreachable: set as not ready below, and tried again.
                 pass
             except asyncio.CancelledError:
-                # Our own end, or `suspect` that cancelled the call only.
+                # `suspect` cancels the call only; anything else cancels this task.
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise
             await self._set(replica, False)
             await asyncio.sleep(_RECONNECT_SECONDS)
 
-    async def _meet(self, replica: Replica) -> None:
+    async def _describe(self, replica: Replica) -> None:
         description = await control_pb2_grpc.ControlStub(replica.channel).Describe(
             control_pb2.DescribeRequest(protocol_version=rpc.PROTOCOL_VERSION),
             timeout=_DESCRIBE_SECONDS,
@@ -191,12 +194,16 @@ class Replicas:
         )
         known = self.descriptions.get(replica.identity)
         if known is not None and known.content_digest != description.content_digest:
-            _log.warning("a model's weights have changed", model=replica.identity, replica=replica.address)
+            _log.warning(
+                "replica has other weights than the replica before it", model=replica.identity, replica=replica.address
+            )
         self.descriptions[replica.identity] = description
 
     async def _set(self, replica: Replica, ready: bool) -> None:
         if replica.ready != ready:
-            _log.info("replica is ready" if ready else "replica is away", model=replica.identity, at=replica.address)
+            _log.info(
+                "replica is ready" if ready else "replica is not ready", model=replica.identity, at=replica.address
+            )
         async with self._changed:
             replica.ready = ready
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""What to do when an attempt at a stage fails: pure."""
+"""Whether a failed attempt at a stage is repeated, and when. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from latentflow.errors import InternalError, LatentflowError, OverloadedError, UnavailableError
 from latentflow.reasons import Reason
 
-# Failures that one stage of one image survives; a full queue is no failure.
+# Failed attempts after which one stage of one image fails; a full queue does not count as a failure.
 MAX_FAILURES = 6
 _FIRST_SECONDS = 0.05
 _LONGEST_SECONDS = 2.0
@@ -16,14 +16,14 @@ _LONGEST_SECONDS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """Try again after `seconds`; `failures` is the count from now on."""
+    """Repeat the attempt after `seconds`; `failures` is the count of failures from then on."""
 
     seconds: float
     failures: int
 
 
 def decide(error: LatentflowError, *, failures: int, draw: float | None = None) -> Retry | None:
-    """Whether an attempt is worth repeating on whichever replica is ready then; None: the error is the answer.
+    """When to repeat a failed attempt, on any replica that is ready then; None: the stage fails with the error.
 
     Args:
         failures: Failed attempts before this one.
@@ -32,7 +32,7 @@ def decide(error: LatentflowError, *, failures: int, draw: float | None = None) 
     jitter = 0.5 + (random.random() if draw is None else draw) / 2
     pause = min(_LONGEST_SECONDS, _FIRST_SECONDS * 2**failures) * jitter
     if isinstance(error, OverloadedError):
-        # The replica says when to come back; the request's deadline bounds how often.
+        # The replica returns the delay; the request's deadline bounds the number of attempts.
         return Retry(
             seconds=max(_FIRST_SECONDS, min(error.retry_after or pause, _LONGEST_SECONDS)) * jitter, failures=failures
         )

@@ -41,7 +41,7 @@ class Gateway:
     health: health.aio.HealthServicer
 
     async def stop(self, grace: float) -> None:
-        """Takes no new request and gives the running ones `grace` seconds."""
+        """Admits no new requests and gives the running ones `grace` seconds to finish."""
         self.servicer.running.draining = True
         await self.health.enter_graceful_shutdown()
         await self.server.stop(grace)
@@ -50,7 +50,7 @@ class Gateway:
 
 @contextlib.asynccontextmanager
 async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
-    """Serves when entered. LatentflowError where the port, the directory file or the API keys cannot be used."""
+    """A gateway that serves while entered. LatentflowError where a port, the directory or the API keys cannot be used."""
     metrics = Instruments(GATEWAY)
     keys = [KeyInterceptor(ApiKeys(settings.api_keys), metrics=metrics)] if settings.api_keys else []
     server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS), interceptors=keys)
@@ -88,7 +88,7 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
 def _directories(settings: GatewaySettings) -> AsyncGenerator[Directory, None]:
     if settings.directory is not None:
         return directory_file.follow(settings.directory)
-    # Kubernetes' client takes long to import and is not needed elsewhere.
+    # The Kubernetes client takes long to import, and a gateway with a directory file does not need it.
     from latentflow_gateway import cluster
 
     return cluster.follow(settings.namespaces)
@@ -104,7 +104,7 @@ async def run(settings: GatewaySettings) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command `latentflow-gateway`. Exits 2 with one line where it cannot serve as asked."""
+    """The command `latentflow-gateway`. Exits 2 with one line where it cannot serve with its settings."""
     settings = settings_module.parse(argv)
     logs.configure(process="gateway", form=settings.log_format)
     serving.run("latentflow-gateway", run(settings))

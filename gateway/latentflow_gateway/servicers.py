@@ -1,4 +1,4 @@
-"""The public service: admits, plans, executes, streams; describes workflows."""
+"""The public service: runs Generate requests and describes workflows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from latentflow.v1 import generation_pb2, generation_pb2_grpc
 from latentflow_gateway import api_keys, planning
 from latentflow_gateway.admission import Admission
 from latentflow_gateway.execution import Execution
-from latentflow_gateway.joins import Broadcast, Joins
+from latentflow_gateway.idempotency import Broadcast, IdempotentRequests
 from latentflow_gateway.replicas import Replicas
 from latentflow_gateway.settings import GatewaySettings
 
@@ -26,14 +26,14 @@ _log = structlog.get_logger()
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServicer):
-    """Serves Generation over the replicas."""
+    """The Generation service, over the replicas of a directory."""
 
     def __init__(self, *, settings: GatewaySettings, replicas: Replicas, metrics: Instruments) -> None:
         self._settings = settings
         self._replicas = replicas
         self._metrics = metrics
         self._admission = Admission(max_running=settings.max_running, max_queued=settings.max_queued, metrics=metrics)
-        self._joins = Joins()
+        self._requests = IdempotentRequests()
         self.running = Running()
         self._releasing: set[asyncio.Task[None]] = set()
 
@@ -65,13 +65,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         return generation_pb2.ListWorkflowsResponse(workflows=names)
 
     async def released(self) -> None:
-        """Returns when what ended requests held has been given back."""
+        """Returns when the tensors of ended requests have been released."""
         await asyncio.gather(*self._releasing)
 
     async def _events(
         self, call: Call, request: generation_pb2.GenerateRequest
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        """The events of a request: of a new one, or of that which an earlier call with its idempotency key has started."""
+        """The events of a request, which may have started with an earlier call with the same idempotency key."""
         workflow = planning.find(self._replicas.directory.workflows, request.workflow)
         longest = asyncio.get_running_loop().time() + self._settings.request_seconds
         call = replace(call, deadline=min(call.deadline, longest))
@@ -79,7 +79,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         async def work(broadcast: Broadcast) -> None:
             await self._run(call, workflow, request, broadcast)
 
-        async for event in self._joins.join(request, work, client=api_keys.caller()).listen():
+        async for event in self._requests.submit(request, work, client=api_keys.caller()).listen():
             yield event
 
     async def _run(
@@ -91,7 +91,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     ) -> None:
         """One request, from planning to its last event. The work of a `Broadcast`."""
         ready_seconds = min(self._settings.ready_seconds, max(0.0, call.deadline - asyncio.get_running_loop().time()))
-        with self._admission.present(workflow.full_name):
+        with self._admission.admit(workflow.full_name):
             plan = await self._planned(workflow, request, seed=secrets.randbits(32), seconds=ready_seconds)
             accepted = generation_pb2.Accepted(
                 request_id=call.request_id,
@@ -100,14 +100,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 workflow=plan.workflow,
             )
             broadcast.emit(generation_pb2.GenerateResponse(accepted=accepted))
-            _log.info("accepted", workflow=plan.workflow, images=plan.images, steps=plan.steps)
-            # Those that sleep wake at the same time, and before the request takes a place that others could work at.
-            await self._replicas.awake(planning.needed(workflow, request).values(), seconds=ready_seconds)
+            _log.info("request accepted", workflow=plan.workflow, images=plan.images, steps=plan.steps)
+            # All models that are not ready start at the same time, before the request takes a running slot.
+            await self._replicas.wait_ready(planning.needed(workflow, request).values(), seconds=ready_seconds)
             async with self._admission.slot(plan.workflow):
-                # Which models serve the workflow may have changed while the request waited.
-                present = planning.find(self._replicas.directory.workflows, plan.workflow)
-                if present is not workflow:
-                    plan = await self._planned(present, request, seed=plan.seed, seconds=ready_seconds)
+                # The workflow's binding to models may have changed while the request was queued.
+                current = planning.find(self._replicas.directory.workflows, plan.workflow)
+                if current is not workflow:
+                    plan = await self._planned(current, request, seed=plan.seed, seconds=ready_seconds)
                 await self._execute(call, plan, broadcast)
 
     async def _execute(self, call: Call, plan: planning.Plan, broadcast: Broadcast) -> None:
@@ -133,13 +133,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def _planned(
         self, workflow: DiffusionWorkflow, request: generation_pb2.GenerateRequest, *, seed: int, seconds: float
     ) -> planning.Plan:
-        """The plan, once every model that it needs has said what it is.
+        """The plan of a request, which needs the description of each of its models; waits for those.
 
         Args:
-            seed: For a request that names none.
+            seed: For a request without a seed.
         """
         needed, known = planning.needed(workflow, request), self._replicas.descriptions
-        await self._replicas.awake([model for model in needed.values() if model not in known], seconds=seconds)
+        await self._replicas.wait_ready([model for model in needed.values() if model not in known], seconds=seconds)
         return planning.plan(
             workflow=workflow,
             request=request,
@@ -161,7 +161,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self._metrics.of("latentflow_gateway_request_seconds", workflow=workflow).observe(outcome.seconds)
         if reason:
             self._metrics.of("latentflow_gateway_errors_total", workflow=workflow, reason=reason).inc()
-        _log.info("ended", workflow=workflow, code=code, reason=reason, seconds=round(outcome.seconds, 3))
+        _log.info("request ended", workflow=workflow, code=code, reason=reason, seconds=round(outcome.seconds, 3))
 
     def _described(self, workflow: DiffusionWorkflow) -> generation_pb2.DescribeWorkflowResponse:
         limits, defaults = self._settings.limits, workflow.spec.defaults
@@ -180,21 +180,21 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         )
         for model in workflow.spec.models:
             key = identity(model)
-            said = self._replicas.descriptions.get(key)
+            description = self._replicas.descriptions.get(key)
             entry = response.models.add(
                 name=model.name, role=model.role.value, model=key, ready_replicas=len(self._replicas.ready(key))
             )
-            if said is None:
+            if description is None:
                 continue
-            entry.content_digest = said.content_digest
+            entry.content_digest = description.content_digest
             if model.role is Role.DENOISER:
-                response.family = said.family
-                own = defaults.sampler or said.denoiser.samplers[0]
-                response.samplers.extend([own, *(name for name in said.denoiser.samplers if name != own)])
+                response.family = description.family
+                own = defaults.sampler or description.denoiser.samplers[0]
+                response.samplers.extend([own, *(name for name in description.denoiser.samplers if name != own)])
             elif model.role is Role.VAE:
-                response.size_multiple = said.vae.scale_factor
+                response.size_multiple = description.vae.scale_factor
             elif model.role is Role.TEXT_ENCODER:
-                response.max_prompt_tokens = min(t.max_tokens for t in said.text_encoder.tokenizers)
+                response.max_prompt_tokens = min(t.max_tokens for t in description.text_encoder.tokenizers)
             elif model.role is Role.LORA_STORE:
-                entry.adapters.extend(adapter.name for adapter in said.lora_store.adapters)
+                entry.adapters.extend(adapter.name for adapter in description.lora_store.adapters)
         return response

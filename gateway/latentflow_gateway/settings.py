@@ -1,4 +1,4 @@
-"""What a gateway is told at its start; read from the command line, handed to everything else frozen."""
+"""The settings of a gateway, read from its command line and environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from latentflow.internal import rpc
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may ask for."""
+    """The largest values of one request."""
 
     max_pixels: int = 2048 * 2048
     max_steps: int = 200
@@ -27,21 +27,20 @@ class GatewaySettings:
     """Settings of one gateway.
 
     Attributes:
-        directory: The directory file; read again whenever it changes. None: the cluster's own objects are followed.
-        namespaces: Of a cluster, which to serve; empty: all.
+        directory: The directory file, which the gateway follows; None: it follows the objects of a Kubernetes cluster.
+        namespaces: Namespaces of the cluster whose workflows are served; empty: all.
         listen: host:port for gRPC.
         metrics: host:port for /metrics.
-        max_running: Requests that are worked on at a time.
-        max_queued: Requests that may wait for that; one more is refused.
-        checkpoint_interval: Steps between checkpoints, which bound what a crash loses.
-        request_seconds: The longest that a request may take, whatever deadline its client set.
-        ready_seconds: How long a request waits for a model that has no ready replica.
-        drain: Seconds that running requests get when the gateway is told to stop.
-        token: Shared secret of the servers.
-        api_keys: A folder with a file for each client, which holds its API key; looked at with every call. None: clients
-            need no key.
-        tls: What clients are served with; None: no TLS.
-        node_tls: What model servers are called with; None: no TLS.
+        max_running: Requests that run at a time.
+        max_queued: Requests that are queued beyond those; any further one is refused.
+        checkpoint_interval: Steps between checkpoints. A request loses at most so many steps when a denoiser fails.
+        request_seconds: The longest that a request may take, whatever its client's deadline is.
+        ready_seconds: The longest that a request waits for a model without a ready replica.
+        drain: Seconds that running requests get to finish after SIGTERM.
+        token: The secret that gateways and model servers share.
+        api_keys: A folder with one file for each client, which holds its API key. None: clients need no key.
+        tls: For connections from clients; None: without TLS.
+        node_tls: For connections to model servers; None: without TLS.
     """
 
     directory: Path | None
@@ -63,60 +62,96 @@ class GatewaySettings:
 
 
 def parse(argv: list[str] | None = None) -> GatewaySettings:
-    """Settings from a command line and the environment; exits with a usage message on nonsense."""
+    """Settings from a command line and the environment; exits with a usage message where they are invalid."""
     parser = argparse.ArgumentParser(
         prog="latentflow-gateway",
-        description="Serves latentflow's Generation service over the model servers of a directory file or of a cluster.",
-        epilog="The servers' shared secret is read from the environment variable LATENTFLOW_TOKEN.",
+        description="Serves the workflows of a directory file or of a Kubernetes cluster to clients.",
+        epilog="The secret that gateways and model servers share is read from the environment variable LATENTFLOW_TOKEN.",
     )
     add = parser.add_argument
     limits = Limits()
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--directory", type=Path, help="the directory file: workflows and where their models listen")
-    where.add_argument("--kube", action="store_true", help="serve the DiffusionWorkflows of the Kubernetes cluster")
-    add("--namespace", action="append", default=[], help="with --kube: a namespace to serve; several times for more")
-    add("--listen", default="127.0.0.1:8400", help="host:port for gRPC (default: 127.0.0.1:8400)")
-    add("--metrics", default="127.0.0.1:0", help="host:port for /metrics (default: a free port)")
-    add("--max-running", type=int, default=32, help="requests worked on at a time (default: 32)")
-    add("--max-queued", type=int, default=128, help="requests that may wait for that (default: 128)")
-    add("--max-pixels", type=int, default=limits.max_pixels, help="most pixels of an image (default: %(default)s)")
-    add("--max-steps", type=int, default=limits.max_steps, help="most steps (default: %(default)s)")
+    where.add_argument(
+        "--directory", type=Path, help="file with the workflows and the addresses of their models' servers"
+    )
+    where.add_argument("--kube", action="store_true", help="serve the DiffusionWorkflows of a Kubernetes cluster")
+    add(
+        "--namespace",
+        action="append",
+        default=[],
+        help="with --kube: serve only this namespace; may be repeated (default: all namespaces)",
+    )
+    add("--listen", default="127.0.0.1:8400", help="host:port on which to serve gRPC (default: 127.0.0.1:8400)")
+    add("--metrics", default="127.0.0.1:0", help="host:port on which to serve /metrics (default: a free port)")
+    add("--max-running", type=int, default=32, help="requests that run at a time (default: 32)")
+    add(
+        "--max-queued",
+        type=int,
+        default=128,
+        help="requests that are queued beyond those; any further one is refused (default: 128)",
+    )
+    add(
+        "--max-pixels",
+        type=int,
+        default=limits.max_pixels,
+        help="most pixels of an image, width times height (default: %(default)s)",
+    )
+    add(
+        "--max-steps",
+        type=int,
+        default=limits.max_steps,
+        help="most denoising steps of a request (default: %(default)s)",
+    )
     add("--max-images", type=int, default=limits.max_images, help="most images of a request (default: %(default)s)")
     add(
         "--max-control-image-bytes",
         type=int,
         default=limits.max_control_image_bytes,
-        help="largest control image (default: %(default)s)",
+        help="largest control image, in bytes (default: %(default)s)",
     )
     add(
         "--ready-seconds",
         type=float,
         default=60.0,
-        help="seconds a request waits for a model without ready replicas: for it to wake (default: 60)",
+        help="longest wait of a request for a model without a ready replica, in seconds (default: 60)",
     )
     add(
         "--request-seconds",
         type=float,
         default=600.0,
-        help="the longest that a request may take, whatever deadline its client set (default: 600)",
+        help="longest time of a request, whatever its client's deadline is, in seconds (default: 600)",
     )
-    add("--checkpoint-interval", type=int, default=10, help="steps between checkpoints; 0: none (default: 10)")
-    add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
-    add("--api-keys", type=Path, help="folder with a file for each client, its API key; others are refused")
-    add("--tls-cert", type=Path, help="certificate for clients, PEM")
-    add("--tls-key", type=Path, help="its key, PEM")
-    add("--tls-ca", type=Path, help="CA of clients' certificates, PEM; makes TLS mutual")
-    add("--node-tls-ca", type=Path, help="CA of the model servers' certificates, PEM; calls them with TLS")
-    add("--node-tls-cert", type=Path, help="certificate to show to model servers, PEM")
-    add("--node-tls-key", type=Path, help="its key, PEM")
-    add("--log-format", choices=("console", "json"), default="console")
+    add(
+        "--checkpoint-interval",
+        type=int,
+        default=10,
+        help="steps between checkpoints of a request; 0: no checkpoints (default: 10)",
+    )
+    add(
+        "--drain",
+        type=float,
+        default=30.0,
+        help="seconds that running requests get to finish after SIGTERM (default: 30)",
+    )
+    add(
+        "--api-keys",
+        type=Path,
+        help="folder with one file for each client, which holds its API key (default: clients need no key)",
+    )
+    add("--tls-cert", type=Path, help="certificate shown to clients, PEM; turns TLS on")
+    add("--tls-key", type=Path, help="key of --tls-cert, PEM")
+    add("--tls-ca", type=Path, help="CA of the clients' certificates, PEM; clients without one are then refused")
+    add("--node-tls-ca", type=Path, help="CA of the model servers' certificates, PEM; turns TLS to them on")
+    add("--node-tls-cert", type=Path, help="certificate shown to model servers, PEM")
+    add("--node-tls-key", type=Path, help="key of --node-tls-cert, PEM")
+    add("--log-format", choices=("console", "json"), default="console", help="form of log lines (default: console)")
     args = parser.parse_args(argv)
     positive = ("max_running", "max_pixels", "max_steps", "max_images", "max_control_image_bytes")
     for name in positive:
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} has to be at least 1, not {getattr(args, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     if args.namespace and not args.kube:
-        parser.error("--namespace goes with --kube")
+        parser.error("--namespace needs --kube")
     tls = node_tls = None
     if args.tls_cert or args.tls_key or args.tls_ca:
         if not (args.tls_cert and args.tls_key):

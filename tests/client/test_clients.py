@@ -24,7 +24,7 @@ from latentflow.reasons import Reason
 FAST = Retries(first=0.001, longest=0.002)
 
 
-def test_generate_returns_as_many_images_as_were_asked_for() -> None:
+def test_generate_returns_as_many_images_as_were_requested() -> None:
     steps: list[int] = []
     with Client(transport=MockTransport()) as client:
         result = client.generate("a", images=2, seed=3, width=16, on_progress=lambda p: steps.append(p.step))
@@ -33,7 +33,7 @@ def test_generate_returns_as_many_images_as_were_asked_for() -> None:
     assert steps == [1, 2, 1, 2]
 
 
-def test_stream_yields_events_in_their_order() -> None:
+def test_stream_yields_events_in_order() -> None:
     with Client(transport=MockTransport()) as client:
         kinds = [type(event) for event in client.stream("a")]
     assert kinds == [Accepted, Progress, Progress, ImageReady, Done]
@@ -49,7 +49,7 @@ async def test_the_asynchronous_client_has_the_same_surface() -> None:
     assert kinds == [Accepted, Progress, Progress, ImageReady, Done]
 
 
-def test_what_is_safe_to_retry_is_sent_again_with_the_same_seed_and_key() -> None:
+def test_retryable_errors_are_retried_with_the_same_seed_and_key() -> None:
     transport = MockTransport(errors=[UnavailableError("gone"), OverloadedError("full", retry_after=0.001)])
     with Client(transport=transport, retries=FAST) as client:
         client.generate("a")
@@ -64,7 +64,7 @@ async def test_the_asynchronous_client_retries_too() -> None:
     assert len(transport.requests) == 2
 
 
-def test_what_would_fail_again_is_raised_at_once() -> None:
+def test_errors_that_would_occur_again_are_raised_at_once() -> None:
     transport = MockTransport(errors=[InvalidRequestError("no")])
     with Client(transport=transport, retries=FAST) as client, pytest.raises(InvalidRequestError):
         client.generate("a")
@@ -86,7 +86,7 @@ def test_a_timeout_bounds_all_attempts_together() -> None:
     assert len(transport.requests) < 5
 
 
-def test_a_gateway_that_is_not_there_is_named_with_what_to_do() -> None:
+def test_an_unreachable_gateway_is_reported_with_its_target_and_a_remedy() -> None:
     raises = pytest.raises(UnavailableError, match=r"No gateway answers at 127\.0\.0\.1:1\. Start one with")
     with Client("127.0.0.1:1", retries=NO_RETRIES) as client, raises as caught:
         client.generate("a", timeout=10)

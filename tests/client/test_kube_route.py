@@ -15,7 +15,7 @@ def listing(*names: str, endpoint: str | None = "latentflow-gateway.flow.svc:840
     return {"items": [{"metadata": {"name": name, "namespace": "art"}, "status": status} for name in names]}
 
 
-def test_the_route_leads_to_the_service_that_the_workflow_s_status_names() -> None:
+def test_the_route_is_the_service_that_the_workflow_s_status_names() -> None:
     wanted = kube.Route(workflow="art/shapes", service="latentflow-gateway", namespace="flow", port=8400)
     assert kube.route(listing("shapes"), None) == wanted
     assert kube.route(listing("other", "shapes"), "shapes") == wanted
@@ -31,7 +31,7 @@ def test_the_route_leads_to_the_service_that_the_workflow_s_status_names() -> No
         (listing("a", endpoint="elsewhere:1"), None, UnavailableError, "names no endpoint"),
     ],
 )
-def test_where_there_is_no_route_it_says_why(
+def test_a_missing_route_is_reported_with_its_cause(
     found: dict[str, Any], workflow: str | None, error: type[LatentflowError], words: str
 ) -> None:
     with pytest.raises(error, match=words.replace("?", r"\?")):
@@ -46,7 +46,7 @@ def test_where_there_is_no_route_it_says_why(
         (["--kube"], "--kube needs kubectl"),
     ],
 )
-def test_options_that_cannot_go_together_or_miss_their_program_are_refused(
+def test_options_that_exclude_each_other_or_need_a_missing_program_are_refused(
     options: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from latentflow.cli import app

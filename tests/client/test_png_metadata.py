@@ -11,7 +11,7 @@ from latentflow.errors import InvalidRequestError
 from PIL import Image
 
 
-def test_the_recipe_comes_back_and_the_pixels_are_unchanged(tmp_path: Path) -> None:
+def test_a_recipe_is_read_as_it_was_written_and_the_pixels_are_unchanged(tmp_path: Path) -> None:
     request = requests.build("a", negative_prompt="b", seed=4, loras={"neon": 0.5}, sampler="ddim")
     with Client(transport=MockTransport()) as client:
         result = client.generate("a", seed=4)
@@ -26,7 +26,7 @@ def test_the_recipe_comes_back_and_the_pixels_are_unchanged(tmp_path: Path) -> N
     assert recipe.arguments()["loras"] == {"neon": 0.5}
 
 
-def test_a_png_without_a_recipe_is_said_to_have_none(tmp_path: Path) -> None:
+def test_a_png_without_a_recipe_is_refused(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "PNG")
     (tmp_path / "a.png").write_bytes(stream.getvalue())

@@ -48,7 +48,7 @@ def test_a_reason_is_its_name_and_is_documented_in_whole_sentences() -> None:
             assert text.endswith(".")
 
 
-def test_every_class_of_errors_has_a_status_code_and_a_default_reason_of_its_own() -> None:
+def test_every_error_class_has_its_own_status_code_and_default_reason() -> None:
     def below(kind: type[LatentflowError]) -> set[type[LatentflowError]]:
         return {kind}.union(*map(below, kind.__subclasses__()))
 

@@ -22,13 +22,13 @@ def test_a_seed_and_a_key_are_always_set_so_that_a_retry_makes_the_same_images()
     assert first.idempotency_key != second.idempotency_key
 
 
-def test_what_is_not_given_is_left_to_the_workflow() -> None:
+def test_absent_arguments_are_left_to_the_workflow() -> None:
     request = build("a")
     assert not any(request.HasField(name) for name in ("width", "height", "steps", "guidance_scale", "sampler"))
     assert not request.HasField("negative_prompt")
 
 
-def test_an_image_may_be_a_picture_bytes_or_a_path(tmp_path: Path) -> None:
+def test_a_control_image_may_be_a_pil_image_bytes_or_a_path(tmp_path: Path) -> None:
     picture = Image.new("RGB", (8, 8), "red")
     picture.save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()
@@ -61,7 +61,7 @@ numbers = st.one_of(st.none(), st.integers(), st.floats(), st.booleans(), st.tex
 
 
 @given(st.text(max_size=20), numbers, numbers, numbers, numbers)
-def test_any_arguments_make_a_request_or_an_error_of_ours(
+def test_any_arguments_make_a_request_or_an_invalid_request_error(
     prompt: str, width: Any, steps: Any, guidance: Any, seed: Any
 ) -> None:
     with contextlib.suppress(InvalidRequestError):

@@ -82,7 +82,7 @@ async def refused(gateway: Gateway, key: str) -> AuthenticationError:
     return errors[0]
 
 
-async def test_only_a_client_with_a_key_of_the_folder_is_let_in(tmp_path: Path) -> None:
+async def test_only_clients_with_a_key_of_the_folder_are_admitted(tmp_path: Path) -> None:
     async with serving(tmp_path, mounted(tmp_path / "keys", anna=ANNA, ben=f"{BEN}\n")) as gateway:
         for key in (ANNA, BEN, f" {BEN}\n"):
             assert await listed(gateway, key) == [WORKFLOW.full_name]
@@ -93,7 +93,7 @@ async def test_only_a_client_with_a_key_of_the_folder_is_let_in(tmp_path: Path) 
     assert STRANGER not in unknown.message
 
 
-async def test_a_rotated_key_counts_from_the_next_call_and_the_old_one_no_more(tmp_path: Path) -> None:
+async def test_a_rotated_key_is_accepted_from_the_next_call_on_and_the_old_one_refused(tmp_path: Path) -> None:
     keys = mounted(tmp_path / "keys", anna=ANNA)
     async with serving(tmp_path, keys) as gateway:
         assert await listed(gateway, ANNA)
@@ -106,7 +106,7 @@ async def test_a_rotated_key_counts_from_the_next_call_and_the_old_one_no_more(t
         assert (await refused(gateway, BEN)).reason == Reason.API_KEY_UNKNOWN
 
 
-async def test_while_the_folder_cannot_be_read_the_keys_that_were_there_stand(tmp_path: Path) -> None:
+async def test_while_the_folder_cannot_be_read_the_last_keys_stay_valid(tmp_path: Path) -> None:
     keys = mounted(tmp_path / "keys", anna=ANNA)
     async with serving(tmp_path, keys) as gateway:
         keys.rename(tmp_path / "away")
@@ -129,13 +129,13 @@ async def test_health_and_reflection_need_no_key(tmp_path: Path) -> None:
         assert len(answers[0].list_services_response.service) == 3
 
 
-async def test_a_gateway_whose_folder_of_keys_is_not_there_does_not_start(tmp_path: Path) -> None:
+async def test_a_gateway_does_not_start_without_its_folder_of_keys(tmp_path: Path) -> None:
     with pytest.raises(FailedPreconditionError, match="API keys cannot be read from"):
         async with serving(tmp_path, tmp_path / "absent"):
             pass
 
 
-def test_log_and_metrics_name_the_client_and_hold_no_key(tmp_path: Path) -> None:
+def test_logs_and_metrics_contain_client_names_and_no_keys(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "latentflow_gateway.server", "--listen=127.0.0.1:0", "--log-format=json"]
     keys = mounted(tmp_path / "keys", anna=ANNA, ben=BEN)
     command += [f"--directory={directory(tmp_path)}", f"--api-keys={keys}"]
@@ -155,7 +155,7 @@ def test_log_and_metrics_name_the_client_and_hold_no_key(tmp_path: Path) -> None
         finally:
             process.terminate()
         lines += process.stderr.readlines()
-    ended = [json.loads(line) for line in lines if '"ended"' in line]
+    ended = [json.loads(line) for line in lines if '"request ended"' in line]
     assert [line["client"] for line in ended] == ["anna", "ben"]
     for name in ("anna", "ben", "?"):
         assert f'latentflow_gateway_authentications_total{{client="{name}"}} 1.0' in metrics
@@ -163,7 +163,7 @@ def test_log_and_metrics_name_the_client_and_hold_no_key(tmp_path: Path) -> None
         assert key not in "".join(lines) + metrics
 
 
-async def test_clients_take_the_key_from_the_environment_or_from_whoever_makes_them(
+async def test_clients_take_their_key_from_an_argument_or_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(tmp_path, mounted(tmp_path / "keys", anna=ANNA)) as gateway:
@@ -180,7 +180,7 @@ async def test_clients_take_the_key_from_the_environment_or_from_whoever_makes_t
         await refused(gateway, STRANGER)
 
 
-def test_a_key_that_no_call_can_carry_is_refused_when_the_client_is_made() -> None:
+def test_a_key_with_unprintable_characters_is_refused_when_a_client_is_created() -> None:
     with pytest.raises(InvalidRequestError, match="printable ASCII"):
         Client("127.0.0.1:1", api_key=f"{ANNA}\n{BEN}")
 
@@ -190,7 +190,7 @@ KEYS = st.text(alphabet=st.characters(min_codepoint=33, max_codepoint=126), min_
 
 
 @given(keys=st.dictionaries(NAMES, KEYS, max_size=5), sent=KEYS, space=st.sampled_from(["", " ", "\n"]))
-def test_a_key_is_that_of_whoever_has_it_and_of_nobody_else(keys: dict[str, str], sent: str, space: str) -> None:
+def test_a_key_identifies_its_client_and_no_other(keys: dict[str, str], sent: str, space: str) -> None:
     known = digests((name, f"{key}{space}".encode()) for name, key in keys.items())
     found = client_of(f"Bearer {sent}", known)
     assert found is None if sent not in keys.values() else keys[str(found)] == sent

@@ -52,7 +52,7 @@ async def serving(handler: Handler) -> AsyncIterator[tuple[Servicer, AsyncClient
         (ZeroDivisionError("by zero"), InternalError, "Generate failed unexpectedly: ZeroDivisionError: by zero"),
     ],
 )
-async def test_what_a_call_raises_is_its_status_and_its_outcome(
+async def test_the_error_of_a_call_is_its_status_and_its_outcome(
     raised: Exception, kind: type[LatentflowError], words: str
 ) -> None:
     async def handler() -> AsyncIterator[generation_pb2.GenerateResponse]:

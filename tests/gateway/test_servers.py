@@ -125,7 +125,7 @@ async def test_every_server_has_health_reflection_and_metrics(tmp_path: Path) ->
             assert "# HELP latentflow_" in text
 
 
-async def test_clients_gateway_and_model_servers_talk_over_mutual_tls(tmp_path: Path) -> None:
+async def test_clients_gateways_and_model_servers_use_mutual_tls(tmp_path: Path) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -144,7 +144,7 @@ async def test_clients_gateway_and_model_servers_talk_over_mutual_tls(tmp_path: 
                     await stranger.generate(PROMPT, steps=2, timeout=10)
 
 
-async def test_behind_a_forwarded_port_the_gateways_are_known_by_the_name_of_their_service(tmp_path: Path) -> None:
+async def test_behind_a_forwarded_port_gateways_are_verified_by_the_name_of_their_service(tmp_path: Path) -> None:
     authority = trustme.CA()
     host = Route(workflow="art/shapes", service="latentflow-gateway", namespace="latentflow", port=8400).host
     certificate = authority.issue_cert(host)
@@ -161,13 +161,13 @@ async def test_behind_a_forwarded_port_the_gateways_are_known_by_the_name_of_the
                     await client.generate(PROMPT, steps=2, timeout=60 if known else 10)
 
 
-async def test_no_request_takes_longer_than_the_longest_allowed_whatever_its_client_waits(tmp_path: Path) -> None:
+async def test_no_request_runs_longer_than_request_seconds_whatever_its_client_s_timeout(tmp_path: Path) -> None:
     async with served(tmp_path, request_seconds=0.5) as servers, AsyncClient(servers.gateway.address) as client:
         with pytest.raises(DeadlineError):
             await client.generate(PROMPT, steps=50, width=512, height=512, timeout=120)
 
 
-async def test_a_control_image_with_damaged_pixels_is_refused_by_its_controlnet_without_retries(tmp_path: Path) -> None:
+async def test_damaged_pixels_of_a_control_image_are_refused_by_its_controlnet(tmp_path: Path) -> None:
     spec = SHAPES.spec.model_copy(update={"models": [m for m in SHAPES.spec.models if m.name in CONTROLLED]})
     stream = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(stream, "PNG")
@@ -183,7 +183,7 @@ async def test_a_control_image_with_damaged_pixels_is_refused_by_its_controlnet_
         assert value(metrics, "latentflow_requests_total", call="Denoise") == 1
 
 
-async def test_a_client_s_key_opens_the_gateway_and_the_servers_token_the_servers_but_neither_the_other(
+async def test_api_keys_are_accepted_by_gateways_only_and_the_token_by_model_servers_only(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "keys").mkdir()
@@ -203,7 +203,7 @@ async def test_a_client_s_key_opens_the_gateway_and_the_servers_token_the_server
             assert status.error_from(caught.value).code is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_clients_with_keys_of_their_own_do_not_meet_in_an_idempotency_key(tmp_path: Path) -> None:
+async def test_clients_with_different_api_keys_do_not_share_idempotency_keys(tmp_path: Path) -> None:
     (tmp_path / "keys").mkdir()
     for name in ("anna", "ben"):
         (tmp_path / "keys" / name).write_text(f"key-of-{name}")
@@ -217,7 +217,7 @@ async def test_clients_with_keys_of_their_own_do_not_meet_in_an_idempotency_key(
                 await client.generate(PROMPT, steps=2, idempotency_key="1", timeout=60)
 
 
-async def test_a_gateway_that_is_told_to_stop_finishes_what_runs_and_takes_nothing_new(tmp_path: Path) -> None:
+async def test_a_stopping_gateway_finishes_running_requests_and_admits_no_new_ones(tmp_path: Path) -> None:
     async with served(tmp_path) as servers, AsyncClient(servers.gateway.address) as client:
         running = client.stream(PROMPT, steps=60)
         async for event in running:
@@ -232,7 +232,7 @@ async def test_a_gateway_that_is_told_to_stop_finishes_what_runs_and_takes_nothi
                 await late.generate(PROMPT, steps=2, timeout=10)
 
 
-async def test_a_model_server_that_drains_finishes_what_runs(tmp_path: Path) -> None:
+async def test_a_draining_model_server_finishes_running_requests(tmp_path: Path) -> None:
     async with served(tmp_path) as servers, AsyncClient(servers.gateway.address) as client:
         running = client.stream(PROMPT, steps=60)
         async for event in running:
@@ -249,7 +249,7 @@ async def test_a_model_server_that_drains_finishes_what_runs(tmp_path: Path) -> 
         assert caught.value.reason == Reason.MODEL_NOT_READY
 
 
-async def test_a_request_wakes_all_its_models_at_once_and_those_that_wait_for_that_are_bounded(tmp_path: Path) -> None:
+async def test_a_request_is_held_for_all_its_models_at_once_and_held_requests_are_bounded(tmp_path: Path) -> None:
     directory = tmp_path / "directory.json"
     Directory(workflows=(WORKFLOW,), models={}).write(directory)
     settings = GatewaySettings(directory=directory, listen="127.0.0.1:0", max_running=1, max_queued=1)
@@ -272,7 +272,7 @@ async def test_a_request_wakes_all_its_models_at_once_and_those_that_wait_for_th
         await asyncio.gather(*asked, return_exceptions=True)
 
 
-async def test_a_call_that_a_stopping_server_breaks_off_is_one_to_try_again_elsewhere() -> None:
+async def test_a_call_that_a_stopping_server_cancels_is_retried_on_another_replica() -> None:
     server, checks = grpc.aio.server(), health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     port = server.add_insecure_port("127.0.0.1:0")

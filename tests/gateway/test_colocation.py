@@ -1,4 +1,4 @@
-"""Peers that exchange tensors are chosen on one host where there are such: in a cluster that is one pod."""
+"""Peers that exchange tensors are chosen on one host, which in a cluster is one pod, where the host has them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ EDGES = Image.new("RGB", (64, 64))
 
 @dataclass(frozen=True, kw_only=True)
 class Pods:
-    """A gateway's address, and what serves each model on each host. The text encoder is on the first host only."""
+    """A gateway's address, and the server of each model on each host. The text encoder is on the first host only."""
 
     gateway: str
     nodes: dict[tuple[str, str], Node]
 
     def calls(self, host: str, name: str) -> float:
-        """Requests that came to a model on a host."""
+        """Requests that the server of a model on a host has served."""
         metrics = f"127.0.0.1:{self.nodes[host, name].metrics_port}"
         return value(metrics, "latentflow_requests_total", code="OK") - value(
             metrics, "latentflow_requests_total", code="OK", call="Describe"
@@ -88,7 +88,7 @@ async def make(pods: Pods) -> None:
     assert len(result.images) == 2
 
 
-async def test_an_image_is_steered_styled_and_decoded_on_the_host_of_its_denoiser(tmp_path: Path) -> None:
+async def test_controlnet_adapters_and_decoder_are_used_on_the_host_of_the_denoiser(tmp_path: Path) -> None:
     async with pods(tmp_path) as both:
         await make(both)
         for host in HOSTS:
@@ -96,9 +96,9 @@ async def test_an_image_is_steered_styled_and_decoded_on_the_host_of_its_denoise
                 assert both.calls(host, name) == 1, (host, name)
 
 
-async def test_where_no_peer_is_near_one_further_away_does_it(tmp_path: Path) -> None:
+async def test_a_peer_on_another_host_is_used_where_the_denoiser_s_host_has_none(tmp_path: Path) -> None:
     first, second = HOSTS
-    async with pods(tmp_path, (second, "edges"), (second, "styles")) as lame:
-        await make(lame)
-        assert lame.calls(first, "edges") == 2
-        assert (lame.calls(first, "base"), lame.calls(second, "base")) == (1, 1)
+    async with pods(tmp_path, (second, "edges"), (second, "styles")) as servers:
+        await make(servers)
+        assert servers.calls(first, "edges") == 2
+        assert (servers.calls(first, "base"), servers.calls(second, "base")) == (1, 1)

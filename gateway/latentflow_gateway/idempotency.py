@@ -1,9 +1,6 @@
-"""Second deliveries of a request: the same idempotency key joins what already runs, or gets what it came to.
+"""Idempotent requests: one that is sent again with its idempotency key gets the events of the first, and runs once.
 
-Clients that have API keys have idempotency keys of their own: none meets another's.
-
-A `Broadcast` is a request's events, kept from the start, for any number of listeners. When the last listener leaves
-before the end, the work is cancelled.
+Idempotency keys belong to a client: the same key of two clients, told apart by their API keys, is two keys.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from cachetools import TTLCache
 from latentflow.errors import CancelledError, ConflictError
 from latentflow.v1 import generation_pb2
 
-# Finished requests stay joinable for so long, and within so many bytes of events.
+# The events of finished requests are kept for so long, and within so many bytes in all.
 _KEPT_SECONDS = 120.0
 _KEPT_BYTES = 64 << 20
 # A client and its idempotency key.
@@ -24,7 +21,10 @@ _Key = tuple[str, str]
 
 
 class Broadcast:
-    """The events of one request."""
+    """The events of one request, kept from the first on, for any number of listeners.
+
+    The work that emits them is cancelled when the last listener leaves before its end.
+    """
 
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint = fingerprint
@@ -41,13 +41,13 @@ class Broadcast:
         return self._ended and self._error is None
 
     def start(self, work: Callable[[], Awaitable[None]], finished: Callable[[], None]) -> None:
-        """Runs the work that emits the events; `finished` is called at its end, whatever it is."""
+        """Runs the work that emits the events; `finished` is called when it has ended, with or without an error."""
 
         async def run() -> None:
             try:
                 await work()
             except asyncio.CancelledError:
-                self._error = CancelledError("Every caller of this request has gone.")
+                self._error = CancelledError("Every caller of this request has left.")
                 raise
             except BaseException as error:
                 self._error = error
@@ -64,7 +64,7 @@ class Broadcast:
         self._wake()
 
     async def listen(self) -> AsyncGenerator[generation_pb2.GenerateResponse, None]:
-        """All events from the start; raises what the work raised. The last to leave early cancels the work."""
+        """All events from the first on. Raises what the work raised. The last listener to leave early cancels the work."""
         self._listeners += 1
         try:
             sent = 0
@@ -89,26 +89,26 @@ class Broadcast:
         changed.set()
 
 
-class Joins:
-    """Requests by idempotency key: those that run, and for a while those that have succeeded."""
+class IdempotentRequests:
+    """Requests by idempotency key: those that run and, for a limited time, those that have succeeded."""
 
     def __init__(self) -> None:
         self._running: dict[_Key, Broadcast] = {}
         self._kept: TTLCache[_Key, Broadcast] = TTLCache(_KEPT_BYTES, _KEPT_SECONDS, getsizeof=lambda b: b.size)
 
-    def join(
+    def submit(
         self,
         request: generation_pb2.GenerateRequest,
         work: Callable[[Broadcast], Awaitable[None]],
         *,
         client: str = "",
     ) -> Broadcast:
-        """The request's events: those of an earlier delivery, or of `work` begun now.
+        """The request's events: those of the earlier request with its key, or of `work`, which starts now.
 
-        Raises ConflictError where the key was used for another request.
+        ConflictError where the earlier request has other arguments.
 
         Args:
-            client: Whose request it is; empty where clients have no names.
+            client: The client's name; empty where the gateway requires no API keys.
         """
         key = (client, request.idempotency_key) if request.idempotency_key else None
         fingerprint = _fingerprint(request)
@@ -116,7 +116,8 @@ class Joins:
         if known is not None:
             if known.fingerprint != fingerprint:
                 raise ConflictError(
-                    f"The idempotency key {request.idempotency_key!r} was used for another request; use a new key for a new request."
+                    f"The idempotency key {request.idempotency_key!r} belongs to another request; use a new key for a "
+                    "new request."
                 )
             return known
         broadcast = Broadcast(fingerprint)
@@ -130,7 +131,7 @@ class Joins:
             return
         if self._running.get(key) is broadcast:
             del self._running[key]
-        # A failed request is worth running again, so only what succeeded is kept.
+        # A failed request runs again when it is sent again, so only those that succeeded are kept.
         if broadcast.succeeded and broadcast.size <= _KEPT_BYTES:
             self._kept[key] = broadcast
 
