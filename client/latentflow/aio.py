@@ -1,4 +1,4 @@
-"""The asynchronous client: the surface of `latentflow.client.Client`, awaited."""
+"""The asyncio client: `latentflow.client.Client` with awaitable methods."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class AsyncClient:
 
     Args:
         target: host:port; None: LATENTFLOW_TARGET, or 127.0.0.1:8400.
-        timeout: Seconds for a whole call, its retries included, unless the call says otherwise; None: no limit.
-        tls: TLS files; None: a plain connection.
-        api_key: Sent as bearer token, also where the connection is plain; None: LATENTFLOW_API_KEY, or none.
-        metadata: Sent with every call.
-        retries: When to send a request again; `Retries(attempts=1)` for never.
-        transport: What carries the calls; a `MockTransport` in tests.
+        timeout: Seconds for a whole call, including its retries, where the call does not set its own; None: no limit.
+        tls: TLS files; None: a connection without TLS.
+        api_key: Sent as bearer token, also without TLS; None: LATENTFLOW_API_KEY, or no key.
+        metadata: gRPC metadata for every call.
+        retries: When to send a failed request again; `NO_RETRIES` for never.
+        transport: Carries the calls; a `AsyncMockTransport` in tests.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; calls under way are cancelled."""
+        """Closes the connection and cancels its running calls."""
         await self._transport.close()
 
     async def generate(
@@ -69,15 +69,16 @@ class AsyncClient:
         on_progress: Callable[[Progress], None] | None = None,
         **arguments: Unpack[requests.Arguments],
     ) -> Result:
-        """Makes images.
+        """Generates images.
 
         Args:
-            prompt: What to draw.
+            prompt: Text that describes the image.
             timeout: Seconds for this call; None: the client's.
-            on_progress: Called as steps are done, at most about ten times a second.
+            on_progress: Called as steps end, at most about ten times a second.
             **arguments: See `latentflow.requests.Arguments`.
 
-        Raises a `latentflow.errors.LatentflowError`.
+        Raises:
+            LatentflowError: One of the classes of `latentflow.errors`.
         """
         collector = Collector()
         async for one in self.stream(prompt, timeout=timeout, **arguments):
@@ -89,28 +90,28 @@ class AsyncClient:
     def stream(
         self, prompt: str, *, timeout: float | None = None, **arguments: Unpack[requests.Arguments]
     ) -> AsyncIterator[Event]:
-        """As `generate`, as events: Accepted, Progress as steps are done, ImageReady for each image, Done.
+        """The events of a request as they arrive: Accepted, Progress as steps end, ImageReady for each image, Done.
 
-        Leaving the iterator early cancels the request.
+        Takes the arguments of `generate`. Closing the iterator early cancels the request.
         """
         return self.send(requests.build(prompt, **arguments), timeout=timeout)
 
     async def describe(self, workflow: str | None = None, *, timeout: float | None = None) -> Workflow:
-        """A workflow's inputs and models; None: the only one served."""
+        """A workflow's inputs and models; None: the only workflow that the gateway serves."""
         request = generation_pb2.DescribeWorkflowRequest(workflow=workflow or "")
         return results.workflow(
             await self._transport.describe(request, timeout=timeout or self._timeout, metadata=self._call_metadata())
         )
 
     async def workflows(self, *, timeout: float | None = None) -> list[str]:
-        """Names of the workflows served, as "namespace/name"."""
+        """Names of the workflows that the gateway serves, as "namespace/name"."""
         response = await self._transport.workflows(timeout=timeout or self._timeout, metadata=self._call_metadata())
         return list(response.workflows)
 
     async def send(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
     ) -> AsyncIterator[Event]:
-        """As `stream`, for a request that `latentflow.requests.build` made."""
+        """As `stream`, for a request of `latentflow.requests.build`."""
         seconds = self._timeout if timeout is None else timeout
         deadline = None if seconds is None else time.monotonic() + seconds
         metadata, collector, failures = self._call_metadata(), Collector(), 0

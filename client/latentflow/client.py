@@ -1,4 +1,4 @@
-"""The synchronous client: `Client(...).generate(prompt)` returns images, `stream` yields events as they come."""
+"""The synchronous client: `Client(...).generate(prompt)` returns images, `stream` yields events as they arrive."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ DEFAULT_TARGET = "127.0.0.1:8400"
 
 
 def default_target() -> str:
-    """The environment's LATENTFLOW_TARGET, or the port that `latentflow up` serves on."""
+    """LATENTFLOW_TARGET of the environment, or the address that `latentflow up` serves on by default."""
     return os.environ.get("LATENTFLOW_TARGET") or DEFAULT_TARGET
 
 
 def chosen_key(api_key: str | None) -> str | None:
-    """The API key to send: the one given, or the environment's LATENTFLOW_API_KEY; space around it does not count.
+    """The API key to send: the argument, or LATENTFLOW_API_KEY of the environment, without white space around it.
 
-    InvalidRequestError where it has characters that no call can carry.
+    InvalidRequestError where it has characters that gRPC metadata cannot carry.
     """
     key = (os.environ.get("LATENTFLOW_API_KEY", "") if api_key is None else api_key).strip()
     if not (key.isascii() and key.isprintable()):
         raise InvalidRequestError(
-            "The API key has characters other than printable ASCII; is it the whole key, as text?"
+            "The API key has characters other than printable ASCII. Pass the key itself, as text."
         )
     return key or None
 
@@ -42,12 +42,12 @@ class Client:
 
     Args:
         target: host:port; None: LATENTFLOW_TARGET, or 127.0.0.1:8400.
-        timeout: Seconds for a whole call, its retries included, unless the call says otherwise; None: no limit.
-        tls: TLS files; None: a plain connection.
-        api_key: Sent as bearer token, also where the connection is plain; None: LATENTFLOW_API_KEY, or none.
-        metadata: Sent with every call.
-        retries: When to send a request again; `Retries(attempts=1)` for never.
-        transport: What carries the calls; a `MockTransport` in tests.
+        timeout: Seconds for a whole call, including its retries, where the call does not set its own; None: no limit.
+        tls: TLS files; None: a connection without TLS.
+        api_key: Sent as bearer token, also without TLS; None: LATENTFLOW_API_KEY, or no key.
+        metadata: gRPC metadata for every call.
+        retries: When to send a failed request again; `NO_RETRIES` for never.
+        transport: Carries the calls; a `MockTransport` in tests.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; calls under way are cancelled."""
+        """Closes the connection and cancels its running calls."""
         self._transport.close()
 
     def generate(
@@ -87,15 +87,16 @@ class Client:
         on_progress: Callable[[Progress], None] | None = None,
         **arguments: Unpack[requests.Arguments],
     ) -> Result:
-        """Makes images.
+        """Generates images.
 
         Args:
-            prompt: What to draw.
+            prompt: Text that describes the image.
             timeout: Seconds for this call; None: the client's.
-            on_progress: Called as steps are done, at most about ten times a second.
+            on_progress: Called as steps end, at most about ten times a second.
             **arguments: See `latentflow.requests.Arguments`.
 
-        Raises a `latentflow.errors.LatentflowError`.
+        Raises:
+            LatentflowError: One of the classes of `latentflow.errors`.
         """
         collector = Collector()
         for one in self.stream(prompt, timeout=timeout, **arguments):
@@ -107,26 +108,26 @@ class Client:
     def stream(
         self, prompt: str, *, timeout: float | None = None, **arguments: Unpack[requests.Arguments]
     ) -> Iterator[Event]:
-        """As `generate`, as events: Accepted, Progress as steps are done, ImageReady for each image, Done.
+        """The events of a request as they arrive: Accepted, Progress as steps end, ImageReady for each image, Done.
 
-        Leaving the iterator early cancels the request.
+        Takes the arguments of `generate`. Closing the iterator early cancels the request.
         """
         return self.send(requests.build(prompt, **arguments), timeout=timeout)
 
     def describe(self, workflow: str | None = None, *, timeout: float | None = None) -> Workflow:
-        """A workflow's inputs and models; None: the only one served."""
+        """A workflow's inputs and models; None: the only workflow that the gateway serves."""
         request = generation_pb2.DescribeWorkflowRequest(workflow=workflow or "")
         return results.workflow(
             self._transport.describe(request, timeout=timeout or self._timeout, metadata=self._call_metadata())
         )
 
     def workflows(self, *, timeout: float | None = None) -> list[str]:
-        """Names of the workflows served, as "namespace/name"."""
+        """Names of the workflows that the gateway serves, as "namespace/name"."""
         response = self._transport.workflows(timeout=timeout or self._timeout, metadata=self._call_metadata())
         return list(response.workflows)
 
     def send(self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None) -> Iterator[Event]:
-        """As `stream`, for a request that `latentflow.requests.build` made."""
+        """As `stream`, for a request of `latentflow.requests.build`."""
         seconds = self._timeout if timeout is None else timeout
         deadline = None if seconds is None else time.monotonic() + seconds
         metadata, collector, failures = self._call_metadata(), Collector(), 0
@@ -151,10 +152,10 @@ class Client:
 
 
 def remaining(deadline: float | None) -> float | None:
-    """Seconds left until a monotonic deadline. DeadlineError when none are."""
+    """Seconds until a deadline of `time.monotonic`; None without a deadline. DeadlineError when it has passed."""
     if deadline is None:
         return None
     left = deadline - time.monotonic()
     if left <= 0:
-        raise DeadlineError("The time given for the request ran out; give it a longer timeout.")
+        raise DeadlineError("The request's timeout has passed; use a longer one.")
     return left

@@ -1,7 +1,7 @@
-"""Stands where a gateway would, so that programs that use the client are tested without one.
+"""Transports that stand in for a gateway in tests of programs that use the client.
 
-`Client(transport=MockTransport())` answers every request with plain images of the asked size;
-`AsyncClient(transport=AsyncMockTransport())` likewise. Errors are scripted.
+`Client(transport=MockTransport())` returns plain images of the requested size for every request, and raises the errors
+that it is given first; `AsyncClient(transport=AsyncMockTransport())` does the same.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from latentflow.v1 import generation_pb2
 
 
 class MockTransport:
-    """Answers like a gateway that serves one workflow, "default/mock".
+    """Responds like a gateway that serves one workflow, "default/mock".
 
     Args:
-        errors: Raised by the next `generate` calls, one each, before any answer; then calls succeed.
+        errors: Raised by the first `generate` calls, one by each; all later calls succeed.
 
-    `requests` holds every GenerateRequest that came.
+    Attributes:
+        requests: Every GenerateRequest so far.
     """
 
     def __init__(self, *, errors: list[LatentflowError] | None = None) -> None:
@@ -36,7 +37,7 @@ class MockTransport:
         self.requests.append(request)
         if self._errors:
             raise self._errors.pop(0)
-        yield from _answer(request)
+        yield from _responses(request)
 
     def describe(
         self, request: generation_pb2.DescribeWorkflowRequest, *, timeout: float | None, metadata: Metadata
@@ -78,7 +79,7 @@ class AsyncMockTransport:
         """Nothing to close."""
 
 
-def _answer(request: generation_pb2.GenerateRequest) -> Iterator[generation_pb2.GenerateResponse]:
+def _responses(request: generation_pb2.GenerateRequest) -> Iterator[generation_pb2.GenerateResponse]:
     width, height, steps = request.width or 64, request.height or 64, request.steps or 2
     yield generation_pb2.GenerateResponse(
         accepted=generation_pb2.Accepted(request_id="mock", seed=request.seed, workflow="default/mock")
@@ -88,7 +89,7 @@ def _answer(request: generation_pb2.GenerateRequest) -> Iterator[generation_pb2.
             progress = generation_pb2.Progress(image=index, step=step + 1, total=steps)
             yield generation_pb2.GenerateResponse(progress=progress)
         seed = request.seed + index
-        # A colour of its own for every seed, so that tests can tell images apart.
+        # The colour depends on the seed, so that tests can tell images apart.
         red, green, blue = colorsys.hsv_to_rgb((seed * 0.618034) % 1, 0.6, 0.9)
         stream = io.BytesIO()
         Image.new("RGB", (width, height), (int(red * 255), int(green * 255), int(blue * 255))).save(stream, "PNG")

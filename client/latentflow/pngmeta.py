@@ -1,6 +1,6 @@
-"""How an image was made, written into its PNG and read back, so that it can be made again. Pure.
+"""The recipe of an image: everything that its generation needs, written into its PNG file and read from it. Pure.
 
-The chunk `latentflow` holds everything as JSON; `parameters` holds the same as the line of text that image tools show.
+The text chunk `latentflow` holds the recipe as JSON; `parameters` holds it in the form that other image tools display.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ _CHUNK = "latentflow"
 
 
 class Recipe(BaseModel):
-    """Everything that made one image.
+    """The settings and models of one image.
 
-    `control_images` are SHA-256 of the images' bytes by ControlNet name: the images themselves are not kept.
+    Attributes:
+        loras: Weights by LoRA name.
+        control_images: SHA-256 of each control image's bytes, by ControlNet name; the images themselves are not kept.
+        control_settings: Scale, start and end, by ControlNet name.
+        models: Identities by the models' names in the workflow.
+        digests: Digests of the weights by the models' names in the workflow.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -45,7 +50,7 @@ class Recipe(BaseModel):
     digests: dict[str, str] = Field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `generate` that make the image again, its control images apart."""
+        """Arguments of `generate` that generate the image again, without its control images."""
         return {
             "workflow": self.workflow,
             "negative_prompt": self.negative_prompt,
@@ -80,11 +85,11 @@ def recipe(request: generation_pb2.GenerateRequest, result: Result, ready: Image
     )
 
 
-def written(png: bytes, made: Recipe) -> bytes:
-    """The PNG with its recipe in it; pixels unchanged."""
+def written(png: bytes, contents: Recipe) -> bytes:
+    """The PNG with the recipe added; its pixels are unchanged."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(_CHUNK, made.model_dump_json())
-    info.add_itxt("parameters", _parameters(made))
+    info.add_itxt(_CHUNK, contents.model_dump_json())
+    info.add_itxt("parameters", _parameters(contents))
     stream = io.BytesIO()
     with Image.open(io.BytesIO(png)) as image:
         image.save(stream, format="PNG", pnginfo=info)
@@ -92,24 +97,26 @@ def written(png: bytes, made: Recipe) -> bytes:
 
 
 def read(path: Path) -> Recipe:
-    """The recipe in a PNG file. InvalidRequestError where there is none."""
+    """The recipe in a PNG file. InvalidRequestError where it has none."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             text = getattr(image, "text", {}).get(_CHUNK)
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read as PNG: {error}.") from None
     if text is None:
-        raise InvalidRequestError(f"{path} does not say how it was made; only images that latentflow wrote do.")
+        raise InvalidRequestError(
+            f"{path} contains no recipe; only PNG files that `latentflow generate` wrote contain one."
+        )
     try:
         return Recipe.model_validate(json.loads(text))
     except (ValueError, ValidationError) as error:
-        raise InvalidRequestError(f"What {path} says of how it was made is damaged: {error}") from None
+        raise InvalidRequestError(f"The recipe in {path} is damaged: {error}") from None
 
 
-def _parameters(made: Recipe) -> str:
-    loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in made.loras.items())
-    negative = f"\nNegative prompt: {made.negative_prompt}" if made.negative_prompt else ""
+def _parameters(contents: Recipe) -> str:
+    loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in contents.loras.items())
+    negative = f"\nNegative prompt: {contents.negative_prompt}" if contents.negative_prompt else ""
     return (
-        f"{made.prompt}{loras}{negative}\nSteps: {made.steps}, Sampler: {made.sampler}, CFG scale: "
-        f"{made.guidance_scale:g}, Seed: {made.seed}, Size: {made.width}x{made.height}, Workflow: {made.workflow}"
+        f"{contents.prompt}{loras}{negative}\nSteps: {contents.steps}, Sampler: {contents.sampler}, CFG scale: "
+        f"{contents.guidance_scale:g}, Seed: {contents.seed}, Size: {contents.width}x{contents.height}, Workflow: {contents.workflow}"
     )

@@ -117,7 +117,7 @@ class Reason(Documented):
     )
     GATEWAY_UNREACHABLE = (
         "GATEWAY_UNREACHABLE",
-        "No gateway answers at the target that the client was given.",
+        "No gateway responds at the client's target.",
         "Start one with `latentflow up FILE`, or correct the target. Behind TLS, pass the CA certificate.",
     )
     MODEL_NOT_READY = (

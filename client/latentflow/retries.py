@@ -1,7 +1,7 @@
-"""When a failed request is sent again: pure.
+"""When a client sends a failed request again. Pure.
 
-Sending it again is safe because a request carries its seed and an idempotency key: the gateway joins a second delivery
-to the first, or makes the same images anew.
+This is safe because a request carries its seed and an idempotency key: the gateway returns the events of the request that
+runs already, or generates the same images again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from latentflow.errors import LatentflowError
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """How often and how patiently.
+    """Exponential backoff with jitter.
 
     Attributes:
-        attempts: Deliveries in all, at least 1; 1 means no retries.
-        first, longest: Seconds before the second delivery, and the most between any two; doubling in between.
+        attempts: Attempts in all, at least 1; 1 means no retries.
+        first: Longest pause before the second attempt, in seconds; it doubles from attempt to attempt.
+        longest: Longest pause between two attempts, in seconds.
     """
 
     attempts: int = 8
@@ -26,11 +27,11 @@ class Retries:
     longest: float = 5.0
 
     def pause(self, error: LatentflowError, *, failures: int, remaining: float | None) -> float | None:
-        """Seconds to wait before sending again; None: the error is the answer.
+        """Seconds until the next attempt; None: the request fails with the error.
 
         Args:
-            failures: Failed deliveries, this one included.
-            remaining: Seconds to the caller's deadline; None: no deadline.
+            failures: Failed attempts, including the last.
+            remaining: Seconds until the caller's deadline; None: no deadline.
         """
         if not error.retryable or failures >= self.attempts:
             return None

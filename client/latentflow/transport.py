@@ -1,6 +1,6 @@
-"""How a client's calls travel: the seam between the clients and gRPC, where a mock can stand instead.
+"""Transports carry a client's calls: over gRPC, or to a mock in tests.
 
-A transport moves messages and raises `latentflow.errors`; it decides nothing.
+A transport sends and receives messages and raises `latentflow.errors`; the clients decide on retries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from latentflow.reasons import Reason
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 Metadata = list[tuple[str, str]]
-# A gateway that has answered before is given so long to come back, or another in its place, before a new request fails.
+# How long a new request waits for a lost connection to a gateway that has responded before.
 _RECONNECT_SECONDS = 5.0
 
 
@@ -40,7 +40,7 @@ class Transport(Protocol):
 
 
 class AsyncTransport(Protocol):
-    """The same, asynchronous."""
+    """As `Transport`, for asyncio."""
 
     def generate(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
@@ -56,9 +56,9 @@ class AsyncTransport(Protocol):
 
 
 class GrpcTransport:
-    """A gRPC channel to a gateway. Leaving a `generate` iterator early cancels the call.
+    """A gRPC channel to a gateway. Closing a `generate` iterator early cancels the call.
 
-    A new request waits a little for a lost connection to come back; where there never was one it fails at once.
+    A new request waits up to five seconds for a lost connection; it fails at once where the gateway never responded.
     """
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
@@ -70,18 +70,18 @@ class GrpcTransport:
             else grpc.insecure_channel(target, options)
         )
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
-        self._met = False
+        self._responded = False
 
     def generate(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
     ) -> Iterator[generation_pb2.GenerateResponse]:
-        if self._met:
+        if self._responded:
             with contextlib.suppress(grpc.FutureTimeoutError):
-                grpc.channel_ready_future(self._channel).result(_patience(timeout))
+                grpc.channel_ready_future(self._channel).result(_reconnect_seconds(timeout))
         call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
         try:
             for response in call:
-                self._met = True
+                self._responded = True
                 yield response
         except grpc.RpcError as error:
             raise _explained(error, self._target) from None
@@ -113,24 +113,24 @@ class GrpcTransport:
 
 
 class AsyncGrpcTransport:
-    """A gRPC channel to a gateway, for asyncio; as `GrpcTransport`."""
+    """As `GrpcTransport`, for asyncio."""
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
         self._channel = rpc.channel(target, tls=tls)
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
-        self._met = False
+        self._responded = False
 
     async def generate(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        if self._met:
+        if self._responded:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._channel.channel_ready(), _patience(timeout))
+                await asyncio.wait_for(self._channel.channel_ready(), _reconnect_seconds(timeout))
         call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
         try:
             async for response in call:
-                self._met = True
+                self._responded = True
                 yield response
         except grpc.RpcError as error:
             raise _explained(error, self._target) from None
@@ -161,16 +161,16 @@ class AsyncGrpcTransport:
         await self._channel.close()
 
 
-def _patience(timeout: float | None) -> float:
+def _reconnect_seconds(timeout: float | None) -> float:
     return _RECONNECT_SECONDS if timeout is None else min(timeout, _RECONNECT_SECONDS)
 
 
 def _explained(rpc_error: grpc.RpcError, target: str) -> LatentflowError:
-    """The call's error; where nobody answered at all, with where and what to do."""
+    """The error of a call; where no gateway responded, it names the target and what to do."""
     error = status.error_from(rpc_error)
     if isinstance(error, UnavailableError) and error.reason == UnavailableError.default_reason:
         return UnavailableError(
-            f"No gateway answers at {target}. Start one with `latentflow up FILE`, or name another target. "
+            f"No gateway responds at {target}. Start one with `latentflow up FILE`, or pass another target. "
             f"({error.message})",
             reason=Reason.GATEWAY_UNREACHABLE,
         )

@@ -1,4 +1,4 @@
-"""Both clients against a mock, and what a missing gateway is called."""
+"""Both clients with a mock transport, and with an unreachable gateway."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_timeout_bounds_all_attempts_together() -> None:
 
 
 def test_an_unreachable_gateway_is_reported_with_its_target_and_a_remedy() -> None:
-    raises = pytest.raises(UnavailableError, match=r"No gateway answers at 127\.0\.0\.1:1\. Start one with")
+    raises = pytest.raises(UnavailableError, match=r"No gateway responds at 127\.0\.0\.1:1\. Start one with")
     with Client("127.0.0.1:1", retries=NO_RETRIES) as client, raises as caught:
         client.generate("a", timeout=10)
     assert caught.value.reason == Reason.GATEWAY_UNREACHABLE

@@ -1,4 +1,4 @@
-"""A PNG says how it was made."""
+"""A PNG file contains the recipe of its image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_png_without_a_recipe_is_refused(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "PNG")
     (tmp_path / "a.png").write_bytes(stream.getvalue())
-    with pytest.raises(InvalidRequestError, match="does not say how it was made"):
+    with pytest.raises(InvalidRequestError, match="contains no recipe"):
         pngmeta.read(tmp_path / "a.png")
 
 

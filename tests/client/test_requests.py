@@ -1,4 +1,4 @@
-"""What the client refuses before anything is sent, and what it always sets."""
+"""Requests are checked before they are sent, and always carry a seed and an idempotency key."""
 
 from __future__ import annotations
 

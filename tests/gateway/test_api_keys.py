@@ -1,4 +1,4 @@
-"""API keys: who is let in, who is not, and what is known of them."""
+"""API keys: which calls are admitted, and what logs and metrics contain of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WORKFLOW = load_workflows(EXAMPLES / "shapes-minimal.yaml")[0]
 
 
 def mounted(folder: Path, **keys: str) -> Path:
-    """A Secret as the kubelet mounts it, or changes what it has mounted: one rename puts all entries in place."""
+    """A Secret as the kubelet mounts it, or updates the mount: one rename replaces all entries."""
     folder.mkdir(exist_ok=True)
     version = folder / f"..version{sum(1 for _ in folder.iterdir())}"
     version.mkdir()
@@ -121,11 +121,11 @@ async def test_health_and_reflection_need_no_key(tmp_path: Path) -> None:
     keys = mounted(tmp_path / "keys", anna=ANNA)
     async with serving(tmp_path, keys) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        said = await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
-        assert said.status == health_pb2.HealthCheckResponse.SERVING
-        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        response = await health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        assert response.status == health_pb2.HealthCheckResponse.SERVING
+        listing = reflection_pb2.ServerReflectionRequest(list_services="")
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        answers = [answer async for answer in stub.ServerReflectionInfo(iter([asked]), timeout=10)]
+        answers = [answer async for answer in stub.ServerReflectionInfo(iter([listing]), timeout=10)]
         assert len(answers[0].list_services_response.service) == 3
 
 

@@ -1,4 +1,4 @@
-"""What every server offers besides its work: health, reflection, metrics, TLS, an orderly end."""
+"""What gateways and model servers have in common: health, reflection, metrics, TLS, draining."""
 
 from __future__ import annotations
 
@@ -108,17 +108,17 @@ async def served(
 
 async def test_every_server_has_health_reflection_and_metrics(tmp_path: Path) -> None:
     async with served(tmp_path) as servers:
-        places = [(servers.gateway.address, servers.gateway.metrics_port, "latentflow.v1.Generation")]
-        places += [(node.address, node.metrics_port, "latentflow.v1.Stage") for node in servers.nodes]
-        for address, metrics_port, service in places:
+        servers_and_services = [(servers.gateway.address, servers.gateway.metrics_port, "latentflow.v1.Generation")]
+        servers_and_services += [(node.address, node.metrics_port, "latentflow.v1.Stage") for node in servers.nodes]
+        for address, metrics_port, service in servers_and_services:
             async with grpc.aio.insecure_channel(address) as channel:
                 health = health_pb2_grpc.HealthStub(channel)
                 for name in ("", service):
-                    said = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
-                    assert said.status == health_pb2.HealthCheckResponse.SERVING
-                asked = reflection_pb2.ServerReflectionRequest(list_services="")
+                    response = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+                    assert response.status == health_pb2.HealthCheckResponse.SERVING
+                listing = reflection_pb2.ServerReflectionRequest(list_services="")
                 stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-                answers = [answer async for answer in stub.ServerReflectionInfo(iter([asked]), timeout=10)]
+                answers = [answer async for answer in stub.ServerReflectionInfo(iter([listing]), timeout=10)]
                 assert service in {found.name for found in answers[0].list_services_response.service}
             url = f"http://127.0.0.1:{metrics_port}/metrics"
             text = (await asyncio.to_thread(urllib.request.urlopen, url, timeout=10)).read().decode()
@@ -136,7 +136,7 @@ async def test_clients_gateways_and_model_servers_use_mutual_tls(tmp_path: Path)
         async with AsyncClient(servers.gateway.address, tls=tls) as client:
             result = await client.generate(PROMPT, steps=2, timeout=60)
             assert result.image.size == (64, 64)
-        # Without a certificate of the authority nobody is let in, at the gateway or at a model server.
+        # A client without a certificate of the authority is refused, by the gateway and by a model server.
         without = Tls(ca=tmp_path / "ca.pem")
         for address in (servers.gateway.address, servers.nodes[0].address):
             async with AsyncClient(address, tls=without, retries=Retries(attempts=1)) as stranger:
@@ -254,7 +254,7 @@ async def test_a_request_is_held_for_all_its_models_at_once_and_held_requests_ar
     Directory(workflows=(WORKFLOW,), models={}).write(directory)
     settings = GatewaySettings(directory=directory, listen="127.0.0.1:0", max_running=1, max_queued=1)
     async with serve_gateway(settings) as gateway, AsyncClient(gateway.address, retries=NO_RETRIES) as client:
-        asked = [asyncio.create_task(client.generate(PROMPT, timeout=60)) for _ in range(2)]
+        calls = [asyncio.create_task(client.generate(PROMPT, timeout=60)) for _ in range(2)]
 
         @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(20), wait=wait_fixed(0.05))
         async def held() -> None:
@@ -267,9 +267,9 @@ async def test_a_request_is_held_for_all_its_models_at_once_and_held_requests_ar
         await held()
         with pytest.raises(OverloadedError):
             await client.generate(PROMPT, timeout=60)
-        for one in asked:
+        for one in calls:
             one.cancel()
-        await asyncio.gather(*asked, return_exceptions=True)
+        await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def test_a_call_that_a_stopping_server_cancels_is_retried_on_another_replica() -> None:

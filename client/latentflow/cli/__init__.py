@@ -1,4 +1,4 @@
-"""The command line: `latentflow COMMAND`. Commands of other components join by the entry points "latentflow.commands"."""
+"""The command line: `latentflow COMMAND`. Other components add commands by entry points of the group "latentflow.commands"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from latentflow.errors import LatentflowError
 
 app = typer.Typer(
     name="latentflow",
-    help="Serve and use text-to-image workflows, one model at a time.",
+    help="Serve text-to-image workflows, one server for each model, and generate images with them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,7 +31,7 @@ app.command()(inspect_module.version)
 def _unavailable(name: str, problem: Exception) -> Callable[[], None]:
     def command() -> None:
         raise LatentflowError(
-            f"`latentflow {name}` needs parts that are not installed ({problem}). "
+            f"`latentflow {name}` needs packages that are not installed ({problem}). "
             "Install them with: pip install 'latentflow[local]'"
         )
 
@@ -39,12 +39,12 @@ def _unavailable(name: str, problem: Exception) -> Callable[[], None]:
     return command
 
 
-def _join_commands() -> None:
+def _add_commands() -> None:
     for point in entry_points(group="latentflow.commands"):
         try:
             command: Callable[..., Any] = point.load()
         except ImportError as problem:
-            # It accepts any arguments, so that users see how to install it and no complaint about their arguments.
+            # It accepts any arguments, so that the error is about the missing packages and not about the arguments.
             settings = {"allow_extra_args": True, "ignore_unknown_options": True}
             app.command(point.name, context_settings=settings)(_unavailable(point.name, problem))
         else:
@@ -52,8 +52,8 @@ def _join_commands() -> None:
 
 
 def main() -> None:
-    """The program `latentflow`. Errors are one message on stderr and exit code 1; Ctrl-C is 130."""
-    _join_commands()
+    """The program `latentflow`. An error is one message on stderr and exit code 1; the exit code after Ctrl-C is 130."""
+    _add_commands()
     try:
         app()
     except LatentflowError as error:

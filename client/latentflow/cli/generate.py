@@ -1,4 +1,4 @@
-"""`latentflow generate`: a prompt in, PNG files out, with a progress bar meanwhile."""
+"""`latentflow generate`: generates images, writes them as PNG files, and shows a progress bar meanwhile."""
 
 from __future__ import annotations
 
@@ -25,37 +25,61 @@ _stderr = Console(stderr=True)
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to draw. Not needed with --like.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text that describes the image. Optional with --like.")] = None,
     workflow: Annotated[
-        str | None, typer.Option("--workflow", "-w", help="Workflow; not needed where one is served.")
+        str | None,
+        typer.Option(
+            "--workflow", "-w", help="Workflow, as NAME or NAMESPACE/NAME. Optional where only one is served."
+        ),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="PNG to write; several images get -0, -1, … before the suffix.")
+        Path,
+        typer.Option(
+            "--output", "-o", help="PNG file to write. The names of several images get -0, -1, … before the suffix."
+        ),
     ] = Path("out.png"),
-    negative: Annotated[str | None, typer.Option("--negative", help="What not to draw.")] = None,
-    size: Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, such as 64x64.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 or less: none.")] = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative", help="Text that describes what the image should not contain.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, such as 64x64.", show_default="the workflow's")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Denoising steps.", show_default="the workflow's")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option("--guidance", help="Guidance scale; 1 or less turns guidance off.", show_default="the workflow's"),
+    ] = None,
     sampler: Annotated[
-        str | None, typer.Option("--sampler", help="Sampler by name; `latentflow describe` lists them.")
+        str | None, typer.Option("--sampler", help="Name of a sampler; `latentflow describe` lists them.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Makes the same image again; drawn where not given.")
+        int | None, typer.Option("--seed", help="The same seed gives the same image.", show_default="random")
     ] = None,
-    images: Annotated[int, typer.Option("--images", min=1, help="How many; image i is made with seed + i.")] = 1,
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="Number of images; image i has the seed SEED + i.")
+    ] = 1,
     control: Annotated[
         list[str] | None,
-        typer.Option("--control", "-c", help="NAME=FILE[:SCALE]: steer by an image through a ControlNet. May repeat."),
+        typer.Option(
+            "--control", "-c", help="NAME=FILE[:SCALE]: control image for the ControlNet NAME. May be repeated."
+        ),
     ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option("--lora", "-l", help="NAME[:WEIGHT]: apply a LoRA. May repeat.")
+        list[str] | None, typer.Option("--lora", "-l", help="NAME[:WEIGHT]: apply a LoRA. May be repeated.")
     ] = None,
     like: Annotated[
         Path | None,
-        typer.Option("--like", exists=True, dir_okay=False, help="Make the image of this PNG again; options override."),
+        typer.Option(
+            "--like",
+            exists=True,
+            dir_okay=False,
+            help="PNG file of an earlier image: use its settings, except those given as options.",
+        ),
     ] = None,
     strict_prompt: Annotated[
-        bool, typer.Option("--strict-prompt", help="Refuse a prompt that is too long instead of cutting it.")
+        bool, typer.Option("--strict-prompt", help="Fail if the prompt is too long, instead of cutting it.")
     ] = False,
     target: options.Target = None,
     kube: options.Kube = False,
@@ -65,7 +89,7 @@ def generate(
     tls_ca: options.TlsCa = None,
     as_json: options.Json = False,
 ) -> None:
-    """Make images from a prompt and write them as PNG files that say how they were made."""
+    """Generate images from a prompt and write them as PNG files, which contain the settings that generated them."""
     recipe = pngmeta.read(like) if like else None
     arguments: dict[str, Any] = recipe.arguments() if recipe else {}
     width, height = _size(size)
@@ -83,7 +107,9 @@ def generate(
     arguments["control_images"] = _controls(control or [], recipe)
     text = prompt if prompt is not None else (recipe.prompt if recipe else None)
     if text is None:
-        raise InvalidRequestError("Say what to draw: latentflow generate PROMPT, or --like an image made before.")
+        raise InvalidRequestError(
+            "There is no prompt: use `latentflow generate PROMPT`, or --like FILE with an earlier image."
+        )
     recorded = arguments.pop("workflow", None)
     wanted = workflow if workflow is not None else recorded
     request = requests.build(text, workflow=wanted, images=images, strict_prompt=strict_prompt, **arguments)
@@ -108,7 +134,7 @@ def generate(
 
 
 def _run(client: Client, request: generation_pb2.GenerateRequest, *, quiet: bool) -> Result:
-    """The result of a request, with a step progress bar on stderr meanwhile."""
+    """The result of a request; shows a progress bar on stderr meanwhile."""
     collector = Collector()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_stderr, disable=quiet, transient=False) as bar:
@@ -131,7 +157,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
         return None, None
     match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", text)
     if match is None:
-        raise InvalidRequestError(f"--size {text!r} is no size; write WIDTHxHEIGHT, such as 64x64.")
+        raise InvalidRequestError(f"--size {text!r} is not a size; write WIDTHxHEIGHT, such as 64x64.")
     return int(match[1]), int(match[2])
 
 
@@ -142,7 +168,7 @@ def _lora(text: str) -> tuple[str, float]:
     try:
         return name, float(weight)
     except ValueError:
-        raise InvalidRequestError(f"--lora {text!r}: {weight!r} is no number; write NAME:WEIGHT.") from None
+        raise InvalidRequestError(f"--lora {text!r}: {weight!r} is not a number; write NAME:WEIGHT.") from None
 
 
 def _controls(texts: list[str], recipe: Recipe | None) -> dict[str, ControlImage]:
@@ -156,13 +182,13 @@ def _controls(texts: list[str], recipe: Recipe | None) -> dict[str, ControlImage
         try:
             strength, path = (float(scale), path) if colon and not Path(rest).exists() else (strength, rest)
         except ValueError:
-            raise InvalidRequestError(f"--control {text!r}: there is no file {rest!r}.") from None
+            raise InvalidRequestError(f"--control {text!r}: the file {rest!r} does not exist.") from None
         controls[name] = ControlImage(image=path, scale=strength, start=start, end=end)
     missing = sorted(set(recipe.control_images) - controls.keys()) if recipe else []
     if missing:
         raise InvalidRequestError(
-            f"The image was steered by a control image for {', '.join(missing)}, which its PNG does not hold; "
-            f"give it again with --control {missing[0]}=FILE."
+            f"The image was generated with a control image for {', '.join(missing)}, which its PNG does not contain; "
+            f"pass it with --control {missing[0]}=FILE."
         )
     return controls
 
@@ -170,7 +196,7 @@ def _controls(texts: list[str], recipe: Recipe | None) -> dict[str, ControlImage
 def _warn(result: Result, recipe: Recipe | None) -> None:
     if result.done.truncated or result.done.negative_truncated:
         cut = result.done.truncated or result.done.negative_truncated
-        _stderr.print(f"[yellow]The prompt was too long; this was cut off:[/] {cut!r}", highlight=False)
+        _stderr.print(f"[yellow]The prompt was too long, and this part was ignored:[/] {cut!r}", highlight=False)
     changed = [
         used.name
         for used in result.done.models
@@ -178,8 +204,8 @@ def _warn(result: Result, recipe: Recipe | None) -> None:
     ]
     if changed:
         _stderr.print(
-            f"[yellow]The weights of {', '.join(changed)} are others than those that made the image;[/] "
-            "this one may differ.",
+            f"[yellow]The weights of {', '.join(changed)} differ from those that generated the earlier image,[/] "
+            "so the image may differ.",
             highlight=False,
         )
 

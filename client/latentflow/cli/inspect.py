@@ -1,4 +1,4 @@
-"""`latentflow describe`, `models`, `validate`, `version`: what is served, and whether a file is right."""
+"""`latentflow describe`, `models`, `validate` and `version`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ _stderr = Console(stderr=True)
 
 
 def describe(
-    workflow: Annotated[str | None, typer.Argument(help="Workflow; not needed where one is served.")] = None,
+    workflow: Annotated[
+        str | None, typer.Argument(help="Workflow, as NAME or NAMESPACE/NAME. Optional where only one is served.")
+    ] = None,
     target: options.Target = None,
     kube: options.Kube = False,
     namespace: options.Namespace = None,
@@ -30,7 +32,7 @@ def describe(
     tls_ca: options.TlsCa = None,
     as_json: options.Json = False,
 ) -> None:
-    """Tell a workflow's inputs: models to name, defaults, samplers, limits."""
+    """Print a workflow's inputs: models, defaults, samplers and limits."""
     with options.client(
         target, timeout=timeout, api_key=api_key, tls_ca=tls_ca, kube=kube, namespace=namespace, workflow=workflow
     ) as (client, named):
@@ -39,16 +41,16 @@ def describe(
         print(json.dumps(asdict(found)))
         return
     state = "[green]ready[/]" if found.ready else "[yellow]not ready[/]"
-    _stdout.print(f"[bold]{found.name}[/]  {found.task}, family {found.family or 'not known yet'}, {state}")
+    _stdout.print(f"[bold]{found.name}[/]  {found.task}, family {found.family or 'unknown'}, {state}")
     table = Table("input", "value", box=None, pad_edge=False)
     for name, value in found.defaults.items():
         table.add_row(name.replace("_", " "), f"{value:g} by default")
-    table.add_row("samplers", ", ".join(found.samplers) or "not known yet")
+    table.add_row("samplers", ", ".join(found.samplers) or "unknown")
     for model in found.models:
         if model.role == "ControlNet":
             table.add_row(f"control image {model.name!r}", f"--control {model.name}=FILE")
         if model.role == "LoRAStore":
-            table.add_row("LoRAs", ", ".join(model.adapters) or "not known yet")
+            table.add_row("LoRAs", ", ".join(model.adapters) or "unknown")
     for name, value in found.limits.items():
         table.add_row(name.replace("_", " "), str(value))
     _stdout.print(table)
@@ -61,7 +63,7 @@ def models(
     tls_ca: options.TlsCa = None,
     as_json: options.Json = False,
 ) -> None:
-    """List the distinct models that are served, and the workflows that share them."""
+    """Print the models that are served, and the workflows that use each of them."""
     with options.client(target, timeout=timeout, api_key=api_key, tls_ca=tls_ca) as (client, _):
         found = [client.describe(name) for name in client.workflows()]
     shared: dict[str, dict[str, object]] = {}
@@ -100,7 +102,7 @@ def validate(
     files: Annotated[list[Path], typer.Argument(help="DiffusionWorkflow files.")],
     as_json: options.Json = False,
 ) -> None:
-    """Check DiffusionWorkflow files without starting anything."""
+    """Check DiffusionWorkflow files, without a gateway or a cluster."""
     problems: list[str] = []
     workflows = []
     for path in files:

@@ -1,4 +1,4 @@
-"""The way from a laptop to the gateways of a cluster: kubectl's port-forward, to the endpoint that a workflow's status names."""
+"""Connections to the gateways of a cluster by kubectl port-forward, to the endpoint in a workflow's status."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _FORWARDED = re.compile(r"Forwarding from 127\.0\.0\.1:(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Where a workflow is served.
+    """The Service of the gateways that serve a workflow.
 
     Attributes:
         workflow: The workflow's full name, namespace/name.
-        service: Of the gateways, in `namespace`.
+        service, namespace, port: Of the gateways' Service.
     """
 
     workflow: str
@@ -32,36 +32,38 @@ class Route:
 
     @property
     def host(self) -> str:
-        """Whose certificate the gateways show, if they serve TLS."""
+        """The name in the gateways' certificate, where they serve TLS."""
         return f"{self.service}.{self.namespace}.svc"
 
 
 def route(listing: dict[str, Any], workflow: str | None) -> Route:
-    """The route to a workflow out of a listing of DiffusionWorkflows: pure.
+    """The route to a workflow, from a list of DiffusionWorkflows. Pure.
 
     Args:
-        workflow: Its name; None where there is only one.
+        workflow: The workflow's name; None where the list has only one.
 
     Raises:
-        NotFoundError: There is none, or none of that name.
-        InvalidRequestError: There are several, and none was named.
-        UnavailableError: No operator has said yet where its gateways are.
+        NotFoundError: The list is empty, or has no workflow of this name.
+        InvalidRequestError: `workflow` is None and the list has several.
+        UnavailableError: The workflow's status has no endpoint; the operator writes it.
     """
     found = {item["metadata"]["name"]: item for item in listing.get("items", ())}
     if not found:
         raise NotFoundError("There is no DiffusionWorkflow in this namespace; choose another with --namespace.")
     if workflow is None and len(found) > 1:
-        raise InvalidRequestError(f"Say which workflow with --workflow: {', '.join(sorted(found))}.")
+        raise InvalidRequestError(
+            f"There are several workflows; choose one with --workflow: {', '.join(sorted(found))}."
+        )
     name = workflow if workflow is not None else next(iter(found))
     if name not in found:
         raise NotFoundError(
-            f"There is no DiffusionWorkflow {name!r} in this namespace, but {', '.join(sorted(found))}."
+            f"There is no DiffusionWorkflow {name!r} in this namespace; it has {', '.join(sorted(found))}."
         )
     endpoint = _ENDPOINT.fullmatch(found[name].get("status", {}).get("endpoint", ""))
     if endpoint is None:
         raise UnavailableError(
-            f"The status of DiffusionWorkflow {name!r} names no endpoint: does the operator run? "
-            "See kubectl get pods --all-namespaces --selector app.kubernetes.io/name=latentflow"
+            f"The status of DiffusionWorkflow {name!r} has no endpoint. Check that the operator runs: "
+            "kubectl get pods --all-namespaces --selector app.kubernetes.io/name=latentflow"
         )
     full = f"{found[name]['metadata']['namespace']}/{name}"
     return Route(
@@ -70,31 +72,31 @@ def route(listing: dict[str, Any], workflow: str | None) -> Route:
 
 
 @contextmanager
-def reached(workflow: str | None, namespace: str | None) -> Iterator[tuple[str, Route]]:
-    """The gateways' address on this machine, while entered, and the way that it stands for.
+def forwarded(workflow: str | None, namespace: str | None) -> Iterator[tuple[str, Route]]:
+    """A local address that is forwarded to a workflow's gateways while entered, and the route that it takes.
 
     Args:
-        namespace: Of the workflow; None: the kubeconfig's.
+        namespace: The workflow's; None: the kubeconfig's.
     """
     if workflow is not None and "/" in workflow:
-        inside, _, workflow = workflow.partition("/")
-        namespace = namespace or inside
-    place = [f"--namespace={namespace}"] if namespace else []
-    listed = _kubectl("get", "diffusionworkflows.latentflow.io", "--output=json", *place)
-    way = route(json.loads(listed), workflow)
-    command = ["port-forward", f"--namespace={way.namespace}", "--address=127.0.0.1", f"service/{way.service}"]
+        own, _, workflow = workflow.partition("/")
+        namespace = namespace or own
+    options = [f"--namespace={namespace}"] if namespace else []
+    listed = _kubectl("get", "diffusionworkflows.latentflow.io", "--output=json", *options)
+    found = route(json.loads(listed), workflow)
+    command = ["port-forward", f"--namespace={found.namespace}", "--address=127.0.0.1", f"service/{found.service}"]
     with subprocess.Popen(
-        ["kubectl", *command, f":{way.port}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ["kubectl", *command, f":{found.port}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as forward:
         try:
             assert forward.stdout is not None
             assert forward.stderr is not None
-            said = _FORWARDED.match(forward.stdout.readline())
-            if said is None:
+            local = _FORWARDED.match(forward.stdout.readline())
+            if local is None:
                 raise UnavailableError(
-                    f"The gateways cannot be reached: kubectl port-forward: {forward.stderr.read().strip()}"
+                    f"The gateways are unreachable: kubectl port-forward: {forward.stderr.read().strip()}"
                 )
-            yield f"127.0.0.1:{said[1]}", way
+            yield f"127.0.0.1:{local[1]}", found
         finally:
             forward.terminate()
 

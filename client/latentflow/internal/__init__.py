@@ -1,1 +1,1 @@
-"""What our own servers share with the SDK. No stability is promised: programs of others do not import it."""
+"""Modules that our own servers share with the SDK. They may change in any release; other programs do not import them."""

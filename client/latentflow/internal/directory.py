@@ -1,7 +1,7 @@
-"""Which workflows there are and where their models' replicas listen: a file, written by the embedded runtime and read
-by the gateway.
+"""The directory: workflows and the addresses of their models' replicas, in a file that the embedded runtime writes and the
+gateway reads.
 
-The file is replaced as a whole, never edited, so that a reader sees one state or the next.
+The file is replaced as a whole, so that a reader sees one version or the next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from latentflow.errors import InvalidRequestError
 
 
 class Replicas(BaseModel):
-    """Where one model is served."""
+    """The replicas of one model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -27,7 +27,7 @@ class Replicas(BaseModel):
 
 
 class Directory(BaseModel):
-    """The workflows, and by identity their models' replicas."""
+    """Workflows, and the replicas of their models by identity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,7 +36,7 @@ class Directory(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Directory:
-        """InvalidRequestError where the file is missing or not a directory."""
+        """The directory in a file. InvalidRequestError where the file is missing or damaged."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
@@ -45,7 +45,7 @@ class Directory(BaseModel):
             raise InvalidRequestError(f"The directory file {path} is damaged: {error}") from None
 
     def write(self, path: Path) -> None:
-        """Replaces the file."""
+        """Replaces the file by this directory."""
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         with os.fdopen(handle, "w") as stream:
             stream.write(self.model_dump_json(by_alias=True, exclude_none=True))

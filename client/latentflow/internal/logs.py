@@ -1,7 +1,7 @@
-"""Structured logs, the same in every process: one line an event, with the request's id and trace where there is one.
+"""Structured logs, configured the same in every process: one line for each event.
 
-A server calls `configure` once, binds `request_id` and `trace_id` with `structlog.contextvars` when a call arrives, and
-logs with `structlog.get_logger()`; everything below it in the same task carries them.
+A server calls `configure` once. `latentflow.internal.calls` binds the request id and the trace of each call to the log
+context, so that every line of the call carries them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def configure(*, process: str, form: Literal["console", "json"] = "console", lev
     """Sets up logging to stderr.
 
     Args:
-        process: Name on every line: the model's name, "gateway", "up".
-        form: "console" for people, "json" for collectors.
-        level: A standard level's name; None: LATENTFLOW_LOG_LEVEL of the environment, or INFO.
+        process: The process's name on every line: a model's identity, "gateway", "up".
+        form: "console" for people, "json" for log collectors.
+        level: Name of a standard level; None: LATENTFLOW_LOG_LEVEL of the environment, or INFO.
     """
 
     level = level or os.environ.get("LATENTFLOW_LOG_LEVEL") or "INFO"

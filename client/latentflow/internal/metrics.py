@@ -1,7 +1,7 @@
-"""Every metric of the project, written once: name, kind, labels, unit and meaning.
+"""All metrics of the project in tables: name, kind, labels and help text.
 
-A component makes the instruments of its table with `Instruments(TABLE)` and serves them with `serve`; `docs/metrics.md`
-is generated from the same tables. Names follow Prometheus' conventions: base units, `_total` for counters.
+A component creates the instruments of its table with `Instruments(TABLE)`; `docs/metrics.md` is generated from the same
+tables. Names follow the conventions of Prometheus: base units, `_total` for counters.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-# Model servers. `model` and `role` stand on every sample, as constant labels.
+# Model servers. Every sample has the constant labels `model` and `role`.
 NODE: tuple[Metric, ...] = (
     Metric(
         name="latentflow_requests_started_total",
         kind="counter",
         labels=("call",),
-        help="Calls that were taken, by call (Encode, Denoise, ...), whether or not they have ended.",
+        help="Calls admitted, by call (Encode, Denoise, ...), whether or not they have ended.",
     ),
     Metric(
         name="latentflow_requests_total",
@@ -47,25 +47,25 @@ NODE: tuple[Metric, ...] = (
         kind="histogram",
         labels=("call",),
         buckets=_SLOW,
-        help="Time from a call's arrival to its end, the queue inside the server included.",
+        help="Time from a call's arrival to its end, including its time in the server's queue.",
     ),
     Metric(
         name="latentflow_queue_depth",
         kind="gauge",
-        help="Requests that have arrived and wait for their first forward pass, inside the model server.",
+        help="Requests in the model server's queue: admitted, and without a forward pass yet.",
     ),
-    Metric(name="latentflow_in_flight", kind="gauge", help="Requests that run."),
+    Metric(name="latentflow_in_flight", kind="gauge", help="Running requests: admitted and no longer in the queue."),
     Metric(
         name="latentflow_step_seconds",
         kind="histogram",
         buckets=_FAST,
-        help="Time of one forward pass with what belongs to it: a denoising step, an encoding, a decoding.",
+        help="Time of one forward pass with the work around it: a denoising step, an encoding, a decoding.",
     ),
     Metric(
         name="latentflow_batch_size",
         kind="histogram",
         buckets=_BATCH,
-        help="Requests that shared a forward pass.",
+        help="Requests that share a forward pass.",
     ),
     Metric(
         name="latentflow_tensor_bytes_total",
@@ -77,10 +77,10 @@ NODE: tuple[Metric, ...] = (
         name="latentflow_tensor_seconds_total",
         kind="counter",
         labels=("transport", "direction"),
-        help="Time spent on those transfers.",
+        help="Time of the transfers that latentflow_tensor_bytes_total counts.",
     ),
-    Metric(name="latentflow_tensors_held", kind="gauge", help="Tensors held for others under a lease."),
-    Metric(name="latentflow_tensor_held_bytes", kind="gauge", help="Their bytes."),
+    Metric(name="latentflow_tensors_held", kind="gauge", help="Tensors held for other servers under a lease."),
+    Metric(name="latentflow_tensor_held_bytes", kind="gauge", help="Bytes of the tensors held for other servers."),
     Metric(
         name="latentflow_loads_total",
         kind="counter",
@@ -91,15 +91,19 @@ NODE: tuple[Metric, ...] = (
         name="latentflow_load_seconds_total",
         kind="counter",
         labels=("kind",),
-        help="Time spent on those loads.",
+        help="Time of the loads that latentflow_loads_total counts.",
     ),
     Metric(
         name="latentflow_download_bytes",
         kind="gauge",
-        help="Bytes of the weights' download, at start-up, that are here; 0 where nothing had to be downloaded.",
+        help="Bytes of the weights downloaded so far at start-up; 0 where nothing has to be downloaded.",
     ),
-    Metric(name="latentflow_download_total_bytes", kind="gauge", help="Bytes that this download comes to."),
-    Metric(name="latentflow_ready", kind="gauge", help="1 when the server is warmed up and takes requests."),
+    Metric(
+        name="latentflow_download_total_bytes",
+        kind="gauge",
+        help="Bytes of the weights to download at start-up in all.",
+    ),
+    Metric(name="latentflow_ready", kind="gauge", help="1 when the server is warmed up and admits requests."),
 )
 
 # Gateways.
@@ -121,13 +125,13 @@ GATEWAY: tuple[Metric, ...] = (
         name="latentflow_gateway_queue_depth",
         kind="gauge",
         labels=("workflow",),
-        help="Requests admitted that wait for their first stage.",
+        help="Admitted requests that wait for a running slot.",
     ),
     Metric(
         name="latentflow_gateway_in_flight",
         kind="gauge",
         labels=("workflow",),
-        help="Requests admitted that have not ended, queued ones included.",
+        help="Admitted requests that have not ended, including queued ones.",
     ),
     Metric(
         name="latentflow_gateway_images_total",
@@ -140,37 +144,37 @@ GATEWAY: tuple[Metric, ...] = (
         kind="histogram",
         labels=("model", "stage"),
         buckets=_SLOW,
-        help="Time of a stage as the gateway sees it, attempts and hand-offs included.",
+        help="Time of a stage as the gateway measures it, including repeated attempts.",
     ),
     Metric(
         name="latentflow_gateway_stage_retries_total",
         kind="counter",
         labels=("model", "stage", "reason"),
-        help="Stages run again, by the reason of the failure.",
+        help="Repeated attempts at a stage, by the reason of the failure.",
     ),
     Metric(
         name="latentflow_gateway_errors_total",
         kind="counter",
         labels=("workflow", "reason"),
-        help="Requests that ended in an error, by its reason.",
+        help="Requests that ended with an error, by its reason.",
     ),
     Metric(
         name="latentflow_gateway_authentications_total",
         kind="counter",
         labels=("client",),
-        help="Calls by the client whose API key they carried; `?` for those that were refused. Empty without API keys.",
+        help="Calls by the client whose API key they carry; `?` for refused ones. Absent where no API keys are required.",
     ),
     Metric(
         name="latentflow_gateway_replicas_ready",
         kind="gauge",
         labels=("model",),
-        help="Replicas of a model that this gateway may send requests to.",
+        help="Ready replicas of a model, as this gateway sees them.",
     ),
     Metric(
         name="latentflow_gateway_held",
         kind="gauge",
         labels=("model",),
-        help="Requests that wait because no replica of a model takes any.",
+        help="Requests that wait because a model has no ready replica.",
     ),
 )
 
@@ -224,8 +228,8 @@ class Instruments:
     """The instruments of a table, in a registry of their own.
 
     Args:
-        table: The metrics to make.
-        constant: Labels with one value for the whole process, put before each metric's own.
+        table: The metrics.
+        constant: Labels with one value for the whole process, which precede each metric's own.
 
     `instruments.of("latentflow_requests_total", call="Encode", code="OK")` is one time series, to `inc`, `set` or
     `observe`.
@@ -245,17 +249,17 @@ class Instruments:
             )
 
     def of(self, name: str, **labels: str) -> Any:
-        """The time series of a metric; `labels` are the metric's own. KeyError for a name that no table has."""
+        """The time series of a metric; `labels` are the metric's own. KeyError for a name that is not in the table."""
         values = self._constant | labels
         return self._families[name].labels(**values) if values else self._families[name]
 
     def serve(self, *, host: str, port: int) -> int:
-        """Serves `/metrics` from a thread of its own. Returns the port, which `port=0` leaves to the system."""
+        """Serves `/metrics` in a separate thread. Returns the port; `port=0` takes a free one."""
         self._server, _ = start_http_server(port, host, registry=self.registry)
         return int(self._server.server_port)
 
     def close(self) -> None:
-        """Stops serving."""
+        """Ends serving."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

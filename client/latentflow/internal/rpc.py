@@ -1,8 +1,4 @@
-"""What every gRPC channel and call of the project shares: options, credentials, metadata, trace context.
-
-The client, the gateway and the model servers build their channels and metadata here, so that limits, keepalive and the
-names of headers are written once.
-"""
+"""Options, credentials, metadata and trace context of every gRPC channel and call of the project."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ import grpc
 PROTOCOL_VERSION = 1
 # Bytes of tensor data in one message; larger tensors travel as several chunks.
 CHUNK_BYTES = 1 << 20
-# Messages stay below it: a chunk, or a request with a few control images, or a PNG.
+# Room for a request with several control images. Tensors are sent in chunks far below it.
 MAX_MESSAGE_BYTES = 64 << 20
 
 AUTHORIZATION = "authorization"
@@ -28,11 +24,11 @@ _TRACEPARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A peer that vanished without a word is noticed within half a minute.
+    # A peer whose host is lost is noticed within half a minute.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # A restarted server is found again quickly.
+    # Reconnect quickly to a server that has restarted.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
@@ -41,7 +37,7 @@ SERVER_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
-    # Two servers never share a port by accident: the second says that it is taken.
+    # Without it, a second server could bind the same port and take half of the connections.
     ("grpc.so_reuseport", 0),
 )
 
@@ -60,7 +56,7 @@ class Trace:
 
     @classmethod
     def parse(cls, header: str | None) -> Trace | None:
-        """The context of a `traceparent` header; None where it is absent or malformed, as the standard asks."""
+        """The context of a `traceparent` header; None where it is absent or malformed, as the standard requires."""
         match = _TRACEPARENT.fullmatch(header or "")
         if match is None or set(match[1]) == {"0"} or set(match[2]) == {"0"}:
             return None
@@ -76,10 +72,12 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Tls:
-    """Files of one side of a TLS connection, in PEM. `certificate` and `key` together make it mutual for a client.
+    """PEM files for one side of a TLS connection.
 
     Attributes:
-        name: Whose certificate a client expects, where that is not the name it dials: behind a port that is forwarded.
+        ca: CA certificates by which to verify the other side; None: the system's, and for a server no verification.
+        certificate, key: Of this side; a client needs them where the server requires client certificates.
+        name: The name in the server's certificate, where it is not the one in the address: behind a forwarded port.
     """
 
     ca: Path | None = None
@@ -96,15 +94,15 @@ class Tls:
         return [("grpc.ssl_target_name_override", self.name)] if self.name else []
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Asks clients for a certificate where a CA is given. ValueError without key and certificate."""
+        """Requires client certificates where `ca` is set. ValueError without key and certificate."""
         key, certificate, ca = _read(self.key), _read(self.certificate), _read(self.ca)
         if key is None or certificate is None:
-            raise ValueError("A TLS server needs both a certificate and a key; give the two files.")
+            raise ValueError("A TLS server needs both a certificate and a key.")
         return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
 
 
 def channel(address: str, *, tls: Tls | None) -> grpc.aio.Channel:
-    """A channel for asyncio, to a server or between servers."""
+    """A channel for asyncio."""
     options = list(CHANNEL_OPTIONS)
     if tls is None:
         return grpc.aio.insecure_channel(address, options)
@@ -112,7 +110,7 @@ def channel(address: str, *, tls: Tls | None) -> grpc.aio.Channel:
 
 
 def metadata(*, token: str | None, trace: Trace | None, request_id: str | None) -> list[tuple[str, str]]:
-    """Call metadata: bearer token, trace context, request id; what is None is left out."""
+    """Call metadata: bearer token, trace context and request id, each where it is not None."""
     pairs = []
     if token:
         pairs.append((AUTHORIZATION, f"Bearer {token}"))

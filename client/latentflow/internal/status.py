@@ -1,6 +1,6 @@
-"""Carries `latentflow.errors` over gRPC: an error to a status with `google.rpc` details, and back.
+"""Conversion between `latentflow.errors` and gRPC statuses with `google.rpc` details.
 
-Servers hand `abort_with` what they caught; callers hand `error_from` the `grpc.RpcError` they got.
+Servers end calls by `abort_with`; callers convert a `grpc.RpcError` by `error_from`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from latentflow.errors import CancelledError, InternalError, LatentflowError, Un
 from latentflow.reasons import Reason
 
 DOMAIN = "latentflow.io"
-# A message travels in a header; gRPC's default limit for all headers is 8 KiB.
+# A message is sent in a header; gRPC's default limit for all headers is 8 KiB.
 _MAX_MESSAGE = 2000
 
 
@@ -25,7 +25,7 @@ class _Context(Protocol):
 
 
 def to_status(error: LatentflowError) -> status_pb2.Status:
-    """The `google.rpc.Status` of an error: ErrorInfo always, RetryInfo where it knows when to come back."""
+    """The `google.rpc.Status` of an error: ErrorInfo always, RetryInfo where the error has a retry delay."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.details)
     status = status_pb2.Status(code=error.code.value[0], message=error.message[:_MAX_MESSAGE])
     status.details.append(_pack(info))
@@ -37,13 +37,13 @@ def to_status(error: LatentflowError) -> status_pb2.Status:
 
 
 async def abort_with(context: _Context, error: LatentflowError) -> NoReturn:
-    """Ends an asyncio servicer's call with an error."""
+    """Ends a call of an asyncio servicer with an error."""
     status = rpc_status.to_status(to_status(error))
     await context.abort(status.code, status.details, status.trailing_metadata)
 
 
 def error_from(rpc_error: grpc.RpcError) -> LatentflowError:
-    """The error that a failed call means; where the server gave no details, as much as the status tells."""
+    """The error of a failed call; from its status code alone where the server sent no details."""
     call = cast("grpc.Call", rpc_error)
     code = call.code()
     message = call.details() or code.name
@@ -61,18 +61,18 @@ def error_from(rpc_error: grpc.RpcError) -> LatentflowError:
 
 
 def error_of_peer(rpc_error: grpc.RpcError) -> LatentflowError:
-    """`error_from`, for a call between servers, which nobody on this side cancels by gRPC's own means.
+    """As `error_from`, for a call between servers that this side has not cancelled.
 
-    Cancelled then means that the other side has stopped in the middle of it: UnavailableError.
+    CANCELLED then means that the other side ended during the call: UnavailableError.
     """
     error = error_from(rpc_error)
     if isinstance(error, CancelledError):
-        return UnavailableError("The other side broke the call off; it stops.", reason=Reason.STAGE_BROKEN_OFF)
+        return UnavailableError("The server ended during the call.", reason=Reason.STAGE_BROKEN_OFF)
     return error
 
 
 def as_error(exception: BaseException, *, where: str) -> LatentflowError:
-    """Any exception as one of ours; what is not ours is a defect and says where it happened."""
+    """Any exception as a LatentflowError; an unexpected one becomes InternalError with the place where it was raised."""
     if isinstance(exception, LatentflowError):
         return exception
     if isinstance(exception, grpc.RpcError):
