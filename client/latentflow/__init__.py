@@ -13,6 +13,7 @@ from latentflow.client import Client
 from latentflow.errors import LatentflowError
 from latentflow.internal.rpc import Tls
 from latentflow.mock import AsyncMockTransport, MockTransport
+from latentflow.reasons import Reason
 from latentflow.requests import ControlImage
 from latentflow.results import Accepted, Done, Event, ImageReady, Progress, Result, Workflow
 from latentflow.retries import NO_RETRIES, Retries
@@ -30,6 +31,7 @@ __all__ = [
     "LatentflowError",
     "MockTransport",
     "Progress",
+    "Reason",
     "Result",
     "Retries",
     "Tls",
