@@ -86,7 +86,7 @@ def plan_models(
     threads: int | None,
     device: str | None,
     cores: int,
-    turn_file: Path,
+    compute_lock: Path,
     shared_memory: Path | None,
     log_format: str,
 ) -> list[ProcessSpec]:
@@ -96,7 +96,7 @@ def plan_models(
         addresses: host:port for gRPC and host:port for `/metrics`, by identity.
         threads, device: Override the workflows' values for every model; None: no override.
         cores: Cores of this machine that the models may use.
-        turn_file: File of the lock that servers share if they would compete for the cores.
+        compute_lock: File of the lock that servers share if they would compete for the cores.
         shared_memory: Folder of the shared memory through which servers transfer tensors; None: they use gRPC.
     """
     overrides = {key: value for key, value in (("threads", threads), ("device", device)) if value is not None}
@@ -109,7 +109,7 @@ def plan_models(
         options["shared-memory"] = shared_memory
         own_threads = threads or model.engine.threads or cores
         if own_threads > 1 and capacity(model, threads=threads, device=device, cores=cores) == 1:
-            options["turn-file"] = turn_file
+            options["compute-lock"] = compute_lock
         specs.append(
             ProcessSpec(
                 name=name,

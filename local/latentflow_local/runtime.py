@@ -90,7 +90,7 @@ async def run(
             threads=threads,
             device=device,
             cores=cores,
-            turn_file=Path(folder) / "turn",
+            compute_lock=Path(folder) / "compute.lock",
             shared_memory=shared_memory,
             log_format=log_format,
         )

@@ -1,4 +1,4 @@
-"""What a role is given to work with: settings, metrics, transport, held tensors, peers, its turn to compute."""
+"""What a role works with: settings, metrics, transport, held tensors, peers, the compute lock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from latentflow.internal.metrics import Instruments
 
-from latentflow_nodes.engine.compute_lock import Turn
+from latentflow_nodes import families
+from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.settings import NodeSettings
 from latentflow_nodes.tensors.peers import Peers
 from latentflow_nodes.tensors.store import TensorStore
@@ -25,7 +26,7 @@ class Context:
     transport: Transport
     store: TensorStore
     peers: Peers
-    turn: Turn
+    compute_lock: ComputeLock
 
     @property
     def device(self) -> torch.device:
@@ -43,6 +44,7 @@ class Context:
             subfolder=settings.subfolder,
             revision=settings.revision,
             role=settings.role,
+            parts=families.parts(settings.role),
             model_root=settings.model_root,
             cache=settings.cache,
             progress=Progress(self.metrics, source=settings.uri),

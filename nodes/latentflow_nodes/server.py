@@ -32,7 +32,7 @@ from latentflow.v1 import (
 from latentflow_nodes import roles, settings
 from latentflow_nodes.calls import Calls, TokenInterceptor
 from latentflow_nodes.context import Context
-from latentflow_nodes.engine.compute_lock import Turn
+from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
 from latentflow_nodes.settings import NodeSettings
 from latentflow_nodes.tensors.peers import Peers
@@ -96,9 +96,11 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
             address=address, lease=node.lease, clock=time.monotonic, transport=transport, metrics=metrics
         )
         stack.callback(store.close)
-        turn = Turn(node.turn_file)
-        stack.callback(turn.close)
-        context = Context(settings=node, metrics=metrics, transport=transport, store=store, peers=peers, turn=turn)
+        compute_lock = ComputeLock(node.compute_lock)
+        stack.callback(compute_lock.close)
+        context = Context(
+            settings=node, metrics=metrics, transport=transport, store=store, peers=peers, compute_lock=compute_lock
+        )
         role = roles.load(context)
         stack.callback(role.close)
         await role.warm_up()
@@ -112,7 +114,7 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
             health=health.aio.HealthServicer(),
             calls=calls,
         )
-        stage_pb2_grpc.add_StageServicer_to_server(StageServicer(context, role, calls), server)
+        stage_pb2_grpc.add_StageServicer_to_server(StageServicer(role, calls), server)
         tensors_pb2_grpc.add_TensorsServicer_to_server(TensorsServicer(context), server)
         control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(context, role, running.drain), server)
         health_pb2_grpc.add_HealthServicer_to_server(running.health, server)

@@ -1,4 +1,4 @@
-"""The server's side of the wire: decode, call the role or the store, encode."""
+"""The server's side of the wire: decodes a message, calls the role or the store, encodes the answer."""
 
 from __future__ import annotations
 
@@ -17,61 +17,46 @@ from latentflow.v1 import (
     tensors_pb2_grpc,
 )
 
+from latentflow_nodes import roles
 from latentflow_nodes.calls import Calls, streaming, unary
 from latentflow_nodes.context import Context
-
-_ROLES = {
-    "TextEncoder": control_pb2.ROLE_TEXT_ENCODER,
-    "Denoiser": control_pb2.ROLE_DENOISER,
-    "ControlNet": control_pb2.ROLE_CONTROL_NET,
-    "LoRAStore": control_pb2.ROLE_LORA_STORE,
-    "VAE": control_pb2.ROLE_VAE,
-}
+from latentflow_nodes.roles import Role
 
 
 class StageServicer(stage_pb2_grpc.StageServicer):
-    """The work of the server's role; other roles' calls are UNIMPLEMENTED."""
+    """The calls of the server's role; those of other roles are UNIMPLEMENTED."""
 
-    def __init__(self, context: Context, role: Any, calls: Calls) -> None:
-        self._context = context
+    def __init__(self, role: Role, calls: Calls) -> None:
         self._role = role
         self.calls = calls
 
     @unary
     async def Encode(self, request: stage_pb2.EncodeRequest) -> Any:
-        return await self._of("encode")(request)
+        return await self._role.encode(request)
 
     @streaming
     async def Denoise(self, request: stage_pb2.DenoiseRequest) -> AsyncIterator[Any]:
-        async for event in self._of("denoise")(request):
+        async for event in self._role.denoise(request):
             yield event
 
     @unary
     async def Decode(self, request: stage_pb2.DecodeRequest) -> Any:
-        return await self._of("decode")(request)
+        return await self._role.decode(request)
 
     @streaming
     async def Adapter(self, request: stage_pb2.AdapterRequest) -> AsyncIterator[Any]:
-        for chunk in await self._of("adapter")(request):
+        for chunk in await self._role.adapter(request):
             yield stage_pb2.AdapterResponse(chunk=chunk)
 
     @streaming
     async def Residuals(self, requests: AsyncIterator[stage_pb2.ResidualsRequest]) -> AsyncIterator[Any]:
-        async for response in self._of("residuals")(requests):
+        async for response in self._role.residuals(requests):
             yield response
 
     @streaming
     async def PredictNoise(self, requests: AsyncIterator[stage_pb2.PredictNoiseRequest]) -> AsyncIterator[Any]:
         raise UnimplementedError("This version computes both guidance halves in one replica; name no guidance peer.")
         yield
-
-    def _of(self, name: str) -> Callable[[Any], Any]:
-        method: Callable[[Any], Any] | None = getattr(self._role, name, None)
-        if method is None:
-            raise UnimplementedError(
-                f"This server is a {self._context.settings.role}; it does not {name}. The caller's directory is wrong."
-            )
-        return method
 
 
 class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
@@ -105,7 +90,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
     calls = None
 
-    def __init__(self, context: Context, role: Any, drain: Callable[[float], Any]) -> None:
+    def __init__(self, context: Context, role: Role, drain: Callable[[float], Any]) -> None:
         self._context = context
         self._role = role
         self._drain = drain
@@ -122,7 +107,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         settings = self._context.settings
         response = control_pb2.DescribeResponse(
             protocol_version=rpc.PROTOCOL_VERSION,
-            role=_ROLES[settings.role],
+            role=roles.wire(settings.role),
             family=self._role.family,
             content_digest=self._role.content_digest,
             boot_id=self._context.store.boot_id,

@@ -33,7 +33,7 @@ class NodeSettings:
         engine: How the model is run.
         lease: Seconds a handle lives without being renewed.
         drain: Seconds that running requests get when the server is told to stop.
-        turn_file: Servers of one machine that name the same file compute one after the other; None: at any time.
+        compute_lock: Lock file; servers of one machine that name the same one compute one after the other. None: no lock.
         shared_memory: A folder on memory that servers share: tensors between those that name it go through it; None:
             over gRPC.
         token: Shared secret of the servers; None: none asked for.
@@ -53,7 +53,7 @@ class NodeSettings:
     engine: Engine = field(default_factory=Engine)
     lease: float = 60.0
     drain: float = 30.0
-    turn_file: Path | None = None
+    compute_lock: Path | None = None
     shared_memory: Path | None = None
     token: str | None = None
     tls: rpc.Tls | None = None
@@ -112,7 +112,12 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     )
     add("--lease", type=float, default=60.0, help="seconds a handle lives unless renewed (default: 60)")
     add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
-    add("--turn-file", type=Path, help="servers of one machine that name one file compute one after the other")
+    add(
+        "--compute-lock",
+        type=Path,
+        metavar="FILE",
+        help="servers of one machine that name the same file compute one after the other",
+    )
     add(
         "--shared-memory",
         type=Path,

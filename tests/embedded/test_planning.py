@@ -36,7 +36,7 @@ def first(*, threads: int | None, cores: int) -> ProcessSpec:
         threads=threads,
         device=None,
         cores=cores,
-        turn_file=Path("/turn"),
+        compute_lock=Path("/lock"),
         shared_memory=None,
         log_format="console",
     )[0]
@@ -86,4 +86,4 @@ def test_the_replicas_of_a_model_differ_only_in_name_and_addresses() -> None:
 
 @pytest.mark.parametrize(("threads", "cores", "locked"), [(2, 2, True), (2, 3, True), (2, 4, False), (1, 1, False)])
 def test_models_share_a_compute_lock_if_two_would_compete_for_the_cores(threads: int, cores: int, locked: bool) -> None:
-    assert ("--turn-file=/turn" in first(threads=threads, cores=cores).argv) is locked
+    assert ("--compute-lock=/lock" in first(threads=threads, cores=cores).argv) is locked

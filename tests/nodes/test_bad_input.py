@@ -33,10 +33,10 @@ async def refused(stack: Stack, request: stage_pb2.DenoiseRequest) -> Latentflow
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("steps", 0, "steps has to be from 1 to 1000"),
-        ("steps", 1001, "steps has to be from 1 to 1000"),
-        ("width", 0, "no multiple of the VAE's factor"),
-        ("width", 63, "no multiple of the VAE's factor"),
+        ("steps", 0, "steps must be from 1 to 1000"),
+        ("steps", 1001, "steps must be from 1 to 1000"),
+        ("width", 0, "not a multiple of the VAE's factor"),
+        ("width", 63, "not a multiple of the VAE's factor"),
         ("guidance_scale", float("nan"), "finite numbers"),
         ("sampler", "magic", "Sampler 'magic' is not known; use one of"),
     ],
@@ -137,10 +137,10 @@ async def test_callers_without_the_token_are_refused() -> None:
     ("role", "subfolder", "uri", "message"),
     [
         ("VAE", None, "absent", "There is no weights folder"),
-        ("VAE", None, "../shapes", "leads out of the model root"),
+        ("VAE", None, "../shapes", "leaves the model root"),
         ("VAE", None, "oci://registry/x", "cannot read oci:// sources"),
         ("LoRAStore", "vae", "shapes", None),
-        ("ControlNet", "loras", "shapes", "no *.safetensors file"),
+        ("ControlNet", "loras", "shapes", "config.json is missing"),
     ],
 )
 async def test_a_source_that_cannot_be_served_is_named(

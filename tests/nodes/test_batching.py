@@ -17,7 +17,7 @@ candidates = st.lists(
         st.integers(0, 9),
     ),
     max_size=8,
-).map(lambda rows: [Candidate(key=i, group=g, adapters=a, waited=w) for i, (g, a, w) in enumerate(rows)])
+).map(lambda rows: [Candidate(key=i, group=g, adapters=a, skipped=w) for i, (g, a, w) in enumerate(rows)])
 
 
 @given(candidates, st.sampled_from("xyz"), st.integers(1, 4))
@@ -44,7 +44,7 @@ def test_nobody_waits_for_ever(rows: list[Candidate], limit: int) -> None:
     waited = {row.key: 0 for row in rows}
     bound = 6 * (len(rows) + 1)
     for _ in range(bound * 2):
-        current = [Candidate(key=r.key, group=r.group, adapters=r.adapters, waited=waited[r.key]) for r in rows]
+        current = [Candidate(key=r.key, group=r.group, adapters=r.adapters, skipped=waited[r.key]) for r in rows]
         chosen = choose(current, merged=merged, limit=limit)
         merged = next((r.adapters for r in rows if r.key in chosen), merged)
         waited = {key: 0 if key in chosen else passes + 1 for key, passes in waited.items()}
@@ -52,8 +52,8 @@ def test_nobody_waits_for_ever(rows: list[Candidate], limit: int) -> None:
 
 
 def test_merged_adapters_are_kept_until_others_have_waited_long_enough() -> None:
-    mine = Candidate(key=1, group="g", adapters="merged", waited=0)
-    other = Candidate(key=2, group="h", adapters="other", waited=3)
+    mine = Candidate(key=1, group="g", adapters="merged", skipped=0)
+    other = Candidate(key=2, group="h", adapters="other", skipped=3)
     assert choose([mine, other], merged="merged", limit=4, patience=4) == [1]
-    overdue = Candidate(key=2, group="h", adapters="other", waited=4)
+    overdue = Candidate(key=2, group="h", adapters="other", skipped=4)
     assert choose([mine, overdue], merged="merged", limit=4, patience=4) == [2]

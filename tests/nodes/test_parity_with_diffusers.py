@@ -18,7 +18,7 @@ from diffusers import (
 )
 from latentflow_nodes.engine.samplers import SAMPLERS
 from PIL import Image
-from support.packs import SHAPES, tiny_sdxl, tiny_v_prediction
+from support.packs import SHAPES, tiny_distilled, tiny_sdxl, tiny_v_prediction
 from support.stack import Request, Stack, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -150,3 +150,15 @@ async def test_an_sdxl_controlnet_is_diffusers_own(tmp_path: Path, edge_image: I
     async with started(tmp_path, "tiny", controls={"control": "controlnet"}) as stack:
         request = Request(side=32, controls=[("control", edge_image.resize((32, 32)), 0.8)])
         await assert_equal(stack, tmp_path / "tiny", request, xl=True)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+async def test_a_guidance_distilled_model_is_diffusers_own(
+    tmp_path: Path, edge_image: Image.Image, guidance_scale: float
+) -> None:
+    tiny_distilled(tmp_path / "tiny")
+    async with started(tmp_path, "tiny", controls={"control": "controlnet"}) as stack:
+        request = Request(side=32, guidance_scale=guidance_scale)
+        await assert_equal(stack, tmp_path / "tiny", request)
+        request.controls = [("control", edge_image.resize((32, 32)), 0.8)]
+        await assert_equal(stack, tmp_path / "tiny", request)

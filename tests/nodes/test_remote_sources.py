@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from latentflow.errors import FailedPreconditionError
 from latentflow.internal.metrics import NODE, Instruments
+from latentflow_nodes import families
 from latentflow_nodes.weights.fetching import Progress, wanted
 from latentflow_nodes.weights.source import Source, locate
 from support.bucket import BUCKET, Store
@@ -30,7 +31,7 @@ from latentflow_nodes.weights.source import Source, locate
 from latentflow_nodes.weights.fetching import Progress
 print("begun", flush=True)
 locate(
-    uri=sys.argv[1], subfolder=None, revision=None, role="VAE", model_root=Path("."), cache=Path(sys.argv[2]),
+    uri=sys.argv[1], subfolder=None, revision=None, role="VAE", parts=["vae"], model_root=Path("."), cache=Path(sys.argv[2]),
     progress=Progress(Instruments(NODE, model="m", role="VAE"), source="s"),
 )
 """
@@ -58,6 +59,7 @@ class Remote:
             subfolder=source.get("subfolder"),
             revision=source.get("revision"),
             role=role,
+            parts=families.parts(role),
             model_root=Path(),
             cache=self.cache,
             progress=progress,
@@ -177,6 +179,7 @@ def test_how_far_a_download_is_shows_in_the_metrics(remote: Remote) -> None:
         subfolder=None,
         revision=None,
         role="VAE",
+        parts=["vae"],
         model_root=Path(),
         cache=remote.cache,
         progress=Watched(metrics, source="s"),
@@ -295,14 +298,14 @@ def test_a_server_that_is_told_to_stop_while_it_fetches_ends_at_once(remote: Rem
 
 
 def test_in_a_store_a_half_precision_file_is_an_adapter_of_its_own() -> None:
-    assert wanted("LoRAStore", "loras").of(["loras/a.fp16.safetensors", "loras/a.bin", "vae/config.json"]) == [
-        "loras/a.fp16.safetensors"
-    ]
+    assert wanted("LoRAStore", "loras", parts=()).of(
+        ["loras/a.fp16.safetensors", "loras/a.bin", "vae/config.json"]
+    ) == ["loras/a.fp16.safetensors"]
 
 
 def test_a_controlnet_s_repository_may_be_the_component_itself() -> None:
     paths = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "sd/unet/config.json"]
-    assert wanted("ControlNet", None).of(paths) == paths[:2]
+    assert wanted("ControlNet", None, parts=families.parts("ControlNet")).of(paths) == paths[:2]
     folder = SHAPES / "controlnet-edges"
     assert Source(pipeline=folder).part("controlnet") == folder
     assert Source(pipeline=SHAPES).part("controlnet") == SHAPES / "controlnet"

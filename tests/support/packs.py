@@ -87,6 +87,18 @@ def tiny_v_prediction(folder: Path) -> Path:
     return folder
 
 
+def tiny_distilled(folder: Path) -> Path:
+    """A guidance-distilled Stable Diffusion shaped pipeline and a ControlNet for it, with random weights."""
+    tiny_v_prediction(folder)
+    torch.manual_seed(3)
+    # A ControlNet takes no guidance scale, so it is made from the network before the distillation.
+    before = UNet2DConditionModel.from_pretrained(folder / "unet")
+    _visible_control_net(before).save_pretrained(folder / "controlnet")
+    distilled = UNet2DConditionModel.from_config(dict(before.config) | {"time_cond_proj_dim": 32})
+    distilled.save_pretrained(folder / "unet")
+    return folder
+
+
 def tiny_sdxl(folder: Path) -> Path:
     """An SDXL shaped pipeline and a ControlNet for it, with random weights."""
     torch.manual_seed(2)
@@ -120,9 +132,13 @@ def tiny_sdxl(folder: Path) -> Path:
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
+    _visible_control_net(unet).save_pretrained(folder / "controlnet")
+    return folder
+
+
+def _visible_control_net(unet: UNet2DConditionModel) -> ControlNetModel:
     control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32))
-    # The zero convolutions of a fresh ControlNet would make it invisible.
+    # With the zero convolutions of a fresh ControlNet it would have no effect.
     for block in (*control.controlnet_down_blocks, control.controlnet_mid_block):
         torch.nn.init.normal_(block.weight, std=0.2)
-    control.save_pretrained(folder / "controlnet")
-    return folder
+    return control

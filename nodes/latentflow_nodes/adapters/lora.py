@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from latentflow.errors import FailedPreconditionError
 
+from latentflow_nodes import families
 from latentflow_nodes.adapters.layers import Layer
 from latentflow_nodes.weights import files
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
@@ -45,66 +43,54 @@ def find(folder: Path) -> dict[str, Path]:
 
 
 def load(name: str, path: Path) -> Adapter:
-    """Reads an adapter file (diffusers, PEFT or kohya keys). FailedPreconditionError for keys that fit nowhere."""
+    """Reads an adapter file (diffusers, PEFT or kohya keys).
+
+    Raises:
+        FailedPreconditionError: It has keys that belong to no component, or is no plain LoRA.
+        DataLossError: It is damaged.
+    """
     files.check_file(path)
-    loader = _loader(path)
+    family = families.of_adapter(files.keys(path))
     try:
-        state, alphas, metadata = loader.lora_state_dict(
-            str(path.parent),
-            weight_name=path.name,
-            return_lora_metadata=True,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        state = family.read_adapter(path)
     except (ValueError, KeyError, AttributeError) as error:
         raise FailedPreconditionError(
-            f"Adapter {name!r} ({path}) is none that diffusers understands: {error}", reason="ADAPTER_UNREADABLE"
+            f"diffusers cannot read adapter {name!r} ({path}): {error}", reason="ADAPTER_UNREADABLE"
         ) from None
     components: dict[str, dict[str, Layer]] = {}
-    unused = set(state)
-    for component in COMPONENTS:
-        keys = [key for key in state if key.startswith(f"{component}.")]
-        unused -= set(keys)
-        if keys:
-            part = {key.removeprefix(f"{component}."): state[key] for key in keys}
-            own = {
-                k.removeprefix(f"{component}."): v for k, v in (alphas or {}).items() if k.startswith(f"{component}.")
-            }
-            given = {k.removeprefix(f"{component}."): v for k, v in (metadata or {}).items() if k.startswith(component)}
-            components[component] = _layers(name, component, part, alphas=own, metadata=given)
+    unused = set(state.tensors)
+    for component in family.adapter_components:
+        prefix = f"{component}."
+        tensors = _under(state.tensors, prefix)
+        unused -= {prefix + key for key in tensors}
+        if tensors:
+            converted = family.convert_adapter(component, tensors)
+            alphas, metadata = _under(state.alphas, prefix), _under(state.metadata, prefix)
+            components[component] = _layers(name, component, converted, alphas=alphas, metadata=metadata)
     if unused or not components:
         shown = ", ".join(sorted(unused)[:3]) or "no LoRA layer at all"
         raise FailedPreconditionError(
             f"Adapter {name!r} ({path}) has keys that belong to no known component: {shown}. "
-            f"Keys begin with one of {', '.join(COMPONENTS)}; was it trained for another kind of model?",
+            f"Keys begin with one of {', '.join(family.adapter_components)}; was it trained for another kind of model?",
             reason="ADAPTER_UNREADABLE",
         )
     return Adapter(name=name, digest=files.digest([path]), components=components)
 
 
-def _loader(path: Path) -> Any:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as opened:
-        keys = list(opened.keys())
-    second = any("text_encoder_2" in key or "lora_te2" in key for key in keys)
-    return StableDiffusionXLLoraLoaderMixin if second else StableDiffusionLoraLoaderMixin
+def _under(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in tree.items() if key.startswith(prefix)}
 
 
 def _layers(
     name: str, component: str, state: dict[str, Any], *, alphas: dict[str, Any], metadata: dict[str, Any]
 ) -> dict[str, Layer]:
-    if component == "unet":
-        state = convert_unet_state_dict_to_peft(state)
-    else:
-        state = convert_state_dict_to_peft(convert_state_dict_to_diffusers(state))
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
         layer, _, rest = key.rpartition(".lora_")
         kind = rest.removesuffix(".weight")
         if kind not in ("A", "B") or not layer:
             raise FailedPreconditionError(
-                f"Adapter {name!r} has the key {component}.{key}, which is no LoRA pair's; "
+                f"Adapter {name!r} has the key {component}.{key}, which is not part of a LoRA pair; "
                 "only plain LoRA (lora_A, lora_B, alpha) is served.",
                 reason="ADAPTER_UNREADABLE",
             )

@@ -1,8 +1,8 @@
-"""Which requests share the next forward pass: a pure decision over what waits at a step boundary.
+"""Which requests share the next forward pass: a pure decision over the requests at a step boundary.
 
-The engine asks `choose` before every step. Requests can share a pass when their groups are equal (shape, conditioning,
-guidance, adapters, ControlNets). The longest-waiting request decides the group; a group that needs other adapters than
-those merged now has to wait `patience` passes, so that two adapter sets do not swap weights at every step.
+The engine calls `choose` before every step. Requests can share a pass when their groups are equal (shape, conditioning,
+guidance, adapters, ControlNets). The request that was skipped most often decides the group. A request whose adapters are
+not merged at present is skipped at most `patience` times, so that two adapter sets do not alternate at every step.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ class Candidate:
     Attributes:
         key: Which request.
         group: Equal for requests that may share a forward pass.
-        adapters: The adapter set it needs merged.
-        waited: Forward passes since it last took part, or since it came.
+        adapters: The adapter set that it needs merged.
+        skipped: Forward passes since it last took part in one, or since it was admitted.
     """
 
     key: int
     group: Hashable
     adapters: Hashable
-    waited: int
+    skipped: int
 
 
 def choose(candidates: Sequence[Candidate], *, merged: Hashable, limit: int, patience: int = 4) -> list[int]:
-    """Keys of at most `limit` candidates of one group, longest wait first; empty only for no candidates.
+    """Keys of at most `limit` candidates of one group, the most often skipped first; empty only for no candidates.
 
     Args:
         candidates: In order of arrival.
-        merged: The adapter set merged now.
+        merged: The adapter set merged at present.
         limit: Most requests in one forward pass, at least 1.
-        patience: Passes that a request with another adapter set than `merged` waits before it is given way.
+        patience: How often a request with another adapter set than `merged` may be skipped.
     """
     if not candidates:
         return []
-    oldest_first = sorted(candidates, key=lambda c: -c.waited)
-    fitting = [c for c in oldest_first if c.adapters == merged]
-    overdue = [c for c in oldest_first if c.adapters != merged and c.waited >= patience]
-    leader = (overdue or fitting or oldest_first)[0]
-    return [c.key for c in oldest_first if c.group == leader.group][:limit]
+    ordered = sorted(candidates, key=lambda c: -c.skipped)
+    fitting = [c for c in ordered if c.adapters == merged]
+    overdue = [c for c in ordered if c.adapters != merged and c.skipped >= patience]
+    leader = (overdue or fitting or ordered)[0]
+    return [c.key for c in ordered if c.group == leader.group][:limit]

@@ -1,8 +1,8 @@
-"""Whose turn it is to compute, among the servers of one machine.
+"""The lock under which the model servers of one machine compute one after the other.
 
-Model servers that each have all the machine's cores would, computing at the same time, wait for each other's threads at
-every parallel region: many times slower than one after the other. Servers that name the same turn file go one after the
-other. The lock is the kernel's, so it falls open when its holder is killed.
+Model servers that each use all cores, and compute at the same time, wait for each other's threads at every parallel
+region: many times slower than one after the other. Servers that name the same lock file take turns. The lock is the
+kernel's, so it is released when its holder is killed.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-class Turn:
-    """Entered around a forward pass. Used by one thread.
+class ComputeLock:
+    """Held during a forward pass. Used by one thread.
 
     Args:
-        path: The file that the servers share, made where it is missing. None: always this server's turn.
+        path: The file that the servers share, created where it is missing. None: the lock is always free.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._file = None if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
-    def __enter__(self) -> Turn:
+    def __enter__(self) -> ComputeLock:
         self._lock(fcntl.LOCK_EX)
         return self
 
@@ -32,8 +32,8 @@ class Turn:
         self._lock(fcntl.LOCK_UN)
 
     @contextlib.contextmanager
-    def passed_on(self) -> Iterator[None]:
-        """While entered: lets others compute in the block, which waits for one of them."""
+    def released(self) -> Iterator[None]:
+        """While the lock is held: releases it for the block, which waits for another server, and takes it again."""
         self._lock(fcntl.LOCK_UN)
         try:
             yield

@@ -1,58 +1,56 @@
 """One image on its way through a denoiser: all that changes from step to step, as data.
 
-The denoiser's role makes a `Sample` from a request, the engine advances it, and `checkpoint` turns it into bytes from
-which another replica goes on with a bit-identical result.
+The denoiser's role makes a `Sample` from a request and the engine advances it. `checkpoint` turns it into bytes, from
+which another replica resumes with a bit-identical result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from latentflow.errors import DataLossError, LatentflowError
+from latentflow.internal.guidance import Guidance
 
-from latentflow_nodes.adapters.layers import Layer
+from latentflow_nodes.adapters.layers import Layers
 from latentflow_nodes.engine import checkpoint
+from latentflow_nodes.engine.forward_time import ForwardTime
 from latentflow_nodes.engine.samplers import Sampler
-
-
-@dataclass(frozen=True, kw_only=True)
-class Residuals:
-    """What a ControlNet adds: one tensor for each skip connection, in the UNet's order, and the middle block's."""
-
-    down: tuple[torch.Tensor, ...]
-    mid: torch.Tensor
+from latentflow_nodes.families.base import Residuals
 
 
 class ResidualSource(Protocol):
-    """A request's conversation with one ControlNet."""
+    """A request's exchange with one ControlNet."""
 
     def request(self, *, step: int, timestep: float, sample: torch.Tensor, scale: float) -> Future[Residuals]:
-        """Asks for a step's residuals, already scaled. Called from the engine's thread; never blocks."""
+        """Requests a step's residuals, already scaled. Called from the engine's thread; never blocks."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """A ControlNet of a request: where its residuals come from, how strong, and in which part of the steps."""
+    """A ControlNet of a request: the source of its residuals, their scale, and the part of the steps it is active in.
+
+    Attributes:
+        start, end: Fractions of all steps, 0 to 1.
+    """
 
     source: ResidualSource
     scale: float
     start: float = 0.0
     end: float = 1.0
 
-    def active(self, *, step: int, total: int) -> bool:
+    def is_active(self, *, step: int, total: int) -> bool:
         """As diffusers' `control_guidance_start` and `_end`."""
         return not (step / total < self.start or (step + 1) / total > self.end)
 
 
 class Listener(Protocol):
-    """Who hears what becomes of a sample. Called from the engine's thread; must not block."""
+    """Receives the progress of a sample. Called from the engine's thread; must not block."""
 
     def stepped(self, sample: Sample) -> None: ...
 
@@ -63,15 +61,18 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a request asks of the denoiser. Sizes in latent pixels."""
+    """The settings of a request.
+
+    Attributes:
+        shape: Shape of its latents.
+        sampler: Name of its sampler.
+        eta: Noise of stochastic samplers, as in diffusers.
+    """
 
     seed: int
     steps: int
-    channels: int
-    height: int
-    width: int
-    guidance_scale: float
-    guidance: bool
+    shape: tuple[int, ...]
+    guidance: Guidance
     sampler: str
     eta: float = 0.0
 
@@ -81,7 +82,7 @@ class Sample:
     """The state of one image.
 
     Attributes:
-        inputs: The network's keyword inputs besides latents and timestep; with guidance [2, ...], negative first.
+        inputs: The network's inputs besides latents and timestep, with one row for each guidance half, negative first.
         adapters: Layers to merge with their weights, and `adapter_key`, equal for equal sets.
         latents: [1, channels, height, width].
         index: Steps done.
@@ -95,13 +96,13 @@ class Sample:
     generator: torch.Generator
     latents: torch.Tensor
     listener: Listener
-    adapters: tuple[tuple[Mapping[str, Layer], float], ...] = ()
+    adapters: tuple[tuple[Layers, float], ...] = ()
     adapter_key: Hashable = ()
     controls: tuple[Control, ...] = ()
     index: int = 0
-    forward_ns: int = 0
+    forward_time: ForwardTime = field(default_factory=ForwardTime)
     residuals_wait_ns: int = 0
-    first_step_ns: int = field(default=0)
+    first_step_ns: int = 0
 
     @property
     def total(self) -> int:
@@ -112,7 +113,7 @@ class Sample:
         return self.sampler.timesteps[self.index]
 
     def active_controls(self) -> tuple[Control, ...]:
-        return tuple(c for c in self.controls if c.active(step=self.index, total=self.total))
+        return tuple(c for c in self.controls if c.is_active(step=self.index, total=self.total))
 
     @property
     def group(self) -> Hashable:
@@ -120,7 +121,7 @@ class Sample:
         shapes = tuple((name, _shape(value)) for name, value in sorted(self.inputs.items()))
         return (
             tuple(self.latents.shape),
-            self.settings.guidance,
+            self.settings.guidance.rows,
             self.adapter_key,
             bool(self.active_controls()),
             shapes,
@@ -128,24 +129,26 @@ class Sample:
 
     def model_input(self) -> torch.Tensor:
         """[1 or 2, channels, height, width]: the scaled latents, once for each guidance half."""
-        latents = torch.cat([self.latents] * 2) if self.settings.guidance else self.latents
+        rows = self.settings.guidance.rows
+        latents = torch.cat([self.latents] * rows) if rows > 1 else self.latents
         return self.sampler.scale(latents, self.timestep)
 
     def advance(self, noise: torch.Tensor) -> None:
-        """Takes the network's prediction for `model_input` and does the step."""
-        if self.settings.guidance:
-            negative, positive = noise.chunk(2)
-            noise = negative + self.settings.guidance_scale * (positive - negative)
+        """Does the step with the network's prediction for `model_input`."""
         self.latents = self.sampler.step(
-            noise, self.timestep, self.latents, generator=self.generator, eta=self.settings.eta
+            self.settings.guidance.combine(noise),
+            self.timestep,
+            self.latents,
+            generator=self.generator,
+            eta=self.settings.eta,
         )
         self.index += 1
 
     def checkpoint(self) -> bytes:
-        """What `restore` needs to go on from here."""
+        """The state from which `restore` resumes."""
         return checkpoint.freeze(
             {
-                "settings": vars(self.settings),
+                "settings": asdict(self.settings),
                 "index": self.index,
                 "latents": self.latents,
                 "sampler": self.sampler.snapshot(),
@@ -154,15 +157,15 @@ class Sample:
         )
 
     def restore(self, blob: bytes) -> None:
-        """Goes on where `checkpoint` was. DataLossError for damaged bytes or another request's."""
+        """Resumes from a `checkpoint`. DataLossError for damaged bytes or another request's."""
         state = checkpoint.thaw(blob)
         try:
-            same = state["settings"] == vars(self.settings)
+            same = state["settings"] == asdict(self.settings)
             index, latents, sampler, generator = (state[k] for k in ("index", "latents", "sampler", "generator"))
         except (KeyError, TypeError):
-            raise DataLossError("A checkpoint lacks part of its state; start the request anew.") from None
+            raise DataLossError("A checkpoint lacks part of its state; start the request again.") from None
         if not same or latents.shape != self.latents.shape or not 0 <= index < self.total:
-            raise DataLossError("A checkpoint belongs to another request; start this one anew.")
+            raise DataLossError("A checkpoint belongs to another request; start this one again.")
         self.sampler.restore(sampler)
         self.generator.set_state(generator)
         self.latents = latents.to(self.latents)
@@ -170,23 +173,14 @@ class Sample:
 
 
 def initial_noise(
-    settings: Settings, *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...], *, generator: torch.Generator, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Standard normal latents, drawn as diffusers' pipelines draw them."""
-    shape = (1, settings.channels, settings.height, settings.width)
     noise: torch.Tensor = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
     return noise
 
 
-def guidance_embedding(scale: float, width: int) -> torch.Tensor:
-    """[1, width]: how guidance-distilled networks take the guidance scale as an input."""
-    embedded: torch.Tensor = StableDiffusionPipeline.get_guidance_scale_embedding(
-        None, torch.tensor([scale - 1]), embedding_dim=width
-    )
-    return embedded
-
-
 def _shape(value: Any) -> Hashable:
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape[1:])
-    return tuple((key, _shape(item)) for key, item in sorted(value.items()))
+    if isinstance(value, Mapping):
+        return tuple((key, _shape(item)) for key, item in sorted(value.items()))
+    return tuple(value.shape[1:])

@@ -16,24 +16,28 @@ from latentflow_nodes.adapters import lora
 from latentflow_nodes.adapters.layers import layers_bytes, pack_layers
 from latentflow_nodes.adapters.lora import Adapter
 from latentflow_nodes.context import Context
+from latentflow_nodes.roles.role import Role
 from latentflow_nodes.weights import files
 
 _log = structlog.get_logger()
 _CACHE_BYTES = 8 << 30
 
 
-class LoRAStore:
+class LoRAStore(Role):
     """The adapters of a folder."""
+
+    calls = ("Adapter",)
 
     def __init__(self, context: Context) -> None:
         self._context = context
         source = context.source()
         folder = source.component or source.pipeline
-        self.family = families.detect(source.pipeline) if (source.pipeline / "model_index.json").is_file() else ""
+        is_pipeline = (source.pipeline / "model_index.json").is_file()
+        self.family = families.of_pipeline(source.pipeline).name if is_pipeline else ""
         self._files = lora.find(folder)
         if not self._files:
             raise FailedPreconditionError(
-                f"{folder} holds no adapter: no *.safetensors, and no folder with {' or '.join(lora.FILE_NAMES)}.",
+                f"{folder} holds no adapter: neither *.safetensors nor a folder with {' or '.join(lora.FILE_NAMES)}.",
                 reason="WEIGHTS_UNAVAILABLE",
             )
         self._cache: LRUCache[str, Adapter] = LRUCache(_CACHE_BYTES, getsizeof=_size)
@@ -44,13 +48,13 @@ class LoRAStore:
         response.lora_store.adapters.extend(self._descriptions)
 
     async def warm_up(self) -> None:
-        """Nothing to run: reading the adapters at the start was it."""
+        """Nothing to run: the adapters were read at the start."""
 
     def close(self) -> None:
-        """No thread of its own."""
+        """It has no thread."""
 
     async def adapter(self, request: stage_pb2.AdapterRequest) -> Iterator[tensors_pb2.TensorChunk]:
-        """The pieces of one component's part; a bundle of no tensor where the adapter has none."""
+        """The chunks of one component's part; a bundle of no tensor where the adapter has none."""
         if request.name not in self._files:
             raise NotFoundError(
                 f"There is no adapter {request.name!r} in this store; it has {', '.join(self._files)}.",
@@ -71,7 +75,7 @@ class LoRAStore:
         try:
             adapter = lora.load(name, path)
         except LatentflowError as error:
-            # One damaged file does not keep the others from being served.
+            # The other adapters are served all the same.
             _log.warning("adapter cannot be served", adapter=name, problem=error.message)
             return control_pb2.AdapterDescription(name=name, problem=error.message)
         self._keep(adapter)

@@ -19,7 +19,7 @@ import torch
 from latentflow.errors import LatentflowError, UnavailableError
 from latentflow.v1 import stage_pb2, stage_pb2_grpc
 
-from latentflow_nodes.engine.sample import Residuals
+from latentflow_nodes.families.base import Residuals
 from latentflow_nodes.tensors import codec
 from latentflow_nodes.tensors.peers import Peers
 from latentflow_nodes.tensors.shared_memory import PageError

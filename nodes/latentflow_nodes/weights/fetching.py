@@ -1,4 +1,4 @@
-"""What of a remote source a role needs, and how far its download is: pure choice of files, and progress for all to see.
+"""Which files of a remote source a role needs, as a pure choice, and the progress of their download.
 
 `hub` and `bucket` fetch; both fetch only what the role reads, and never a file that could run code.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -17,31 +17,24 @@ from latentflow.internal import sizes
 from latentflow.internal.metrics import Instruments
 
 _log = structlog.get_logger()
-_SAY_SECONDS = 10.0
+_LOG_SECONDS = 10.0
 _SUFFIXES = (".safetensors", ".json", ".txt")
-# Of each role, what it reads of a pipeline folder.
-_PARTS: dict[str, tuple[str, ...]] = {
-    "TextEncoder": ("text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*"),
-    "Denoiser": ("unet/*", "scheduler/*"),
-    # A ControlNet's repository often is the component folder itself.
-    "ControlNet": ("controlnet/*", "config", "diffusion_pytorch_model*"),
-    "LoRAStore": ("*",),
-    "VAE": ("vae/*",),
-}
-# And what it reads beside the one component that a subfolder names.
-_BESIDE = {"TextEncoder": _PARTS["TextEncoder"], "Denoiser": ("scheduler/*",)}
+# A ControlNet's repository often is the component folder itself.
+_COMPONENT = {"ControlNet": ("config", "diffusion_pytorch_model*")}
+# What a role reads beside the one component that a subfolder names.
+_BESIDE = {"Denoiser": ("scheduler",)}
 _INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Files of a source, as patterns over paths in it: those that match one of `allow` and none of `ignore`."""
+    """The wanted files of a source, as patterns over its paths: those that match one of `allow` and none of `ignore`."""
 
     allow: tuple[str, ...]
     ignore: tuple[str, ...]
 
     def of(self, paths: Iterable[str]) -> list[str]:
-        """Those of some paths that are wanted, in their order."""
+        """The wanted ones of these paths, in their order."""
         return [
             path
             for path in paths
@@ -50,21 +43,35 @@ class Wanted:
         ]
 
 
-def wanted(role: str, subfolder: str | None) -> Wanted:
-    """What a role reads of a source: weights, configuration and vocabularies; of several precisions the whole one."""
-    parts = (f"{glob.escape(subfolder)}/*", *_BESIDE.get(role, ())) if subfolder else _PARTS[role]
-    # In a store, every file with a name of its own is an adapter of its own.
-    variants = () if role == "LoRAStore" else ("*.fp16.*", "*.fp16-*", "*.non_ema.*", "*.non_ema-*")
-    allow = (_INDEX, *(f"{part}{suffix}" for part in parts for suffix in _SUFFIXES))
+def wanted(role: str, subfolder: str | None, *, parts: Sequence[str]) -> Wanted:
+    """The files of a source that a role reads: weights, configuration and vocabularies; of several precisions the full one.
+
+    Args:
+        role: Name of the role.
+        subfolder: The one component that is served, if the source names one.
+        parts: The folders of a pipeline that the role may read.
+    """
+    if role == "LoRAStore":
+        # Every file of a store is an adapter of its own, whatever its name.
+        folders = f"{glob.escape(subfolder)}/*" if subfolder else "*"
+        return Wanted(allow=(_INDEX, *(folders + suffix for suffix in _SUFFIXES)), ignore=())
+    if subfolder:
+        # A text encoder reads all its parts, whichever of them the source names.
+        beside = parts if role == "TextEncoder" else _BESIDE.get(role, ())
+        patterns = [f"{glob.escape(subfolder)}/*", *(f"{part}/*" for part in beside)]
+    else:
+        patterns = [*(f"{part}/*" for part in parts), *_COMPONENT.get(role, ())]
+    variants = ("*.fp16.*", "*.fp16-*", "*.non_ema.*", "*.non_ema-*")
+    allow = (_INDEX, *(f"{pattern}{suffix}" for pattern in patterns for suffix in _SUFFIXES))
     return Wanted(allow=allow, ignore=variants)
 
 
 class Progress:
-    """How far a download is: in metrics at once, in the log every ten seconds. May be told from any thread.
+    """Reports the progress of a download: in metrics at once, in the log every ten seconds. Thread-safe.
 
     Args:
         source: Its name in the log.
-        clock: Seconds, never going back.
+        clock: Monotonic seconds.
     """
 
     def __init__(self, metrics: Instruments, *, source: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -73,19 +80,19 @@ class Progress:
         self._source = source
         self._clock = clock
         self._lock = threading.Lock()
-        self._said = clock()
+        self._logged_at = clock()
 
     def at(self, done: int, total: int) -> None:
-        """So many bytes of so many are here."""
+        """Records that `done` of `total` bytes are here."""
         self._done.set(min(done, total))
         self._total.set(total)
         with self._lock:
             now = self._clock()
-            if now - self._said < _SAY_SECONDS:
+            if now - self._logged_at < _LOG_SECONDS:
                 return
-            self._said = now
+            self._logged_at = now
         _log.info("downloading", source=self._source, progress=sizes.progress(done, total))
 
     def waiting(self) -> None:
-        """Another server of this cache downloads the same, and this one waits for it."""
-        _log.info("another server downloads the same; waiting for it", source=self._source)
+        """Logs that another server downloads the same files into the cache and this one waits for it."""
+        _log.info("waiting for another server to download the same files", source=self._source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
@@ -38,6 +39,7 @@ def locate(
     subfolder: str | None,
     revision: str | None,
     role: str,
+    parts: Sequence[str],
     model_root: Path,
     cache: Path,
     progress: Progress,
@@ -45,8 +47,10 @@ def locate(
     """Finds a source's folder; downloads what the role reads of it for `hf://` and `s3://`.
 
     Args:
+        role: The role that reads it.
+        parts: The folders of a pipeline that the role may read.
         cache: Where downloads from buckets are kept; those from hubs are where huggingface_hub keeps them.
-        progress: Is told how far a download is.
+        progress: Receives the progress of a download.
 
     Raises:
         FailedPreconditionError: There is no such folder, or it cannot be fetched.
@@ -56,18 +60,18 @@ def locate(
     if scheme == "hf":
         from latentflow_nodes.weights import hub
 
-        root = hub.fetch(uri, revision=revision, wanted=wanted(role, subfolder), progress=progress)
+        root = hub.fetch(uri, revision=revision, wanted=wanted(role, subfolder, parts=parts), progress=progress)
     elif scheme == "s3":
         from latentflow_nodes.weights import bucket
 
-        root = bucket.fetch(uri, wanted=wanted(role, subfolder), cache=cache, progress=progress)
+        root = bucket.fetch(uri, wanted=wanted(role, subfolder, parts=parts), cache=cache, progress=progress)
     elif scheme == "file":
         root = Path(urlparse(uri).path)
     elif scheme == "":
         root = model_root / uri
         if not root.resolve().is_relative_to(model_root.resolve()):
             raise FailedPreconditionError(
-                f"Source {uri!r} leads out of the model root {model_root}; name a folder under it, or use file:///…",
+                f"Source {uri!r} leaves the model root {model_root}; name a folder under it, or use file:///…",
                 reason="WEIGHTS_UNAVAILABLE",
             )
     else:

@@ -9,13 +9,13 @@ import threading
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from latentflow_nodes.engine.compute_lock import Turn
+from latentflow_nodes.engine.compute_lock import ComputeLock
 
 SECONDS = 30
 
 
 def _hold(path: Path, held: Event) -> None:
-    with Turn(path):
+    with ComputeLock(path):
         held.set()
         signal.pause()
 
@@ -23,13 +23,13 @@ def _hold(path: Path, held: Event) -> None:
 def test_the_turn_of_a_killed_server_passes_on(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     held = context.Event()
-    holder = context.Process(target=_hold, args=(tmp_path / "turn", held))
+    holder = context.Process(target=_hold, args=(tmp_path / "lock", held))
     holder.start()
     assert held.wait(SECONDS)
     entered = threading.Event()
 
     def wait() -> None:
-        with Turn(tmp_path / "turn"):
+        with ComputeLock(tmp_path / "lock"):
             entered.set()
 
     waiting = threading.Thread(target=wait, daemon=True)
@@ -46,17 +46,17 @@ def test_who_waits_for_another_server_passes_the_turn_on(tmp_path: Path) -> None
     answered = threading.Event()
 
     def answer() -> None:
-        with Turn(tmp_path / "turn"):
+        with ComputeLock(tmp_path / "lock"):
             answered.set()
 
-    with Turn(tmp_path / "turn") as turn:
+    with ComputeLock(tmp_path / "lock") as lock:
         peer = threading.Thread(target=answer, daemon=True)
         peer.start()
-        with turn.passed_on():
+        with lock.released():
             assert answered.wait(SECONDS)
     peer.join(SECONDS)
 
 
-def test_without_a_file_it_is_always_a_server_s_turn() -> None:
-    with Turn(None), Turn(None) as inner, inner.passed_on():
+def test_without_a_file_the_lock_is_always_free() -> None:
+    with ComputeLock(None), ComputeLock(None) as inner, inner.released():
         pass

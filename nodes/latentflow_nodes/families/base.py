@@ -1,0 +1,260 @@
+"""What a model family has to provide: everything in which pipelines of different architectures differ.
+
+The roles and the engine reach a family through this Protocol alone. A new family is one file beside this one and its
+line in the table of the package. Each family follows diffusers' pipeline, whose results it has to equal.
+
+Tensors have a leading batch dimension. A request's conditioning is a mapping of named tensors, [1, ...] each; the
+conditioning of the negative guidance half has the same names with `NEGATIVE` before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from latentflow.internal.guidance import Guidance
+from PIL import Image
+
+NEGATIVE = "negative_"
+Conditioning = Mapping[str, torch.Tensor]
+# The shape of a named tensor; None: any size.
+Shape = tuple[int | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    """The loaded text side of a pipeline.
+
+    Attributes:
+        encoders: The encoders by part, in the pipeline's order; adapters are merged into them.
+        tokenizers: The tokenizers, in the same order, as transformers has them.
+        pipeline: What `Family.encode` needs besides.
+    """
+
+    encoders: Mapping[str, torch.nn.Module]
+    tokenizers: Sequence[Any]
+    pipeline: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeGeometry:
+    """How an autoencoder's latents relate to pixels.
+
+    Attributes:
+        scale_factor: Pixels of an image along the side of one latent pixel.
+        latent_channels: Channels of the latents.
+    """
+
+    scale_factor: int
+    latent_channels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residuals:
+    """What a ControlNet adds to a denoiser: a tensor for each skip connection, in order, and the middle block's."""
+
+    down: tuple[torch.Tensor, ...]
+    mid: torch.Tensor
+
+
+class LazyResiduals(Protocol):
+    """The residuals of a forward pass, perhaps still under way."""
+
+    def wait(self) -> Residuals:
+        """The residuals, summed over ControlNets and stacked over the batch. Waits for those that are under way."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterState:
+    """An adapter file as its loader reads it: tensors, alphas and metadata by the loader's keys."""
+
+    tensors: Mapping[str, Any]
+    alphas: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+
+
+class Family(Protocol):
+    """One model family.
+
+    Attributes:
+        name: Its name on the wire and in `latentflow describe`.
+        title: Its name in messages.
+        parts: By role, the folders of a pipeline that the role reads. The first of the denoiser is its network.
+        encoders: The text encoders among these parts, in the pipeline's order.
+        adapter_components: The parts that an adapter may change.
+    """
+
+    name: str
+    title: str
+    encoders: tuple[str, ...]
+
+    @property
+    def parts(self) -> Mapping[str, tuple[str, ...]]: ...
+
+    @property
+    def adapter_components(self) -> tuple[str, ...]: ...
+
+    # Detection
+
+    def owns_pipeline(self, class_name: str) -> bool:
+        """Whether a pipeline with this `_class_name` in its model_index.json belongs to the family."""
+        ...
+
+    def owns_control_net(self, config: Mapping[str, Any]) -> bool:
+        """Whether a ControlNet with this configuration belongs to the family."""
+        ...
+
+    def owns_adapter(self, keys: Sequence[str]) -> bool:
+        """Whether an adapter file with these keys is certainly the family's."""
+        ...
+
+    # Loading: each reads a component folder whose files have been checked
+
+    def load_text(self, root: Path, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
+        """Every text encoder and tokenizer of a pipeline folder. FailedPreconditionError where they do not match."""
+        ...
+
+    def load_denoiser(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module: ...
+
+    def load_control_net(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module: ...
+
+    def load_vae(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module: ...
+
+    # Text encoding
+
+    def encode(
+        self, text: TextModel, *, prompt: str, negative_prompt: str | None, guidance: bool, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """The conditioning of a prompt; with `guidance` that of the negative half too."""
+        ...
+
+    # Denoising
+
+    def embeds_guidance(self, network: torch.nn.Module) -> bool:
+        """Whether the network takes the guidance scale as an input, so that one forward pass is a step."""
+        ...
+
+    def conditioning_shapes(self, network: torch.nn.Module) -> dict[str, Shape]:
+        """The conditioning that a denoiser or ControlNet takes, of one guidance half."""
+        ...
+
+    def latent_shape(self, network: torch.nn.Module, *, height: int, width: int) -> tuple[int, ...]:
+        """The shape of one image's latents; sizes in latent pixels."""
+        ...
+
+    def warm_up_side(self, network: torch.nn.Module) -> int:
+        """Side of the latents of the first, discarded request, in latent pixels."""
+        ...
+
+    def denoiser_inputs(
+        self, network: torch.nn.Module, conditioning: Conditioning, *, guidance: Guidance, width: int, height: int
+    ) -> dict[str, Any]:
+        """What `predict` takes besides latents and timestep, with one row for each guidance half, negative first.
+
+        Args:
+            width, height: Size of the image in pixels.
+        """
+        ...
+
+    def predict(
+        self,
+        network: torch.nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        *,
+        inputs: Mapping[str, Any],
+        residuals: LazyResiduals | None,
+    ) -> torch.Tensor:
+        """One forward pass: the network's prediction, of the latents' shape.
+
+        Args:
+            latents: [rows, channels, height, width], scaled by the sampler.
+            timestep: A scalar, or [rows].
+            residuals: What ControlNets add; waited for where the network adds it.
+        """
+        ...
+
+    # ControlNets
+
+    def control_net_inputs(
+        self, network: torch.nn.Module, conditioning: Conditioning, *, rows: int, width: int, height: int
+    ) -> dict[str, Any]:
+        """What `residuals` takes besides latents, timestep and image; 2 rows: both guidance halves, negative first."""
+        ...
+
+    def image_scale(self, network: torch.nn.Module) -> int:
+        """Pixels of a control image along the side of one latent pixel."""
+        ...
+
+    def residual_channels(self, network: torch.nn.Module) -> list[int]:
+        """Channels of a ControlNet's residuals, the middle block's last."""
+        ...
+
+    def residuals(
+        self,
+        network: torch.nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        *,
+        image: torch.Tensor,
+        scale: float,
+        inputs: Mapping[str, Any],
+    ) -> Residuals:
+        """One forward pass of a ControlNet.
+
+        Args:
+            image: [rows, 3, height, width], from 0 to 1.
+            scale: Factor of the residuals.
+        """
+        ...
+
+    # Decoding
+
+    def vae_geometry(self, vae: torch.nn.Module) -> VaeGeometry: ...
+
+    def decoding_modules(self, vae: torch.nn.Module) -> list[torch.nn.Module]:
+        """The modules whose forward passes make up a decoding; none contains another."""
+        ...
+
+    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
+        """The image of latents [1, channels, height, width]."""
+        ...
+
+    # Adapters
+
+    def read_adapter(self, path: Path) -> AdapterState:
+        """Reads a LoRA file by diffusers' loader. ValueError, KeyError or AttributeError where it cannot."""
+        ...
+
+    def convert_adapter(self, component: str, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of one component's part, `component.` removed, as PEFT writes them: LAYER.lora_A.weight."""
+        ...
+
+
+def stack(inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The inputs of several requests as one batch, in their order."""
+    first = inputs[0]
+    if len(inputs) == 1:
+        return dict(first)
+    return {
+        key: torch.cat([one[key] for one in inputs])
+        if isinstance(value, torch.Tensor)
+        else stack([one[key] for one in inputs])
+        for key, value in first.items()
+    }
+
+
+def halves(conditioning: Conditioning, name: str, *, rows: int) -> torch.Tensor:
+    """A named tensor for 1 row, or for both guidance halves, negative first."""
+    positive = conditioning[name]
+    return torch.cat([conditioning[NEGATIVE + name], positive]) if rows == 2 else positive
+
+
+def is_present(index: Mapping[str, Any], name: str) -> bool:
+    """Whether a model_index.json names a part, instead of leaving it out or empty."""
+    entry = index.get(name)
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None

@@ -1,0 +1,60 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, an autoencoder of 4 channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from PIL import Image
+
+from latentflow_nodes.families.base import TextModel
+from latentflow_nodes.families.unet import UNetFamily
+
+
+class StableDiffusion(UNetFamily):
+    """Stable Diffusion 1.x and 2.x."""
+
+    name = "sd"
+    title = "Stable Diffusion 1.x and 2.x"
+    encoders: tuple[str, ...] = ("text_encoder",)
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    adapter_loader = StableDiffusionLoraLoaderMixin
+
+    def owns_pipeline(self, class_name: str) -> bool:
+        return class_name.startswith("StableDiffusion") and not class_name.startswith(
+            ("StableDiffusionXL", "StableDiffusion3")
+        )
+
+    def owns_control_net(self, config: Mapping[str, Any]) -> bool:
+        return config.get("_class_name") == "ControlNetModel" and config.get("addition_embed_type") is None
+
+    def owns_adapter(self, keys: Sequence[str]) -> bool:
+        # Its keys are among those of every larger family.
+        return False
+
+    def text_pipeline(self, parts: Mapping[str, Any], *, index: Mapping[str, Any]) -> Any:
+        return StableDiffusionPipeline(
+            vae=None,
+            unet=None,
+            scheduler=None,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **parts,
+        )
+
+    def encode(
+        self, text: TextModel, *, prompt: str, negative_prompt: str | None, guidance: bool, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        positive, negative = text.pipeline.encode_prompt(prompt, device, 1, guidance, negative_prompt)
+        return {"prompt_embeds": positive} | ({"negative_prompt_embeds": negative} if guidance else {})
+
+    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
+        autoencoder: Any = vae
+        decoded = autoencoder.decode(latents / autoencoder.config.scaling_factor, return_dict=False)[0]
+        image: Image.Image = VaeImageProcessor().postprocess(decoded, output_type="pil")[0]
+        return image

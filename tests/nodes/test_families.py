@@ -1,0 +1,234 @@
+"""A model family is one file: a fictitious one, which shares nothing with Stable Diffusion, is served over gRPC."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from latentflow.internal.guidance import Guidance
+from latentflow.v1 import stage_pb2
+from latentflow_nodes import families
+from latentflow_nodes.families.base import (
+    AdapterState,
+    Conditioning,
+    LazyResiduals,
+    Residuals,
+    Shape,
+    TextModel,
+    VaeGeometry,
+    halves,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support.stack import SECONDS, Request, Stack, started
+
+LETTERS = 16
+
+
+class Scale(torch.nn.Module):
+    """Multiplies by one weight."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(load_file(folder / "model.safetensors")["weight"])
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values * self.weight
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    model_max_length = LETTERS
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return type("Tokens", (), {"input_ids": [ord(letter) for letter in text]})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(one) for one in ids)
+
+
+class Alphabet:
+    """A fictitious family: letters as conditioning, latents of two channels, images of one pixel for each latent."""
+
+    name = "alphabet"
+    title = "Alphabet"
+    encoders = ("letters",)
+    parts: Mapping[str, tuple[str, ...]] = {
+        "TextEncoder": ("letters",),
+        "Denoiser": ("transformer", "scheduler"),
+        "ControlNet": ("steering",),
+        "VAE": ("pixels",),
+    }
+    adapter_components = ("transformer",)
+
+    def owns_pipeline(self, class_name: str) -> bool:
+        return class_name == "AlphabetPipeline"
+
+    def owns_control_net(self, config: Mapping[str, Any]) -> bool:
+        return config.get("alphabet") is True
+
+    def owns_adapter(self, keys: Sequence[str]) -> bool:
+        return any(key.startswith("transformer.") for key in keys)
+
+    def load_text(self, root: Path, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
+        encoder = Scale(root / "letters")
+        return TextModel(encoders={"letters": encoder}, tokenizers=[Letters()], pipeline=None)
+
+    def load_denoiser(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
+        return Scale(folder)
+
+    def load_control_net(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
+        return Scale(folder)
+
+    def load_vae(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
+        return Scale(folder)
+
+    def encode(
+        self, text: TextModel, *, prompt: str, negative_prompt: str | None, guidance: bool, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        def letters(words: str) -> torch.Tensor:
+            padded = words[:LETTERS].ljust(LETTERS)
+            encoded: torch.Tensor = text.encoders["letters"](torch.tensor([[ord(c) / 128 for c in padded]]))
+            return encoded
+
+        encoded = {"letters": letters(prompt)}
+        return encoded | ({"negative_letters": letters(negative_prompt or "")} if guidance else {})
+
+    def embeds_guidance(self, network: torch.nn.Module) -> bool:
+        return False
+
+    def conditioning_shapes(self, network: torch.nn.Module) -> dict[str, Shape]:
+        return {"letters": (1, LETTERS)}
+
+    def latent_shape(self, network: torch.nn.Module, *, height: int, width: int) -> tuple[int, ...]:
+        return (1, 2, height, width)
+
+    def warm_up_side(self, network: torch.nn.Module) -> int:
+        return 4
+
+    def denoiser_inputs(
+        self, network: torch.nn.Module, conditioning: Conditioning, *, guidance: Guidance, width: int, height: int
+    ) -> dict[str, Any]:
+        return {"letters": halves(conditioning, "letters", rows=guidance.rows)}
+
+    def predict(
+        self,
+        network: torch.nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        *,
+        inputs: Mapping[str, Any],
+        residuals: LazyResiduals | None,
+    ) -> torch.Tensor:
+        predicted: torch.Tensor = network(latents) + inputs["letters"].mean(1)[:, None, None, None]
+        return predicted if residuals is None else predicted + residuals.wait().mid
+
+    def control_net_inputs(
+        self, network: torch.nn.Module, conditioning: Conditioning, *, rows: int, width: int, height: int
+    ) -> dict[str, Any]:
+        return {}
+
+    def image_scale(self, network: torch.nn.Module) -> int:
+        return 1
+
+    def residual_channels(self, network: torch.nn.Module) -> list[int]:
+        return [2]
+
+    def residuals(
+        self,
+        network: torch.nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        *,
+        image: torch.Tensor,
+        scale: float,
+        inputs: Mapping[str, Any],
+    ) -> Residuals:
+        return Residuals(down=(network(latents),), mid=network(image[:, :2]) * scale)
+
+    def vae_geometry(self, vae: torch.nn.Module) -> VaeGeometry:
+        return VaeGeometry(scale_factor=1, latent_channels=2)
+
+    def decoding_modules(self, vae: torch.nn.Module) -> list[torch.nn.Module]:
+        return [vae]
+
+    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
+        values = vae(latents)[0, 0].clamp(-1, 1)
+        return Image.fromarray(((values + 1) * 127.5).round().to(torch.uint8).numpy(), "L").convert("RGB")
+
+    def read_adapter(self, path: Path) -> AdapterState:
+        return AdapterState(tensors=load_file(path), alphas={}, metadata={})
+
+    def convert_adapter(self, component: str, state: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(state)
+
+
+@pytest.fixture
+def alphabet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a fictitious pipeline, whose family is in the table."""
+    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, Alphabet()])
+    folder = tmp_path / "alphabet"
+    weights = {"letters": 1.0, "transformer": 0.5, "pixels": 0.25, "steering": 0.1}
+    for part, weight in weights.items():
+        (folder / part).mkdir(parents=True)
+        save_file({"weight": torch.tensor([weight])}, folder / part / "model.safetensors")
+    (folder / "steering" / "config.json").write_text(json.dumps({"alphabet": True}))
+    (folder / "scheduler").mkdir()
+    scheduler = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    index = {"_class_name": "AlphabetPipeline", "letters": ["alphabet", "Letters"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+async def image_of(stack: Stack, request: Request) -> Image.Image:
+    result = await stack.denoise(request)
+    decoded = await stack.stage("pixels").Decode(stage_pb2.DecodeRequest(latents=result.latents), timeout=SECONDS)
+    return Image.open(io.BytesIO(decoded.png))
+
+
+async def test_a_family_of_one_file_is_served_by_every_role(alphabet: Path) -> None:
+    picture = Image.new("RGB", (8, 8), "white")
+    async with started(alphabet.parent, "alphabet", controls={"steering": "steering"}) as stack:
+        descriptions = [await stack.describe(name) for name in ("text", "base", "pixels", "steering")]
+        assert {one.family for one in descriptions} == {"alphabet"}
+        request = Request(side=8, steps=3, prompt="a")
+        plain = await image_of(stack, request)
+        assert plain.size == (8, 8)
+        assert (await image_of(stack, request)).tobytes() == plain.tobytes()
+        assert (await image_of(stack, Request(side=8, steps=3, prompt="zzzz"))).tobytes() != plain.tobytes()
+        steered = Request(side=8, steps=3, prompt="a", controls=[("steering", picture, 1.0)])
+        assert (await image_of(stack, steered)).tobytes() != plain.tobytes()
+
+
+async def test_an_adapter_is_read_by_its_family(alphabet: Path) -> None:
+    folder = alphabet / "loras"
+    folder.mkdir()
+    pair = {"transformer.x.lora_A.weight": torch.ones(1, 4), "transformer.x.lora_B.weight": torch.ones(4, 1)}
+    save_file(pair, folder / "bold.safetensors")
+    async with started(alphabet.parent, "alphabet", loras="loras") as stack:
+        (described,) = (await stack.describe("styles")).lora_store.adapters
+    assert (described.name, list(described.components), described.problem) == ("bold", ["transformer"], "")
+
+
+def test_a_pipeline_of_no_family_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(Exception, match=r"holds a FluxPipeline; this server runs Stable Diffusion 1.x and 2.x, "):
+        families.of_pipeline(tmp_path)
+
+
+def test_no_other_module_of_the_servers_names_a_family() -> None:
+    root = Path(families.__file__).parents[1]
+    words = ("sdxl", "StableDiffusion", '"sd"')
+    offenders = [
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        if "families" not in path.parts and any(word in path.read_text() for word in words)
+    ]
+    assert offenders == []
