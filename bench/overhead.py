@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from latentflow import AsyncClient, Result
 from latentflow.api import load_workflows
 from latentflow_local.runtime import run
-from latentflow_nodes.engine.forward import ForwardTimer
-from latentflow_nodes.roles.vae import decoding_modules
+from latentflow_nodes import families
+from latentflow_nodes.engine.forward_time import measure
 from latentflow_nodes.settings import usable_cores
 from PIL import Image, ImageDraw
 from rich.console import Console
@@ -55,11 +55,12 @@ class Plain:
     def __init__(self, pipeline: Any, *, nets: list[torch.nn.Module] | None = None) -> None:
         pipeline.set_progress_bar_config(disable=True)
         self._pipeline = pipeline
-        modules = [pipeline.text_encoder, pipeline.unet, *decoding_modules(pipeline.vae), *(nets or [])]
-        self._timer = ForwardTimer(*modules)
+        decoding = families.of_pipeline(ROOT / "models/shapes").decoding_modules(pipeline.vae)
+        modules = [pipeline.text_encoder, pipeline.unet, *decoding, *(nets or [])]
+        self._stopwatch = measure(modules, device=torch.device("cpu"))
 
     def __call__(self, side: Side, **arguments: Any) -> Image.Image:
-        self._timer.take()
+        self._stopwatch.take()
         began = time.perf_counter()
         image: Image.Image = self._pipeline(
             PROMPT,
@@ -71,7 +72,7 @@ class Plain:
             **arguments,
         ).images[0]
         side.wall.append((time.perf_counter() - began) * 1e3)
-        side.forward.append(self._timer.take() / 1e6)
+        side.forward.append(self._stopwatch.take().nanoseconds() / 1e6)
         return image
 
 
@@ -92,7 +93,7 @@ async def bench(rounds: int, threads: int) -> dict[str, float]:
     edges = Image.new("RGB", (SIDE, SIDE))
     ImageDraw.Draw(edges).ellipse((12, 12, 44, 44), outline="white")
     net = ControlNetModel.from_pretrained(shapes / "controlnet-edges")
-    plain = Plain(StableDiffusionPipeline.from_pretrained(shapes))
+    plain = Plain(DiffusionPipeline.from_pretrained(shapes))
     steered = Plain(StableDiffusionControlNetPipeline.from_pretrained(shapes, controlnet=net), nets=[net])
     sides = {name: Side() for name in ("plain", "served", "plain edges", "served edges")}
     results: list[Result] = []
