@@ -68,7 +68,7 @@ def arguments_on_a_machine(
         threads=threads,
         device=device,
         cores=2,
-        turn_file=Path("/turn"),
+        compute_lock=Path("/lock"),
         shared_memory=None,
         log_format="json",
     )
