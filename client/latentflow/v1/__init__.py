@@ -1,0 +1,1 @@
+"""The stubs generated from `protos/latentflow/v1` by `make proto`."""
