@@ -1,6 +1,7 @@
 """The reasons of errors: constant words that programs test and people look up, each with its meaning and its remedy.
 
-An error's class says how to handle it and its `reason` says what has happened; `docs/errors.md` is generated from here.
+The class of an error determines how a program handles it; its reason names the cause. `docs/errors.md` is generated from
+this module.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ __all__ = ["Documented", "Reason"]
 
 
 class Documented(StrEnum):
-    """Base of enums of reasons. A member is its value, the word itself, with a meaning and a remedy in whole sentences."""
+    """Base of enums of reasons. A member is the word itself; its `meaning` and `remedy` are whole sentences."""
 
     meaning: str
     remedy: str

@@ -1,7 +1,4 @@
-"""What a caller asks for, checked and turned into a GenerateRequest: pure, before anything is sent.
-
-Both clients, the mock transport's users and the command line build requests here and nowhere else.
-"""
+"""Builds a GenerateRequest from arguments, which it checks before anything is sent. Pure."""
 
 from __future__ import annotations
 
@@ -23,18 +20,18 @@ from latentflow.v1 import generation_pb2
 ImageLike: TypeAlias = "Image.Image | bytes | str | PathLike[str]"
 _MAX_UINT32 = (1 << 32) - 1
 _MAX_SEED = (1 << 64) - 1
-# Seeds that are drawn stay short enough to be read aloud and typed.
-_DRAWN_SEED_BITS = 32
+# Random seeds are short enough to be typed.
+_RANDOM_SEED_BITS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlImage:
-    """An image for a ControlNet, with how strongly and in which part of the steps it acts.
+    """A control image, and the strength and the steps of its ControlNet.
 
     Attributes:
-        image: A PIL image, PNG or JPEG bytes, or a path; of exactly the requested size, RGB or grey.
-        scale: Conditioning scale; 1 is what the ControlNet was trained at.
-        start, end: Part of the steps, from 0 to 1.
+        image: A PIL image, PNG or JPEG bytes, or a path; RGB or greyscale, of exactly the request's size.
+        scale: Conditioning scale; 1 is the strength of the ControlNet's training.
+        start, end: The range of steps in which it acts, as fractions from 0 to 1.
     """
 
     image: ImageLike
@@ -44,22 +41,22 @@ class ControlImage:
 
 
 class Arguments(TypedDict, total=False):
-    """What `generate` and `stream` take besides the prompt; what is absent is left to the workflow.
+    """The arguments of `generate` and `stream` besides the prompt. The workflow has defaults for those that are absent.
 
     Keys:
-        workflow: "namespace/name" or "name"; not needed where the gateway serves one.
-        negative_prompt: What not to draw.
+        workflow: "namespace/name" or "name"; optional where the gateway serves only one.
+        negative_prompt: Text that describes what the image should not contain.
         width, height: Pixels.
         steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 or less: none.
-        sampler: By name, as `describe` lists them.
-        seed: Image i is made with seed + i; drawn where absent.
-        images: How many.
-        control_images: By ControlNet name.
+        guidance_scale: Scale of classifier-free guidance; 1 or less turns it off.
+        sampler: A name that `describe` lists.
+        seed: Image i has the seed `seed + i`; random where absent.
+        images: Number of images.
+        control_images: Control images by ControlNet name.
         loras: Weights by LoRA name, applied in this order.
-        strict_prompt: Refuse a prompt that is too long instead of cutting it.
-        preview_interval: Steps between previews; 0: none.
-        idempotency_key: Drawn where absent.
+        strict_prompt: Refuse a prompt that is too long, instead of cutting it.
+        preview_interval: Steps between previews; 0: no previews.
+        idempotency_key: Identifies the request when it is sent again; random where absent.
     """
 
     workflow: str | None
@@ -96,18 +93,18 @@ def build(
     preview_interval: int = 0,
     idempotency_key: str | None = None,
 ) -> generation_pb2.GenerateRequest:
-    """The request for these arguments; what is None is left to the workflow.
+    """The request with these arguments; the workflow has defaults for those that are None.
 
-    A seed and an idempotency key are always set, so that sending the request again makes the same images once.
-    InvalidRequestError says which argument is impossible.
+    A seed and an idempotency key are always set, so that a request that is sent again runs once, or gives the same images.
+    InvalidRequestError names an argument that is impossible.
     """
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if text is not None and not isinstance(text, str):
-            raise InvalidRequestError(f"{name} has to be text, not {type(text).__name__}.")
+            raise InvalidRequestError(f"{name} must be text, not {type(text).__name__}.")
     request = generation_pb2.GenerateRequest(
         workflow=workflow or "",
         prompt=prompt,
-        seed=secrets.randbits(_DRAWN_SEED_BITS) if seed is None else _whole("seed", seed, 0, _MAX_SEED),
+        seed=secrets.randbits(_RANDOM_SEED_BITS) if seed is None else _whole("seed", seed, 0, _MAX_SEED),
         images=_whole("images", images, 1, _MAX_UINT32),
         strict_prompt=strict_prompt,
         preview_interval=_whole("preview_interval", preview_interval, 0, _MAX_UINT32),
@@ -153,20 +150,18 @@ def encoded(image: ImageLike, *, what: str) -> bytes:
     except OSError as error:
         raise InvalidRequestError(f"{what} cannot be read: {image!s}: {error.strerror}.") from None
     except (TypeError, ValueError):
-        raise InvalidRequestError(
-            f"{what} has to be a PIL image, bytes or a path, not {type(image).__name__}."
-        ) from None
+        raise InvalidRequestError(f"{what} must be a PIL image, bytes or a path, not {type(image).__name__}.") from None
 
 
 def _whole(name: str, value: object, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequestError(f"{name} has to be a whole number, not {value!r}.")
+        raise InvalidRequestError(f"{name} must be a whole number, not {value!r}.")
     if not least <= value <= most:
-        raise InvalidRequestError(f"{name} has to be from {least} to {most}, not {value}.")
+        raise InvalidRequestError(f"{name} must be from {least} to {most}, not {value}.")
     return value
 
 
 def _finite(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequestError(f"{name} has to be a finite number, not {value!r}.")
+        raise InvalidRequestError(f"{name} must be a finite number, not {value!r}.")
     return float(value)

@@ -1,4 +1,4 @@
-"""What comes back: typed events, and the result they add up to. Pure."""
+"""Typed events of a request, and the result that they add up to. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from latentflow.v1 import generation_pb2
 
 @dataclass(frozen=True, kw_only=True)
 class Accepted:
-    """The request is valid and admitted."""
+    """The request is valid and admitted. `queue_position` is the length of the gateway's queue, the request included."""
 
     request_id: str
     queue_position: int
@@ -25,7 +25,7 @@ class Accepted:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A step is done: `step` of `total` of image `image` (from 0). Goes back when a lost stage runs again.
+    """Step `step` of `total` of the image with index `image` has ended. Steps are repeated where a stage is repeated.
 
     `preview` is a small PNG, or empty.
     """
@@ -38,7 +38,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReady:
-    """An image is there: its place in the request (from 0), its bytes as PNG, and the seed that makes it alone."""
+    """An image is finished: its index in the request, its PNG, and the seed that generates it by itself."""
 
     image: int
     png: bytes = field(repr=False)
@@ -51,13 +51,16 @@ class ImageReady:
             picture = Image.open(io.BytesIO(self.png), formats=("PNG",))
             picture.load()
         except (OSError, ValueError) as error:
-            raise DataLossError(f"Image {self.image} came damaged: {error}. Ask for it again.") from None
+            raise DataLossError(f"Image {self.image} is damaged: {error}. Send the request again.") from None
         return picture
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageTiming:
-    """What one stage of one image took, in seconds: wall time, of which in forward passes, of which waited before."""
+    """One stage of one image, in seconds: wall time, time in forward passes, time before the first forward pass.
+
+    `attempts` is 1 where no attempt failed.
+    """
 
     stage: str
     image: int
@@ -70,7 +73,7 @@ class StageTiming:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelUse:
-    """A model that took part: its name in the workflow, its identity, and the SHA-256 of its weights."""
+    """A model that the request used: its name in the workflow, its identity, and the digest of its weights."""
 
     name: str
     model: str
@@ -79,7 +82,10 @@ class ModelUse:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """The request has ended well: settings in force and times in seconds."""
+    """The request has succeeded: its settings with defaults filled in, and times in seconds.
+
+    `truncated` and `negative_truncated` are the parts of the prompts that were cut off because they were too long.
+    """
 
     seed: int
     width: int
@@ -100,7 +106,7 @@ Event: TypeAlias = Accepted | Progress | ImageReady | Done
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished request: its images in order, and what was in force."""
+    """A finished request: its images in order, and its settings."""
 
     accepted: Accepted
     ready: tuple[ImageReady, ...]
@@ -123,7 +129,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkflowModel:
-    """A model of a workflow as the gateway sees it."""
+    """A model of a workflow, as the gateway knows it."""
 
     name: str
     role: str
@@ -148,7 +154,7 @@ class Workflow:
 
 
 def event(response: generation_pb2.GenerateResponse) -> Event | None:
-    """The event of a message; None for kinds that a newer gateway knows and this client does not."""
+    """The event of a message; None for a kind of event that this version does not know."""
     kind = response.WhichOneof("event")
     if kind == "accepted":
         a = response.accepted
@@ -164,7 +170,7 @@ def event(response: generation_pb2.GenerateResponse) -> Event | None:
 
 
 def workflow(response: generation_pb2.DescribeWorkflowResponse) -> Workflow:
-    """A description, typed."""
+    """The workflow of a response."""
     return Workflow(
         name=response.workflow,
         task=response.task,
@@ -200,7 +206,7 @@ def workflow(response: generation_pb2.DescribeWorkflowResponse) -> Workflow:
 
 
 class Collector:
-    """Adds events up to a result, and drops what a repeated delivery repeats."""
+    """Collects events into a result, and recognises those that a retry repeats."""
 
     def __init__(self) -> None:
         self._accepted: Accepted | None = None
@@ -208,7 +214,7 @@ class Collector:
         self._done: Done | None = None
 
     def take(self, one: Event) -> bool:
-        """False for an event that was there before and should not be passed on."""
+        """Adds an event. False for one that a retry has repeated, which is not passed on."""
         if isinstance(one, Accepted):
             first, self._accepted = self._accepted is None, self._accepted or one
             return first
@@ -223,9 +229,9 @@ class Collector:
         return self._done is not None
 
     def result(self) -> Result:
-        """DataLossError where the stream ended early."""
+        """The result of all events. DataLossError where the stream ended before Done."""
         if self._accepted is None or self._done is None or not self._images:
-            raise DataLossError("The gateway ended the stream before the request was done; send it again.")
+            raise DataLossError("The gateway ended the stream before the request had ended; send it again.")
         return Result(
             accepted=self._accepted, ready=tuple(self._images[i] for i in sorted(self._images)), done=self._done
         )

@@ -60,7 +60,7 @@ class Node:
     calls: Calls
 
     async def drain(self, grace: float) -> None:
-        """Takes no new request, waits at most `grace` seconds for the running ones and for what others still hold."""
+        """Admits no new requests; waits at most `grace` seconds for the running ones and for tensors that peers still need."""
         await _set_health(self.health, health_pb2.HealthCheckResponse.NOT_SERVING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
@@ -70,10 +70,10 @@ class Node:
 
 @contextlib.asynccontextmanager
 async def serve(node: NodeSettings) -> AsyncIterator[Node]:
-    """Loads and serves; ready, warmed up, when entered. LatentflowError where that cannot be."""
+    """A server that is loaded, warmed up and ready when entered. LatentflowError where its model cannot be served."""
     metrics = Instruments(NODE, model=node.identity or node.uri, role=node.role)
     for call in roles.calls(node.role):
-        # From the start, so that rates count the first requests too.
+        # Created now, so that rates include the first requests.
         metrics.of("latentflow_requests_started_total", call=call)
         metrics.of("latentflow_requests_total", call=call, code="OK")
     server = grpc.aio.server(

@@ -41,12 +41,12 @@ def test_a_control_image_may_be_a_pil_image_bytes_or_a_path(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 0}, "steps has to be from 1"),
-        ({"steps": 2.5}, "steps has to be a whole number, not 2.5"),
-        ({"width": True}, "width has to be a whole number"),
-        ({"guidance_scale": math.nan}, "guidance_scale has to be a finite number, not nan"),
-        ({"seed": -1}, "seed has to be from 0"),
-        ({"images": 0}, "images has to be from 1"),
+        ({"steps": 0}, "steps must be from 1"),
+        ({"steps": 2.5}, "steps must be a whole number, not 2.5"),
+        ({"width": True}, "width must be a whole number"),
+        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, not nan"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"images": 0}, "images must be from 1"),
         ({"loras": {"neon": math.inf}}, "The weight of the LoRA 'neon'"),
         ({"control_images": {"edges": "/absent.png"}}, "cannot be read: /absent.png"),
         ({"control_images": {"edges": 3}}, "not int"),
