@@ -149,11 +149,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         )
 
     def _name(self, request: generation_pb2.GenerateRequest) -> str:
-        """What metrics and logs call the request's workflow, which may not exist."""
+        """The request's workflow for metrics and logs; "?" for any that does not exist, so that clients create no series."""
         try:
             return planning.find(self._replicas.directory.workflows, request.workflow).full_name
         except NotFoundError:
-            return request.workflow or "?"
+            return "?"
 
     def _ended(self, workflow: str, outcome: Outcome) -> None:
         code, reason = outcome.code.name, outcome.reason

@@ -25,6 +25,7 @@ from latentflow.errors import (
     ConflictError,
     DeadlineError,
     InvalidRequestError,
+    NotFoundError,
     OverloadedError,
     UnavailableError,
 )
@@ -159,6 +160,20 @@ async def test_behind_a_forwarded_port_gateways_are_verified_by_the_name_of_thei
             async with AsyncClient(f"127.0.0.1:{port}", tls=by_name, retries=Retries(attempts=1)) as client:
                 with contextlib.nullcontext() if known else pytest.raises(UnavailableError):
                     await client.generate(PROMPT, steps=2, timeout=60 if known else 10)
+
+
+async def test_requests_for_unknown_workflows_are_counted_in_one_series(tmp_path: Path) -> None:
+    directory = tmp_path / "directory.json"
+    Directory(workflows=(WORKFLOW,), models={}).write(directory)
+    settings = GatewaySettings(directory=directory, listen="127.0.0.1:0")
+    async with serve_gateway(settings) as gateway, AsyncClient(gateway.address, timeout=20) as client:
+        for name in ("absent", "default/other"):
+            with pytest.raises(NotFoundError):
+                await client.generate(PROMPT, workflow=name)
+        metrics = f"127.0.0.1:{gateway.metrics_port}"
+        labels = {"workflow": "?", "code": "NOT_FOUND"}
+        assert value(metrics, "latentflow_gateway_requests_total") == 2
+        assert value(metrics, "latentflow_gateway_requests_total", **labels) == 2
 
 
 async def test_no_request_runs_longer_than_request_seconds_whatever_its_client_s_timeout(tmp_path: Path) -> None:

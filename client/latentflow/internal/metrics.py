@@ -112,7 +112,7 @@ GATEWAY: tuple[Metric, ...] = (
         name="latentflow_gateway_requests_total",
         kind="counter",
         labels=("workflow", "code"),
-        help="Generate calls that ended, by workflow and gRPC status code.",
+        help="Generate calls that ended, by workflow (`?` for unknown ones) and gRPC status code.",
     ),
     Metric(
         name="latentflow_gateway_request_seconds",
