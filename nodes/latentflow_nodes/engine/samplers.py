@@ -56,10 +56,11 @@ class Sampler:
         name: As in `available`; empty for the model's own.
         config: The model's scheduler config, with `_class_name`.
         steps: Denoising steps, at least 1.
-        device: Where the timesteps live.
+        device: Where the latents and the timesteps live.
     """
 
     def __init__(self, *, name: str, config: dict[str, Any], steps: int, device: torch.device) -> None:
+        self._device = device
         self._scheduler = build(name, config)
         try:
             self._scheduler.set_timesteps(steps, device=device)
@@ -115,7 +116,23 @@ class Sampler:
         if code:
             raise DataLossError(f"A checkpoint of another sampler: it has {sorted(code)}, which are no state.")
         for key, value in state.items():
-            setattr(self._scheduler, key, _like(value, self._fresh.get(key)))
+            setattr(self._scheduler, key, placed(value, self._fresh.get(key), device=self._device))
+
+
+def placed(value: Any, fresh: Any, *, device: torch.device) -> Any:
+    """A value of a thawed snapshot, which is on the CPU, on the device where a step reads it.
+
+    What a fresh sampler has too, stays where that has it: schedulers keep tables on the CPU. What only stepping makes is
+    made of latents, and on their device. A single number stays on the CPU, where the tables are that it comes from: as
+    such it takes part in an operation without being rounded to a half-precision tensor's type first.
+    """
+    if isinstance(value, torch.Tensor):
+        if isinstance(fresh, torch.Tensor):
+            return value.to(fresh.device)
+        return value.to(device) if value.dim() else value
+    if isinstance(value, list | tuple):
+        return type(value)(placed(item, None, device=device) for item in value)
+    return value
 
 
 def _state(scheduler: Any) -> dict[str, Any]:
@@ -133,10 +150,3 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     except ValueError:
         return bool((a == b).all())
-
-
-def _like(value: Any, fresh: Any) -> Any:
-    # Timesteps stay on the device that set_timesteps put them on.
-    if isinstance(value, torch.Tensor) and isinstance(fresh, torch.Tensor):
-        return value.to(fresh.device)
-    return value
