@@ -39,7 +39,9 @@ def up(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of every replica.", show_default="all cores")
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda, for every model.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda (all GPUs, in turn) or cuda:N, for every model.")
+    ] = None,
     drain: Annotated[
         float, typer.Option("--drain", min=0, help="Seconds that running requests get when a process is ended.")
     ] = 10.0,

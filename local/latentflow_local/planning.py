@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
@@ -29,7 +30,9 @@ class ProcessSpec:
         uses: "workflow:name" of every use of the model.
         address: host:port of its gRPC server; the same after a restart.
         metrics: host:port of its `/metrics`; the same after a restart.
-        options: Arguments of its `main`, except the two addresses.
+        options: Arguments of its `main`, except the engine and the two addresses.
+        engine: How its model is run; None: it runs no model.
+        gpu: Number of the GPU that its device "cuda" means; None: the first GPU.
     """
 
     name: str
@@ -39,20 +42,31 @@ class ProcessSpec:
     address: str
     metrics: str
     options: tuple[str, ...]
+    engine: Engine | None = None
+    gpu: int | None = None
+
+    @property
+    def device(self) -> str | None:
+        """The device of its model; None: it runs no model."""
+        return self.engine.device if self.engine else None
 
     @property
     def argv(self) -> tuple[str, ...]:
         """Arguments of its `main`."""
-        return (*self.options, f"--listen={self.address}", f"--metrics={self.metrics}")
+        engine = self.engine.options() if self.engine else {}
+        if self.gpu is not None:
+            engine["device"] = f"cuda:{self.gpu}"
+        run = (f"--engine={json.dumps(engine)}",) if engine else ()
+        return (*self.options, *run, f"--listen={self.address}", f"--metrics={self.metrics}")
 
-    def another(self, number: int, *, address: str, metrics: str) -> ProcessSpec:
-        """Another replica of the model. Only its name and addresses differ, so that it produces the same pixels.
+    def another(self, number: int, *, address: str, metrics: str, gpu: int | None = None) -> ProcessSpec:
+        """Another replica of the model. Only its name, addresses and GPU differ, so that it produces the same pixels.
 
         Args:
             number: Of the replica; the first has 1.
         """
         name = self.model if number == 1 else f"{self.model}-{number}"
-        return replace(self, name=name, address=address, metrics=metrics)
+        return replace(self, name=name, address=address, metrics=metrics, gpu=gpu)
 
 
 def models_of(workflows: list[DiffusionWorkflow]) -> dict[str, Model]:
@@ -86,6 +100,7 @@ def plan_models(
     threads: int | None,
     device: str | None,
     cores: int,
+    gpus: int,
     compute_lock: Path,
     shared_memory: Path | None,
     log_format: str,
@@ -96,16 +111,16 @@ def plan_models(
         addresses: host:port for gRPC and host:port for `/metrics`, by identity.
         threads, device: Override the workflows' values for every model; None: no override.
         cores: Cores of this machine that the models may use.
+        gpus: GPUs of this machine; models on "cuda" are spread over them.
         compute_lock: File of the lock that servers share if they would compete for the cores.
         shared_memory: Folder of the shared memory through which servers transfer tensors; None: they use gRPC.
     """
     overrides = {key: value for key, value in (("threads", threads), ("device", device)) if value is not None}
-    specs = []
+    specs: list[ProcessSpec] = []
     for name, model in models_of(workflows).items():
         uses = tuple(f"{w.name}:{m.name}" for w in workflows for m in w.spec.models if identity(m) == name)
         options = _options(name, model, model_root, log_format)
-        engine = _overridden(model, overrides).options()
-        options["engine"] = json.dumps(engine) if engine else None
+        engine = _overridden(model, overrides)
         options["shared-memory"] = shared_memory
         own_threads = threads or model.engine.threads or cores
         if own_threads > 1 and capacity(model, threads=threads, device=device, cores=cores) == 1:
@@ -119,9 +134,19 @@ def plan_models(
                 address=addresses[name][0],
                 metrics=addresses[name][1],
                 options=_argv(options),
+                engine=engine,
+                gpu=next_gpu(engine.device, specs, gpus=gpus),
             )
         )
     return specs
+
+
+def next_gpu(device: str | None, others: Iterable[ProcessSpec], *, gpus: int) -> int | None:
+    """The GPU with the fewest of the other processes; None if the device is not "cuda" or there is only one GPU."""
+    if device != "cuda" or gpus < 2:
+        return None
+    taken = Counter(spec.gpu for spec in others)
+    return min(range(gpus), key=lambda gpu: taken[gpu])
 
 
 def plan_gateway(*, directory: Path, listen: str, metrics: str, log_format: str) -> ProcessSpec:
@@ -142,9 +167,14 @@ def capacity(model: Model, *, threads: int | None, device: str | None, cores: in
 
     The arguments are those of `plan_models`.
     """
-    if (device or model.engine.device) != "cpu":
+    if on_gpu(model, device=device):
         return None
     return max(1, cores // (threads or model.engine.threads or cores))
+
+
+def on_gpu(model: Model, *, device: str | None) -> bool:
+    """Whether a model runs on a GPU. The arguments are those of `plan_models`."""
+    return (device or model.engine.device) != "cpu"
 
 
 def initial(model: Model) -> int:
