@@ -117,6 +117,10 @@ bench: setup ## Measure the overhead of serving compared with plain diffusers (n
 bench-operator: setup ## Measure the cost of the operator on a real API server
 	$(KUBE) $(PY) bench/reconciling.py
 
+.PHONY: gpu-bundle
+gpu-bundle: setup ## Pack out/gpu-bundle.tar.xz: what tools/gpu-check needs on a machine with a GPU and no network
+	$(PY) tools/gpu/bundle
+
 .PHONY: pack
 pack: setup ## Train the shapes pack from scratch (hours on a CPU, minutes on a GPU; resumes an interrupted run)
 	PYTHONPATH=models $(PY) -m latentflow_pack train

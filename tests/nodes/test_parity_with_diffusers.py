@@ -3,66 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    ControlNetModel,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLControlNetPipeline,
-    StableDiffusionXLPipeline,
-)
 from latentflow_nodes.engine.samplers import SAMPLERS
 from PIL import Image
 from support.packs import SHAPES, tiny_distilled, tiny_sdxl, tiny_v_prediction
+from support.reference import reference
 from support.stack import Request, Stack, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 LATENTS = 1e-4
 PIXELS = 1
-
-
-def reference(root: Path, request: Request, *, xl: bool = False) -> tuple[torch.Tensor, Image.Image]:
-    """What diffusers makes of a request: final latents and the image."""
-    names = [name for name, _, _ in request.controls]
-    folders = {"edges": "controlnet-edges", "layout": "controlnet-layout", "control": "controlnet"}
-    nets = [ControlNetModel.from_pretrained(root / folders[name]) for name in names]
-    plain: Any = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
-    with_nets: Any = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
-    extra: dict[str, Any] = {}
-    if nets:
-        pipe = with_nets.from_pretrained(root, controlnet=nets if len(nets) > 1 else nets[0])
-        images = [image for _, image, _ in request.controls]
-        scales = [scale for _, _, scale in request.controls]
-        extra = {
-            "image": images if len(nets) > 1 else images[0],
-            "controlnet_conditioning_scale": scales if len(nets) > 1 else scales[0],
-        }
-    else:
-        pipe = plain.from_pretrained(root)
-    pipe.set_progress_bar_config(disable=True)
-    if request.sampler:
-        cls, settings = SAMPLERS[request.sampler]
-        pipe.scheduler = getattr(diffusers, cls).from_config(pipe.scheduler.config, **settings)
-    for name, _ in request.loras:
-        pipe.load_lora_weights(root / "loras" / name, adapter_name=name)
-    if request.loras:
-        pipe.set_adapters([name for name, _ in request.loras], [weight for _, weight in request.loras])
-    arguments = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "width": request.side,
-        "height": request.side,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-    }
-    latents = pipe(**arguments, **extra, generator=torch.Generator().manual_seed(request.seed), output_type="latent")
-    image = pipe(**arguments, **extra, generator=torch.Generator().manual_seed(request.seed), output_type="pil")
-    return latents.images, image.images[0]
 
 
 async def assert_equal(stack: Stack, root: Path, request: Request, *, xl: bool = False) -> None:

@@ -1,0 +1,21 @@
+"""The check of the GPU paths, as far as it runs without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from support.paths import ROOT
+
+
+@pytest.mark.timeout(600)
+def test_the_gpu_check_passes_on_a_machine_without_a_gpu() -> None:
+    run = subprocess.run(
+        [sys.executable, ROOT / "tools/gpu-check", "--device", "cpu"], capture_output=True, text=True, timeout=590
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    figures = json.loads(run.stdout.splitlines()[-1])["figures"]
+    assert figures["failed"] == []
+    assert figures["passed"] > 30
