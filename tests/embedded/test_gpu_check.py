@@ -10,10 +10,10 @@ import pytest
 from support.paths import ROOT
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_gpu_check_passes_on_a_machine_without_a_gpu() -> None:
     run = subprocess.run(
-        [sys.executable, ROOT / "tools/gpu-check", "--device", "cpu"], capture_output=True, text=True, timeout=590
+        [sys.executable, ROOT / "tools/gpu-check", "--device", "cpu"], capture_output=True, text=True, timeout=1190
     )
     assert run.returncode == 0, run.stdout + run.stderr
     figures = json.loads(run.stdout.splitlines()[-1])["figures"]

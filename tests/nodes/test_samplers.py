@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from latentflow_nodes import weights
-from latentflow_nodes.samplers import SAMPLERS, Sampler, placed
+from latentflow_nodes.engine.samplers import SAMPLERS, Sampler, placed
+from latentflow_nodes.weights import files
 from support.packs import SHAPES
 
-CONFIG = weights.config(SHAPES / "scheduler", "scheduler_config.json")
+CONFIG = files.config(SHAPES / "scheduler", "scheduler_config.json")
 # Samplers that a model may have as its own, whose history is made of other attributes than those of `SAMPLERS`.
 OWN = ["PNDMScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"]
 # Those of them that can be made on the meta device.

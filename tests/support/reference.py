@@ -14,7 +14,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
-from latentflow_nodes.samplers import SAMPLERS
+from latentflow_nodes.engine.samplers import SAMPLERS
 from PIL import Image
 
 from support.stack import Request

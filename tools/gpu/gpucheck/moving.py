@@ -17,14 +17,14 @@ from typing import Any
 
 import grpc.aio
 import torch
-from latentflow import rpc
-from latentflow.metrics import NODE, Instruments
+from latentflow.internal import rpc
+from latentflow.internal.metrics import NODE, Instruments
 from latentflow.v1 import stage_pb2, stage_pb2_grpc
-from latentflow_nodes.memory import Memory, private_folder
-from latentflow_nodes.peers import Peers
-from latentflow_nodes.residuals import ResidualStream
-from latentflow_nodes.sample import Residuals
-from latentflow_nodes.transport import Transport
+from latentflow_nodes.engine.sample import Residuals
+from latentflow_nodes.tensors.peers import Peers
+from latentflow_nodes.tensors.shared_memory import Memory, private_folder
+from latentflow_nodes.tensors.step_stream import ResidualStream
+from latentflow_nodes.tensors.transfer import Transport
 
 from gpucheck import sizes
 from gpucheck.report import Report

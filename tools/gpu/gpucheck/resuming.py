@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from latentflow.v1 import stage_pb2
-from latentflow_nodes.samplers import SAMPLERS
+from latentflow_nodes.engine.samplers import SAMPLERS
 from support.packs import MODELS, SHAPES
 from support.stack import SECONDS, Request, Stack, started
 
@@ -34,14 +34,16 @@ def run(report: Report, device: str) -> None:
 
 
 def _pack(folder: Path, cls: str) -> Path:
-    """The shapes pack with another sampler as its own."""
+    """The shapes pack with another sampler as its own; PNDM as Stable Diffusion 1.x has it."""
     folder.mkdir()
     for part in SHAPES.iterdir():
         if part.name != "scheduler":
             (folder / part.name).symlink_to(part)
     config = json.loads((SHAPES / "scheduler/scheduler_config.json").read_text())
     (folder / "scheduler").mkdir()
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"_class_name": cls}))
+    (folder / "scheduler/scheduler_config.json").write_text(
+        json.dumps(config | {"_class_name": cls, "skip_prk_steps": True})
+    )
     return folder
 
 
@@ -73,7 +75,7 @@ async def _resume(report: Report, name: str, stack: Stack, request: Request) -> 
 async def _denoised(stack: Stack, message: stage_pb2.DenoiseRequest) -> tuple[list[bytes], torch.Tensor]:
     """A checkpoint after every step, and the final latents."""
     message.checkpoint_interval = 1
-    states = []
+    states: list[bytes] = []
     async for event in stack.stage("base").Denoise(message, timeout=SECONDS):
         if event.WhichOneof("event") == "result":
             return states, await stack.peers.fetch(event.result.latents, name="latents")

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from latentflow.errors import LatentflowError
-from latentflow.metrics import NODE, Instruments
-from latentflow_nodes.adapters import Merger
-from latentflow_nodes.engine import Engine
-from latentflow_nodes.sample import Sample, Settings, initial_noise
-from latentflow_nodes.samplers import Sampler
-from latentflow_nodes.turn import Turn
+from latentflow.internal.metrics import NODE, Instruments
+from latentflow_nodes.adapters.merger import Merger
+from latentflow_nodes.engine.compute_lock import Turn
+from latentflow_nodes.engine.engine import Engine
+from latentflow_nodes.engine.sample import Sample, Settings, initial_noise
+from latentflow_nodes.engine.samplers import Sampler
 
 from gpucheck import sizes
 from gpucheck.report import Report
