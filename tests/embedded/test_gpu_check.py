@@ -18,4 +18,4 @@ def test_the_gpu_check_passes_on_a_machine_without_a_gpu() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     figures = json.loads(run.stdout.splitlines()[-1])["figures"]
     assert figures["failed"] == []
-    assert figures["passed"] > 30
+    assert {"parity", "resuming", "workflow", "steps", "decoding", "moving"} <= {name.split(".")[0] for name in figures}

@@ -28,7 +28,8 @@ def run(report: Report, device: str) -> None:
         with report.case(f"samplers {dtype}"):
             asyncio.run(_named(report, device, dtype))
         with tempfile.TemporaryDirectory() as folder:
-            for cls in _OWN:
+            # On a CPU the tests resume with every sampler; there this only has to run.
+            for cls in _OWN[:1] if device == "cpu" else _OWN:
                 with report.case(f"{cls} {dtype}"):
                     asyncio.run(_own(report, device, dtype, cls, _pack(Path(folder) / cls, cls)))
 
@@ -49,7 +50,7 @@ def _pack(folder: Path, cls: str) -> Path:
 
 async def _named(report: Report, device: str, dtype: str) -> None:
     async with started(MODELS, "shapes", device=device, dtype=dtype) as stack:
-        for sampler in sorted(SAMPLERS):
+        for sampler in ("dpmpp_2m",) if device == "cpu" else sorted(SAMPLERS):
             with report.case(f"{sampler} {dtype}"):
                 await _resume(report, f"{sampler} {dtype}", stack, Request(sampler=sampler, steps=_STEPS))
 

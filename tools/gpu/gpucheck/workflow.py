@@ -24,7 +24,8 @@ from gpucheck.parity import edges
 from gpucheck.report import Report
 
 _PIXELS = 2.0
-_READY_SECONDS = 120.0
+# A small machine without a GPU imports the servers' libraries for minutes where it is busy.
+_READY_SECONDS = {"cuda": 120.0, "cpu": 480.0}
 _UP = "from latentflow.cli import main; main()"
 _REPEATS = 5
 
@@ -79,7 +80,7 @@ def _up(device: str) -> Iterator[str]:
         text=True,
     )
     try:
-        yield _target(process)
+        yield _target(process, seconds=_READY_SECONDS[device])
         process.send_signal(signal.SIGINT)
         process.wait(30)
     finally:
@@ -87,7 +88,7 @@ def _up(device: str) -> Iterator[str]:
         process.wait()
 
 
-def _target(process: subprocess.Popen[str]) -> str:
+def _target(process: subprocess.Popen[str], *, seconds: float) -> str:
     """Waits for the line that names the gateway; all that is printed goes to this process's output."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
@@ -98,12 +99,12 @@ def _target(process: subprocess.Popen[str]) -> str:
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    deadline = time.monotonic() + _READY_SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         try:
             line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
-            raise TimeoutError(f"The servers were not ready after {_READY_SECONDS:g} s.") from None
+            raise TimeoutError(f"The servers were not ready after {seconds:g} s.") from None
         if line is None:
             raise RuntimeError("`latentflow up` ended before its servers were ready.")
         if "--target " in line:
