@@ -205,6 +205,11 @@ class Reason(Documented):
         "A model server cannot use its folder of shared memory.",
         "Mount a folder that all servers of the pod may write to as one user, or leave `--shared-memory` out.",
     )
+    DEVICE_UNAVAILABLE = (
+        "DEVICE_UNAVAILABLE",
+        "A model server cannot use the device of its model.",
+        "Check the driver and the number of the GPU, or give the model another device.",
+    )
     PORT_TAKEN = (
         "PORT_TAKEN",
         "A server cannot listen on its address.",

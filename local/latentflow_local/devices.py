@@ -1,11 +1,11 @@
-"""How many GPUs this machine has for its model servers."""
+"""The GPUs of this machine."""
 
 from __future__ import annotations
 
 
 def gpus() -> int:
-    """Those that CUDA_VISIBLE_DEVICES leaves; 0 where there is none, or no driver."""
-    # Imported here: only models on GPUs need it, and it takes seconds.
+    """How many GPUs the model servers may use: those that CUDA_VISIBLE_DEVICES leaves; 0 without a GPU or a driver."""
+    # Imported here: only models on GPUs need it, and the import takes seconds.
     import torch
 
     return torch.cuda.device_count()

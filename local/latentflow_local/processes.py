@@ -1,7 +1,8 @@
 """Starts processes fast, from a fork server that has already imported the model servers' libraries.
 
 To import torch and diffusers takes seconds for every process. The fork server imports them once for all, so that a restart
-after a crash is fast too. The gateway needs neither and is an ordinary new process.
+after a crash is fast too. The gateway needs neither and is an ordinary new process. So is a server on a GPU: diffusers
+counts the GPUs when it is imported, and CUDA does not work in a process that is forked after that.
 """
 
 from __future__ import annotations
@@ -29,17 +30,15 @@ def prepare() -> None:
 
 def start(spec: ProcessSpec, *, environment: dict[str, str]) -> Process:
     """Starts a process. It ends when its parent ends, and its parent when this process does."""
-    if spec.name == GATEWAY:
-        spawned = multiprocessing.get_context("spawn").Process(
-            target=_gateway, args=(spec.argv, environment), name=spec.name
-        )
-        spawned.start()
-        return spawned
-    forked = multiprocessing.get_context("forkserver").Process(
-        target=_node, args=(spec.argv, environment), name=spec.name
-    )
-    forked.start()
-    return forked
+    target = _gateway if spec.name == GATEWAY else _node
+    arguments = (spec.argv, environment)
+    process: Process
+    if spec.device == "cpu":
+        process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments, name=spec.name)
+    else:
+        process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, name=spec.name)
+    process.start()
+    return process
 
 
 def _node(argv: tuple[str, ...], environment: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from latentflow.api import DiffusionWorkflow, Role
 from latentflow.internal import directory
 
 from latentflow_local import addresses
-from latentflow_local.planning import ProcessSpec
+from latentflow_local.planning import ProcessSpec, next_gpu
 from latentflow_local.supervisor import State, Supervisor
 
 
@@ -22,6 +22,7 @@ class Replicas:
 
     Args:
         specs: The first replicas, at least one of each model. The supervisor runs them.
+        gpus: GPUs of this machine, over which replicas on "cuda" are spread.
         path: The directory file, which is written at once.
     """
 
@@ -30,10 +31,12 @@ class Replicas:
         specs: Sequence[ProcessSpec],
         *,
         workflows: Sequence[DiffusionWorkflow],
+        gpus: int,
         path: Path,
         supervisor: Supervisor,
     ) -> None:
         self._workflows = tuple(workflows)
+        self._gpus = gpus
         self._path = path
         self._supervisor = supervisor
         self._template = {spec.model: spec for spec in specs}
@@ -71,7 +74,9 @@ class Replicas:
         present = {one.spec.name: one.spec for one in self._supervisor.supervised.values()}
         assigned = {address for spec in present.values() for address in (spec.address, spec.metrics)}
         address, metrics = addresses.free(2, exclude=assigned)
-        specs = (self._template[model].another(number, address=address, metrics=metrics) for number in count(1))
+        template = self._template[model]
+        gpu = next_gpu(template.device, present.values(), gpus=self._gpus)
+        specs = (template.another(number, address=address, metrics=metrics, gpu=gpu) for number in count(1))
         return next(spec for spec in specs if spec.name not in present)
 
     def _write(self) -> None:

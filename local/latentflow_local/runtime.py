@@ -18,9 +18,19 @@ from latentflow_nodes.settings import usable_cores
 from latentflow_nodes.tensors.shared_memory import private_folder
 from latentflow_scheduler.policy import Bounds
 
-from latentflow_local import addresses, processes
+from latentflow_local import addresses, devices, processes
 from latentflow_local.pinning import pinned
-from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, models_of, plan_gateway, plan_models
+from latentflow_local.planning import (
+    ProcessSpec,
+    bounds,
+    capacity,
+    initial,
+    models_of,
+    next_gpu,
+    on_gpu,
+    plan_gateway,
+    plan_models,
+)
 from latentflow_local.replicas import Replicas
 from latentflow_local.scaling import DEFAULT_SCALING, Scaler, ScalingConfig
 from latentflow_local.supervisor import Supervised, Supervisor
@@ -75,6 +85,8 @@ async def run(
     models = models_of(workflows)
     target, metrics = addresses.check_free(listen), addresses.check_free(metrics)
     cores = cores or usable_cores()
+    uses_gpus = any(on_gpu(model, device=device) for model in models.values())
+    gpus = await asyncio.to_thread(devices.gpus) if uses_gpus else 0
     instruments = Instruments((*LOCAL, *SCHEDULER))
     serving.serve_metrics(instruments, metrics)
     with (
@@ -90,11 +102,12 @@ async def run(
             threads=threads,
             device=device,
             cores=cores,
+            gpus=gpus,
             compute_lock=Path(folder) / "compute.lock",
             shared_memory=shared_memory,
             log_format=log_format,
         )
-        specs = [*firsts, *_additional(firsts, models, free[2 * len(models) :])]
+        specs = [*firsts, *_additional(firsts, models, free[2 * len(models) :], gpus=gpus)]
         directory = Path(folder) / "directory.json"
         gateway = plan_gateway(directory=directory, listen=target, metrics=free[-1], log_format=log_format)
         supervisor = Supervisor(
@@ -108,7 +121,7 @@ async def run(
             name: capacity(model, threads=threads, device=device, cores=cores) for name, model in models.items()
         }
         scaler = Scaler(
-            Replicas(specs, workflows=workflows, path=directory, supervisor=supervisor),
+            Replicas(specs, workflows=workflows, gpus=gpus, path=directory, supervisor=supervisor),
             bounds={name: _bounds(name, model, capacity=capacities[name]) for name, model in models.items()},
             gateway=gateway.metrics,
             config=scaling,
@@ -135,9 +148,14 @@ def _bounds(name: str, model: Model, *, capacity: int | None) -> Bounds:
     return found
 
 
-def _additional(firsts: list[ProcessSpec], models: Mapping[str, Model], free: list[str]) -> list[ProcessSpec]:
+def _additional(
+    firsts: list[ProcessSpec], models: Mapping[str, Model], free: list[str], *, gpus: int
+) -> list[ProcessSpec]:
     """The replicas that models start with in addition to their first."""
-    wanted = [(first, number) for first in firsts for number in range(2, initial(models[first.model]) + 1)]
-    return [
-        first.another(number, address=free[2 * i], metrics=free[2 * i + 1]) for i, (first, number) in enumerate(wanted)
-    ]
+    additional: list[ProcessSpec] = []
+    for first in firsts:
+        for number in range(2, initial(models[first.model]) + 1):
+            address, metrics = free[2 * len(additional) : 2 * len(additional) + 2]
+            gpu = next_gpu(first.device, [*firsts, *additional], gpus=gpus)
+            additional.append(first.another(number, address=address, metrics=metrics, gpu=gpu))
+    return additional

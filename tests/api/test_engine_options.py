@@ -68,6 +68,7 @@ def arguments_on_a_machine(
         threads=threads,
         device=device,
         cores=2,
+        gpus=0,
         compute_lock=Path("/lock"),
         shared_memory=None,
         log_format="json",

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.api import Model, identity, load_workflows
-from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, plan_models
+from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, next_gpu, plan_models
+from latentflow_nodes import settings
 from latentflow_scheduler.policy import Bounds
 from support.paths import EXAMPLES
 
@@ -27,6 +28,11 @@ def here(scaling: dict[str, Any], *, cores: int = 8, threads: int | None = 1, de
 
 def first(*, threads: int | None, cores: int) -> ProcessSpec:
     """The first replica of a model."""
+    return planned(threads=threads, cores=cores)[0]
+
+
+def planned(*, threads: int | None = 1, cores: int = 1, device: str | None = None, gpus: int = 0) -> list[ProcessSpec]:
+    """The first replica of every model."""
     workflow = load_workflows(EXAMPLES / "shapes-minimal.yaml")[0]
     addresses = {identity(model): ("127.0.0.1:1", "127.0.0.1:2") for model in workflow.spec.models}
     return plan_models(
@@ -34,12 +40,13 @@ def first(*, threads: int | None, cores: int) -> ProcessSpec:
         model_root=Path("/models"),
         addresses=addresses,
         threads=threads,
-        device=None,
+        device=device,
         cores=cores,
+        gpus=gpus,
         compute_lock=Path("/lock"),
         shared_memory=None,
         log_format="console",
-    )[0]
+    )
 
 
 def test_a_model_is_scaled_between_the_bounds_in_the_file() -> None:
@@ -87,3 +94,24 @@ def test_the_replicas_of_a_model_differ_only_in_name_and_addresses() -> None:
 @pytest.mark.parametrize(("threads", "cores", "locked"), [(2, 2, True), (2, 3, True), (2, 4, False), (1, 1, False)])
 def test_models_share_a_compute_lock_if_two_would_compete_for_the_cores(threads: int, cores: int, locked: bool) -> None:
     assert ("--compute-lock=/lock" in first(threads=threads, cores=cores).argv) is locked
+
+
+def devices(specs: list[ProcessSpec]) -> list[str]:
+    return [settings.parse(list(spec.argv)).engine.device for spec in specs]
+
+
+def test_models_on_cuda_are_spread_over_the_gpus() -> None:
+    assert devices(planned(device="cuda", gpus=2)) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert devices(planned(device="cuda", gpus=1)) == ["cuda"] * 3
+
+
+def test_models_on_one_numbered_gpu_all_use_that_gpu() -> None:
+    assert devices(planned(device="cuda:1", gpus=2)) == ["cuda:1"] * 3
+    assert devices(planned(gpus=2)) == ["cpu"] * 3
+
+
+def test_another_replica_uses_the_gpu_with_the_fewest_processes() -> None:
+    assert next_gpu("cuda", planned(device="cuda", gpus=4), gpus=4) == 3
+    specs = planned(device="cuda", gpus=2)
+    assert next_gpu("cuda", specs, gpus=2) == 1
+    assert devices([specs[0].another(2, address="127.0.0.1:3", metrics="127.0.0.1:4", gpu=1)]) == ["cuda:1"]

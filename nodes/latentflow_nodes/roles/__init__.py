@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import torch
 from latentflow.errors import FailedPreconditionError
 from latentflow.v1 import control_pb2
 
@@ -39,7 +40,8 @@ def wire(role: str) -> control_pb2.Role:
 
 
 def load(context: Context) -> Role:
-    """Loads the model that the settings name. FailedPreconditionError where its weights cannot be used."""
+    """Loads the model that the settings name. FailedPreconditionError where its weights or device cannot be used."""
+    _check(context.device)
     cls: type = ROLES[context.settings.role][0]
     try:
         role: Role = cls(context)
@@ -51,3 +53,15 @@ def load(context: Context) -> Role:
             reason="WEIGHTS_UNAVAILABLE",
         ) from error
     return role
+
+
+def _check(device: torch.device) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).strip().partition("\n")[0].rstrip(".")
+        raise FailedPreconditionError(
+            f"This server cannot use the device {device}: {problem}. Check the driver and the number of the GPU, or use "
+            "the device cpu.",
+            reason="DEVICE_UNAVAILABLE",
+        ) from None

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from latentflow_nodes.families import FAMILIES
+from latentflow_nodes.families.sdxl import StableDiffusionXL
 
 from gpucheck import sizes
 from gpucheck.report import Report
@@ -27,7 +27,7 @@ def run(report: Report, device: str) -> None:
         image.cpu()
 
     def served() -> Any:
-        return FAMILIES["sdxl"].decode(network, latents)
+        return StableDiffusionXL().decode(network, latents)
 
     with torch.inference_mode(), report.case("decode"):
         picture = served()

@@ -20,7 +20,7 @@ import torch
 from latentflow.internal import rpc
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.v1 import stage_pb2, stage_pb2_grpc
-from latentflow_nodes.engine.sample import Residuals
+from latentflow_nodes.families.base import Residuals
 from latentflow_nodes.tensors.peers import Peers
 from latentflow_nodes.tensors.shared_memory import Memory, private_folder
 from latentflow_nodes.tensors.step_stream import ResidualStream

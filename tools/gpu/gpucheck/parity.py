@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from latentflow.api.types import Engine
 from PIL import Image, ImageDraw
 from support.packs import MODELS, SHAPES, tiny_sdxl, tiny_v_prediction
 from support.reference import reference
@@ -72,7 +73,9 @@ async def _shapes(report: Report, device: str, dtype: str) -> None:
         "lora": Request(loras=[("outline", 0.8)]),
         "controlnet and loras": Request(controls=[("edges", edges(), 0.8)], loras=[("pastel", 0.9), ("neon", 0.4)]),
     }
-    async with started(MODELS, "shapes", controls=_NETS, loras="loras", device=device, dtype=dtype) as stack:
+    async with started(
+        MODELS, "shapes", controls=_NETS, loras="loras", engine=Engine(device=device, threads=1), dtype=dtype
+    ) as stack:
         await _compare(report, f"sd {dtype}", stack, SHAPES, cases, device=device, dtype=dtype)
         shared = [Request(seed=seed, steps=8) for seed in (1, 2, 3, 4)]
         await _together(report, f"sd {dtype}", stack, SHAPES, shared, device=device, dtype=dtype)
@@ -84,14 +87,16 @@ async def _sdxl(report: Report, device: str, dtype: str, root: Path) -> None:
         "alone": Request(side=32, negative_prompt="a blue star"),
         "controlnet": Request(side=32, controls=[("control", edges(32), 0.8)]),
     }
-    async with started(root, "sdxl", controls={"control": "controlnet"}, device=device, dtype=dtype) as stack:
+    async with started(
+        root, "sdxl", controls={"control": "controlnet"}, engine=Engine(device=device, threads=1), dtype=dtype
+    ) as stack:
         await _compare(report, f"sdxl {dtype}", stack, pack, cases, device=device, dtype=dtype, xl=True)
         shared = [Request(side=32, seed=seed, steps=8) for seed in (1, 2, 3)]
         await _together(report, f"sdxl {dtype}", stack, pack, shared, device=device, dtype=dtype, xl=True)
 
 
 async def _v_prediction(report: Report, device: str, root: Path) -> None:
-    async with started(root, "v", device=device) as stack:
+    async with started(root, "v", engine=Engine(device=device, threads=1)) as stack:
         cases = {"alone": Request(side=32)}
         await _compare(report, "v prediction", stack, root / "v", cases, device=device, dtype="float32")
 

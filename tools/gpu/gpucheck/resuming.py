@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from latentflow.api.types import Engine
 from latentflow.v1 import stage_pb2
 from latentflow_nodes.engine.samplers import SAMPLERS
 from support.packs import MODELS, SHAPES
@@ -49,14 +50,14 @@ def _pack(folder: Path, cls: str) -> Path:
 
 
 async def _named(report: Report, device: str, dtype: str) -> None:
-    async with started(MODELS, "shapes", device=device, dtype=dtype) as stack:
+    async with started(MODELS, "shapes", engine=Engine(device=device, threads=1), dtype=dtype) as stack:
         for sampler in ("dpmpp_2m",) if device == "cpu" else sorted(SAMPLERS):
             with report.case(f"{sampler} {dtype}"):
                 await _resume(report, f"{sampler} {dtype}", stack, Request(sampler=sampler, steps=_STEPS))
 
 
 async def _own(report: Report, device: str, dtype: str, cls: str, pack: Path) -> None:
-    async with started(pack.parent, pack.name, device=device, dtype=dtype) as stack:
+    async with started(pack.parent, pack.name, engine=Engine(device=device, threads=1), dtype=dtype) as stack:
         await _resume(report, f"{cls} {dtype}", stack, Request(steps=_STEPS))
 
 

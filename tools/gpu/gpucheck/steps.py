@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 from latentflow.errors import LatentflowError
+from latentflow.internal.guidance import Guidance
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow_nodes.adapters.merger import Merger
-from latentflow_nodes.engine.compute_lock import Turn
+from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.engine import Engine
+from latentflow_nodes.engine.runner import EagerRunner
 from latentflow_nodes.engine.sample import Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
+from latentflow_nodes.families.sdxl import StableDiffusionXL
 
 from gpucheck import sizes
 from gpucheck.report import Report
@@ -136,13 +139,13 @@ def _served(
     network: UNet2DConditionModel, device: str, inputs: dict[str, Any], *, requests: int, steps: int, guidance: bool
 ) -> float:
     """Seconds of a step of the engine, in its thread, with several requests."""
+    place = torch.device(device)
     engine = Engine(
-        network=network,
+        runner=EagerRunner(network=network, family=StableDiffusionXL(), device=place, lock=ComputeLock(None)),
         merger=Merger(network, what="denoiser"),
         max_running=requests,
         max_waiting=requests,
         threads=1,
-        turn=Turn(None),
         metrics=Instruments(NODE, model="m", role="Denoiser"),
     )
     listener = Listener(requests)
@@ -157,9 +160,6 @@ def _served(
         seconds = time.perf_counter() - began
     finally:
         engine.stop()
-        # The engine's timer would slow the other side down.
-        network._forward_hooks.clear()
-        network._forward_pre_hooks.clear()
     return seconds / steps
 
 
@@ -168,16 +168,13 @@ def _sample(key: int, device: str, inputs: dict[str, Any], listener: Listener, *
     settings = Settings(
         seed=key,
         steps=steps,
-        channels=4,
-        height=side,
-        width=side,
-        guidance_scale=_GUIDANCE if guidance else 1.0,
-        guidance=guidance,
+        shape=(1, 4, side, side),
+        guidance=Guidance(scale=_GUIDANCE if guidance else 1.0, is_embedded=False),
         sampler="euler",
     )
     generator = torch.Generator().manual_seed(key)
     sampler = Sampler(name="euler", config=_SCHEDULER, steps=steps, device=place)
-    noise = initial_noise(settings, generator=generator, dtype=sizes.dtype(device), device=place)
+    noise = initial_noise(settings.shape, generator=generator, dtype=sizes.dtype(device), device=place)
     return Sample(
         key=key,
         request_id=str(key),
