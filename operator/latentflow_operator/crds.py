@@ -1,4 +1,4 @@
-"""The CustomResourceDefinitions, made from the typed API: `python -m latentflow_operator.crds FOLDER…` writes them.
+"""The CustomResourceDefinitions, generated from the API types: `python -m latentflow_operator.crds FOLDER…` writes them.
 
 Structural OpenAPI schemas with every field's description and default, CEL rules, list-maps, printer columns and
 subresources. The types are in `latentflow.api`, the rules in `rules`; this module is the translation only.
@@ -88,7 +88,7 @@ def _yaml() -> YAML:
     yaml = YAML()
     yaml.width = 118
     yaml.indent(mapping=2, sequence=4, offset=2)
-    # Types that are used twice are written out twice.
+    # No YAML anchors: a type that is used twice is written twice.
     yaml.representer.ignore_aliases = lambda _: True
     return yaml
 
@@ -111,7 +111,7 @@ def _crd(
         "properties": {
             "apiVersion": {"type": "string"},
             "kind": {"type": "string"},
-            # The identity is the name of a label's value and of a Deployment, a Service, a workflow's endpoint.
+            # The name is also a label value and the name of a Deployment and a Service, so 63 characters are the limit.
             "metadata": {"type": "object", "properties": {"name": {"type": "string", "maxLength": 63}}},
             "spec": _object(resource.model_fields["spec"].annotation),
             "status": _object(status),
@@ -150,7 +150,7 @@ def _crd(
 
 
 def _object(model: Any) -> dict[str, Any]:
-    """A type's structural schema, with those of the types in it."""
+    """The structural schema of a type, including the types of its fields."""
     written = model.model_json_schema(by_alias=True, mode="validation")
     return _translate(written, written.get("$defs", {}), model.__name__)
 
@@ -198,7 +198,7 @@ def _members(schema: dict[str, Any], definitions: dict[str, Any], type_name: str
             key: inner["default"] for key, inner in translated.get("properties", {}).items() if "default" in inner
         }
         if "anyOf" not in member and filled:
-            # An absent object whose members have defaults gets them.
+            # The API server then adds the defaults of the members to an absent object.
             translated["default"] = filled
         key = _LIST_MAPS.get((type_name or "", name))
         if key is not None:
@@ -214,7 +214,7 @@ def _members(schema: dict[str, Any], definitions: dict[str, Any], type_name: str
 
 
 def _union(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
-    """An optional field is one that may be absent; a choice of integer and string is Kubernetes' own kind of field."""
+    """The schema of an optional field, or of a choice of integer and string, which Kubernetes treats specially."""
     own = {key: schema[key] for key in ("description", "default") if schema.get(key) is not None}
     choices = [choice for choice in schema["anyOf"] if choice.get("type") != "null"]
     if len(choices) == 1:

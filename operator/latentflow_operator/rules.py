@@ -1,7 +1,7 @@
-"""What the API server checks of the resources beyond their shape: CEL rules, by the type of `latentflow.api` they stand at.
+"""The CEL rules with which the API server validates the resources beyond their schema, by the type of `latentflow.api`.
 
-Each rule says of a type what its pydantic validators say, in the same words where words can be computed; one table of
-cases holds both to the same verdicts (`tests/kube`).
+Each rule corresponds to a pydantic validator of the type and has the same message where CEL can compute it. One table
+of cases (`tests/kube`) tests that both give the same results.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _SCHEME = "^[a-zA-Z][a-zA-Z0-9+.-]*:"
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A CEL rule. `message` is a CEL expression when `computed`."""
+    """A CEL rule. `message` is a CEL expression if `computed`, and a text otherwise."""
 
     cel: str
     message: str
     computed: bool = False
 
     def schema(self) -> dict[str, str]:
-        """As an entry of x-kubernetes-validations."""
+        """The rule as an entry of x-kubernetes-validations."""
         return {"rule": self.cel, "messageExpression" if self.computed else "message": self.message}
 
 
