@@ -98,8 +98,8 @@ def test_models_with_one_name_in_two_namespaces_are_different() -> None:
     slices = [
         endpoints("denoiser-1", "Denoiser", f"192.0.2.{number}:8500") for number, _ in enumerate(("art", "photos"))
     ]
-    for body, place in zip(slices, ("art", "photos"), strict=True):
-        body["metadata"]["namespace"] = place
+    for body, name in zip(slices, ("art", "photos"), strict=True):
+        body["metadata"]["namespace"] = name
     found = cluster.directory([], slices).models
     assert {name: model.replicas for name, model in found.items()} == {
         "art/denoiser-1": ("192.0.2.0:8500",),

@@ -60,7 +60,7 @@ def wait_for_takeover(namespace: Namespace, before: str, *, seconds: int) -> Non
 def test_while_one_operator_holds_the_lease_another_only_watches(
     operators: tuple[Operator, Operator], namespace: Namespace, api_server: ApiServer
 ) -> None:
-    operators[1].says("another operator holds the lease")
+    operators[1].wait_for_log("another operator holds the lease")
     namespace.create(workflow("second", source={"uri": "other"}))
     namespace.until("PodDisruptionBudget", lambda found: len(found) == 5)
     # A later write of the same operator, so that the audit log contains all earlier ones.
@@ -78,7 +78,7 @@ def test_while_one_operator_holds_the_lease_another_only_watches(
 def test_an_operator_that_stops_releases_the_lease_at_once(
     operators: tuple[Operator, Operator], namespace: Namespace
 ) -> None:
-    operators[1].says("another operator holds the lease")
+    operators[1].wait_for_log("another operator holds the lease")
     before = holder(namespace)
     assert operators[0].stop() == 0
     wait_for_takeover(namespace, before, seconds=leadership.RETRY_SECONDS + 3)
@@ -87,7 +87,7 @@ def test_an_operator_that_stops_releases_the_lease_at_once(
 def test_another_operator_takes_over_when_the_lease_of_a_killed_one_expires(
     operators: tuple[Operator, Operator], namespace: Namespace
 ) -> None:
-    operators[1].says("another operator holds the lease")
+    operators[1].wait_for_log("another operator holds the lease")
     before = holder(namespace)
     operators[0].stop(signal.SIGKILL)
     wait_for_takeover(namespace, before, seconds=leadership.DURATION_SECONDS + 10)

@@ -120,14 +120,14 @@ def test_a_denoiser_lists_its_colocated_models_and_they_name_it_as_their_host() 
     host = models[names["base"]].spec
     assert host.colocated is not None
     assert host.host is None
-    for place, companion in enumerate(host.colocated, 1):
-        own = models[companion.model].spec
+    for index, colocated in enumerate(host.colocated, 1):
+        own = models[colocated.model].spec
         assert own.host is not None
-        assert (own.host.model, own.host.index) == (names["base"], place)
+        assert (own.host.model, own.host.index) == (names["base"], index)
         assert (own.preferred_host, own.colocated) == (None, None)
         for field in ("role", "source", "dtype", "engine", "resources"):
-            assert getattr(companion, field) == getattr(own, field)
-    assert {companion.model for companion in host.colocated} == {names["edges"], names["pixels"]}
+            assert getattr(colocated, field) == getattr(own, field)
+    assert {one.model for one in host.colocated} == {names["edges"], names["pixels"]}
     assert models[names["text"]].spec.host is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from latentflow.api.conditions import ConditionReason
 from latentflow.api.model import ModelSpec
 from latentflow_operator import conditions
 from latentflow_operator.manifests import is_own_container
@@ -120,3 +121,11 @@ def test_an_evicted_pod_is_not_a_replica_once_another_has_replaced_it() -> None:
     assert conditions.replicas([evicted, runs]) == [runs]
     assert conditions.replicas([evicted]) == [evicted]
     assert reasons("vae-1", status)["Degraded"] == "Evicted"
+
+
+@pytest.mark.parametrize("reason", ConditionReason)
+def test_every_reason_is_one_word_with_a_meaning_and_a_remedy(reason: ConditionReason) -> None:
+    assert reason.isalpha()
+    assert reason[0].isupper()
+    assert reason.meaning.endswith(".")
+    assert reason.remedy.endswith(".")

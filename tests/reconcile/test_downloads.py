@@ -1,4 +1,4 @@
-"""Whose downloads are looked at, and what is said of them."""
+"""Whose download progress the operator reads, and how it reports it."""
 
 from __future__ import annotations
 

@@ -165,10 +165,10 @@ def test_colocated_models_are_containers_with_their_own_names_and_ports() -> Non
     assert all(len(port["name"]) <= 15 for port in ports)
     for one in containers:
         grpc, metrics = (port["containerPort"] for port in one["ports"])
-        said = arguments(one)
-        assert said["listen"] == f"0.0.0.0:{grpc}"
-        assert said["advertise"] == f"$(POD_IP):{grpc}"
-        assert said["metrics"] == f"0.0.0.0:{metrics}"
+        given = arguments(one)
+        assert given["listen"] == f"0.0.0.0:{grpc}"
+        assert given["advertise"] == f"$(POD_IP):{grpc}"
+        assert given["metrics"] == f"0.0.0.0:{metrics}"
         assert {one[probe]["grpc"]["port"] for probe in ("startupProbe", "readinessProbe")} == {grpc}
         assert one["livenessProbe"]["tcpSocket"]["port"] == one["ports"][1]["name"]
 

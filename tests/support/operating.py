@@ -61,6 +61,6 @@ class Operator:
         return self._process.wait(seconds)
 
     @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(30), wait=wait_fixed(0.1), reraise=True)
-    def says(self, words: str) -> None:
-        """Returns when its log has these words."""
+    def wait_for_log(self, words: str) -> None:
+        """Waits until its log contains these words."""
         assert words in self.log.read_text()
