@@ -1,4 +1,4 @@
-"""`latentflow up` as a user starts and ends it: the errors it reports, and that it leaves no process or shared memory."""
+"""`latentflow up` as a user starts and ends it: its errors, and that no process or shared memory remains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workflows for tests, and the pod statuses that scheduler and kubelet would write, which tests write because there is no node."""
+"""Workflows for tests, and the pod statuses of scheduler and kubelet, which tests write because there is no node."""
 
 from __future__ import annotations
 

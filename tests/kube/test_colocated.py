@@ -1,4 +1,4 @@
-"""A denoiser and its colocated models in one pod, on a real API server that enforces the restricted Pod Security Standard."""
+"""A denoiser and its colocated models in one pod, on a real API server with the restricted Pod Security Standard."""
 
 from __future__ import annotations
 
