@@ -85,7 +85,7 @@ def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str])
         conflicts += [
             Conflict(uid=owner.uid, model=model.name, field=field, owner=oldest.workflow.name)
             for field, used, other in (
-                ("parallelism.latent", first.parallelism.latent, model.parallelism.latent),
+                ("parallelism", first.parallelism, model.parallelism),
                 ("pod", first.pod, model.pod),
             )
             if used != other

@@ -176,12 +176,13 @@ def _deployment(name: str, metadata: Manifest, spec: ModelSpec, settings: Operat
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "template": {
                 "metadata": {
-                    "labels": labels(name, spec.role),
+                    "labels": (spec.pod.labels or {}) | labels(name, spec.role),
                     "annotations": {
                         "prometheus.io/scrape": "true",
                         "prometheus.io/port": str(METRICS_PORT),
                         "prometheus.io/path": "/metrics",
-                    },
+                    }
+                    | (spec.pod.annotations or {}),
                 },
                 "spec": _pod(name, spec, settings),
             },
@@ -205,7 +206,8 @@ def _container_ports(name: str, index: int, *, memory: bool = True) -> Container
 
 def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
     own = spec.pod
-    passed_through = own.model_dump(by_alias=True, exclude_none=True, exclude={"env", "volumes", "volume_mounts"})
+    elsewhere = {"labels", "annotations", "env", "volumes", "volume_mounts"}
+    passed_through = own.model_dump(by_alias=True, exclude_none=True, exclude=elsewhere)
     volumes: list[Manifest] = []
     containers = []
     models = [(name, spec), *((one.model, _spec_of(one, own)) for one in spec.colocated or ())]

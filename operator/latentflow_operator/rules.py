@@ -10,7 +10,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from latentflow.api.types import Engine, Pod, Role, option_roles
+from latentflow.api.fields import limits_of
+from latentflow.api.model import ColocatedModel, ModelSpec
+from latentflow.api.types import OPERATOR_LABELS, Engine, Parallelism, Pod, Role, Source, Typed
+from latentflow.api.workflow import Model, WorkflowSpec
 
 _SCHEME = "^[a-zA-Z][a-zA-Z0-9+.-]*:"
 
@@ -47,21 +50,40 @@ def _colocated(cel: str, message: str) -> Rule:
 
 def _engine() -> Iterator[Rule]:
     """Rules for a type with role and engine: an option that the role does not use keeps its default."""
-    for name, field in Engine.model_fields.items():
-        roles = option_roles(name)
-        if others := [role for role in Role if role not in roles]:
+    for field in Engine.model_fields.values():
+        roles = limits_of(field).roles
+        if others := [role.value for role in Role if role not in roles]:
             option = f"self.engine.{field.alias}"
             default = "" if field.default is None else f" || {option} == {json.dumps(field.default)}"
             yield Rule(
-                cel=f"!has(self.engine) || !has({option}){default} || !(self.role in {[role.value for role in others]})",
+                cel=f"!has(self.engine) || !has({option}){default} || !(self.role in {others})",
                 message=f"'engine.{field.alias} is an option of {', '.join(roles)}, not of ' + self.role + '; remove it'",
                 computed=True,
             )
 
 
+def _served(type_: type[Typed]) -> Iterator[Rule]:
+    """Rules for the fields of a type of which this version serves only some values."""
+    for field in type_.model_fields.values():
+        limits = limits_of(field)
+        if limits.only:
+            equal = [f"self.{field.alias} == {json.dumps(value)}" for value in limits.only if value is not None]
+            yield Rule(
+                cel=" || ".join([f"!has(self.{field.alias})", *equal]), message=f"{field.alias}: {limits.refusal}"
+            )
+
+
+def _degree(name: str, most: int) -> Rule:
+    """A degree of parallelism: an integer or Auto, which a schema cannot bound."""
+    return Rule(
+        cel=f"type(self.{name}) == string ? self.{name} == 'Auto' : (self.{name} >= 1 && self.{name} <= {most})",
+        message=f"{name} is Auto or 1 to {most}",
+    )
+
+
 _NO_POD = " && ".join(f"!has(self.pod.{field.alias})" for field in Pod.model_fields.values())
 
-RULES: dict[str, tuple[Rule, ...]] = {
+_OWN: dict[str, tuple[Rule, ...]] = {
     "Source": (
         Rule(
             cel=f"!self.uri.matches('{_SCHEME}') || self.uri.matches('^(file|pvc|hf|s3|oci):')",
@@ -102,10 +124,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
             message="minReplicas is above maxReplicas; swap or raise one",
         ),
     ),
-    "Parallelism": (
+    "Parallelism": (_degree("latent", 2), _degree("tensor", 16), _degree("context", 8)),
+    "Pod": (
         Rule(
-            cel="type(self.latent) == string ? self.latent == 'Auto' : (self.latent >= 1 && self.latent <= 2)",
-            message="latent is Auto, 1 or 2",
+            cel="!has(self.labels) || !self.labels.exists(key, key.startsWith('latentflow.io/') || "
+            f"key in {list(OPERATOR_LABELS)})",
+            message="labels that the operator sets cannot be passed through: latentflow.io/… and "
+            f"{', '.join(OPERATOR_LABELS)}",
         ),
     ),
     "ColocatedModel": tuple(_engine()),
@@ -183,3 +208,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
     ),
 }
+_SERVED = {
+    type_.__name__: tuple(_served(type_))
+    for type_ in (Source, Engine, Parallelism, Model, ColocatedModel, ModelSpec, WorkflowSpec)
+}
+RULES = {name: _OWN.get(name, ()) + _SERVED.get(name, ()) for name in _OWN | _SERVED}

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentflow.api import DiffusionWorkflow, identity, load_workflows, placed
+from latentflow.api.fields import limits_of
 from latentflow.api.model import ModelSpec
-from latentflow.api.types import API_VERSION, Engine, Role, option_roles
+from latentflow.api.types import API_VERSION, Engine, Role
 from latentflow_local.planning import plan_models
 from latentflow_nodes import settings as node
 from latentflow_operator.manifests import manifests
@@ -27,12 +28,18 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "threads": st.none() | st.integers(1, 1024),
     "max_running": st.integers(1, 64),
     "max_waiting": st.integers(0, 4096),
+    "compile": st.just(False),
+    "step_cache": st.just("None"),
+    "async_steps": st.just(0),
 }
 
 
 def engines(role: Role) -> st.SearchStrategy[Engine]:
     return st.fixed_dictionaries(
-        {}, optional={name: values for name, values in VALUES.items() if role in option_roles(name)}
+        {},
+        optional={
+            name: values for name, values in VALUES.items() if role in limits_of(Engine.model_fields[name]).roles
+        },
     ).map(lambda options: Engine(**options))
 
 
@@ -126,8 +133,8 @@ def identities() -> list[str]:
 
 
 DECLARATION = """
-    pause_seconds: float = _option(
-        Role.DENOISER, default=0.0, ge=0, le=9, description="Pause before a forward pass in seconds."
+    pause_seconds: float = field(
+        default=0.0, ge=0, le=9, description="Pause before a forward pass in seconds.", limits=Limits(roles=[Role.DENOISER])
     )
 
     def options("""

@@ -44,7 +44,6 @@ def test_a_different_source_dtype_engine_or_resource_is_a_different_model() -> N
         {"dtype": "float16"},
         {"engine": {"maxRunning": 2}},
         {"resources": {"limits": {"cpu": 1}}},
-        {"parallelism": {"tensor": 2}},
     ]
     owners = [owner("a"), *(owner(f"w{i}", base=change) for i, change in enumerate(changes))]
     assert len(desired_models(owners)) == 3 + len(changes)

@@ -35,11 +35,13 @@ def identity(model: Model) -> str:
         "role": model.role.value,
         "source": model.source.model_dump(exclude_none=True),
         "dtype": model.dtype,
-        "tensor": model.parallelism.tensor,
+        # Auto starts at degree 1; another degree is another model.
+        "tensor": 1 if model.parallelism.tensor == "Auto" else model.parallelism.tensor,
+        "nets": [net.model_dump(exclude_none=True) for net in model.nets or ()],
         "engine": model.engine.distinguishing(model.role),
         "resources": model.resources,
     }
-    return _named(model.role, {name: value for name, value in meaning.items() if value != {}})
+    return _named(model.role, {name: value for name, value in meaning.items() if value not in ({}, [])})
 
 
 def placed(workflow: DiffusionWorkflow) -> dict[str, str]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic.alias_generators import to_camel
+
+from latentflow.api.fields import Limits, field, limits_of, unserved
 
 API_VERSION = "latentflow.io/v1alpha1"
 # On everything that serves a model in a cluster.
@@ -22,13 +24,16 @@ MODEL_LABEL, ROLE_LABEL = "latentflow.io/model", "latentflow.io/role"
 SCHEMES = ("", "file", "pvc", "hf", "s3", "oci")
 _DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 _DEVICE = r"^(cpu|cuda(:[0-9]{1,2})?)$"
-# What a text has to be that does not match a pattern.
+_WORD = r"^[A-Za-z0-9_-]{1,64}$"
+# In words, for errors.
 PATTERNS = {
     _DNS_LABEL: "a name of lower-case letters, digits and '-', at most 63 characters",
     _DEVICE: "a device; devices are cpu, cuda and cuda:N",
+    _WORD: "a word of letters, digits, '_' and '-', at most 64 characters",
 }
 
 Name = Annotated[str, Field(pattern=_DNS_LABEL, max_length=63)]
+Word = Annotated[str, Field(pattern=_WORD)]
 Device = Annotated[str, Field(pattern=_DEVICE)]
 Size = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
 
@@ -59,6 +64,12 @@ class Typed(BaseModel):
                 raise ValueError(f"the field {former} was renamed; write {present}")
         return data
 
+    @model_validator(mode="after")
+    def _served_by_this_version(self) -> Self:
+        if refusals := list(unserved(self)):
+            raise ValueError("; ".join(refusals))
+        return self
+
 
 def problems(error: ValidationError) -> str:
     """What is wrong with a value, in one line that names the fields as in files."""
@@ -81,6 +92,16 @@ class Source(Typed):
         default=None, max_length=512, description="One component of the pipeline folder, such as controlnet-edges."
     )
     revision: str | None = Field(default=None, max_length=256, description="Branch, tag or commit of an hf:// source.")
+    variant: Word | None = field(
+        description="Variant of the weight files, such as fp16 for files named model.fp16.safetensors.",
+        limits=Limits(only=[None]),
+    )
+    parts: list[Word] | None = field(
+        min_length=1,
+        max_length=16,
+        description="The parts of the pipeline folder that the model takes, such as text_encoder_3; absent: all of its role.",
+        limits=Limits(only=[None]),
+    )
 
     @field_validator("uri")
     @classmethod
@@ -119,35 +140,51 @@ class Source(Typed):
 _COMPUTING = (Role.TEXT_ENCODER, Role.DENOISER, Role.CONTROL_NET, Role.VAE)
 
 
-def _option(*roles: Role, default: Any, description: str, **constraints: Any) -> Any:
-    """An engine option: the roles whose servers use it, its default and its bounds, as of pydantic's Field."""
-    return Field(
-        default=default,
-        description=f"{description} Used by {', '.join(roles)}.",
-        json_schema_extra={"roles": list(roles)},
-        **constraints,
-    )
-
-
 class Engine(Typed):
     """How a model's server runs it: the options of `latentflow-node --engine`.
 
     This is the only list of them. CRD, server arguments of operator and embedded runtime, and reference follow from it.
     """
 
-    device: Device = _option(*_COMPUTING, default="cpu", description="Device of the model: cpu, cuda or cuda:N.")
-    threads: int | None = _option(
-        *_COMPUTING, default=None, ge=1, le=1024, description="CPU threads of a forward pass; absent: all usable cores."
+    device: Device = field(
+        default="cpu", description="Device of the model: cpu, cuda or cuda:N.", limits=Limits(roles=_COMPUTING)
     )
-    max_running: int = _option(
-        Role.DENOISER, default=4, ge=1, le=64, description="Maximum number of requests in one forward pass."
+    threads: int | None = field(
+        ge=1,
+        le=1024,
+        description="CPU threads of a forward pass; absent: all usable cores.",
+        limits=Limits(roles=_COMPUTING),
     )
-    max_waiting: int = _option(
-        *_COMPUTING,
+    max_running: int = field(
+        default=4,
+        ge=1,
+        le=64,
+        description="Maximum number of requests in one forward pass.",
+        limits=Limits(roles=[Role.DENOISER]),
+    )
+    max_waiting: int = field(
         default=64,
         ge=0,
         le=4096,
         description="Maximum number of queued requests; further ones are refused.",
+        limits=Limits(roles=_COMPUTING),
+    )
+    compile: bool = field(
+        default=False,
+        description="Whether the network is compiled at start-up.",
+        limits=Limits(roles=[Role.DENOISER], only=[False], neutral=False),
+    )
+    step_cache: Literal["None", "Auto"] = field(
+        default="None",
+        description="Auto: steps that would change little reuse activations of the step before; results are approximate.",
+        limits=Limits(roles=[Role.DENOISER], only=["None"], neutral="None"),
+    )
+    async_steps: int = field(
+        default=0,
+        ge=0,
+        le=1000,
+        description="Steps that a request may take before its adapters are loaded; 0: adapters are applied from the first step.",
+        limits=Limits(roles=[Role.LORA_STORE], only=[0], neutral=0),
     )
 
     def options(self) -> dict[str, Any]:
@@ -155,29 +192,28 @@ class Engine(Typed):
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
     def distinguishing(self, role: Role) -> dict[str, Any]:
-        """The options that make a model of a role another one, by Python names: used by it, and not at a neutral value."""
-        found = {name: getattr(self, name) for name in Engine.model_fields if role in option_roles(name)}
-        return {name: value for name, value in found.items() if value != Engine.model_fields[name].default}
+        """The options that a role uses and that are part of an identity, by Python names.
+
+        An option that changes results counts unless it has the neutral value, any other unless it has its default.
+        """
+        found = {}
+        for name, info in Engine.model_fields.items():
+            limits, value = limits_of(info), getattr(self, name)
+            if role in limits.roles and value != (info.default if limits.neutral is None else limits.neutral):
+                found[name] = value
+        return found
 
     def override(self, role: Role, changes: Mapping[str, Any]) -> Engine:
         """With changes, by Python names, of the options that a role uses. ValueError for a value out of bounds."""
-        used = {name: value for name, value in changes.items() if role in option_roles(name)}
+        used = {name: value for name, value in changes.items() if role in limits_of(Engine.model_fields[name]).roles}
         return Engine.model_validate(self.model_dump(exclude_defaults=True) | used)
 
     def check(self, role: Role) -> None:
         """Raises ValueError if an option differs from its default that servers of the role do not use."""
-        for name, field in Engine.model_fields.items():
-            roles = option_roles(name)
-            if role not in roles and getattr(self, name) != field.default:
-                raise ValueError(f"engine.{field.alias} is an option of {', '.join(roles)}, not of {role}; remove it")
-
-
-def option_roles(option: str) -> tuple[Role, ...]:
-    """The roles whose servers use an engine option, by its Python name."""
-    extra = Engine.model_fields[option].json_schema_extra
-    if not isinstance(extra, dict):
-        raise TypeError(f"{option} is not declared as an option")
-    return tuple(Role(str(role)) for role in cast("list[str]", extra["roles"]))
+        for name, info in Engine.model_fields.items():
+            roles = limits_of(info).roles
+            if role not in roles and getattr(self, name) != info.default:
+                raise ValueError(f"engine.{info.alias} is an option of {', '.join(roles)}, not of {role}; remove it")
 
 
 class Scaling(Typed):
@@ -197,17 +233,50 @@ class Scaling(Typed):
 
 
 class Parallelism(Typed):
-    """How one request may be spread over devices."""
+    """Over how many devices a request or a replica may be spread. Auto: the scheduler chooses."""
 
-    latent: Literal["Auto"] | Annotated[int, Field(ge=1, le=2)] = Field(
-        default=1, description="Replicas that share one request's steps (2: the guidance halves); Auto: as load allows."
+    latent: Literal["Auto"] | Annotated[int, Field(ge=1, le=2)] = field(
+        default=1,
+        description="Replicas that share one request's steps: 2 for the two halves of guidance, 1 or Auto.",
+        limits=Limits(only=["Auto", 1], without_effect=["Auto"]),
     )
-    tensor: int = Field(default=1, ge=1, le=16, description="Devices that share one replica's weights.")
+    tensor: Literal["Auto"] | Annotated[int, Field(ge=1, le=16)] = field(
+        default=1,
+        description="Devices among which one replica's weights are divided: 1 to 16 or Auto.",
+        limits=Limits(only=["Auto", 1], without_effect=["Auto"]),
+    )
+    context: Literal["Auto"] | Annotated[int, Field(ge=1, le=8)] = field(
+        default=1,
+        description="Devices, each with whole weights, among which one request's tokens are divided: 1 to 8 or Auto.",
+        limits=Limits(only=["Auto", 1], without_effect=["Auto"]),
+    )
+
+
+class Net(Typed):
+    """One of several nets that a ControlNet server holds."""
+
+    name: Name = Field(description="Name by which requests select the net.")
+    source: Source = Field(description="Where its weights are.")
+
+
+OPERATOR_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/component", "app.kubernetes.io/managed-by")
 
 
 class Pod(Typed):
-    """What is passed through to a model's pods as it stands; each as in a Kubernetes PodSpec."""
+    """Passed through unchanged to a model's pods. Each field is as in a Kubernetes PodSpec unless it is described otherwise."""
 
+    labels: dict[str, str] | None = Field(
+        default=None,
+        max_length=64,
+        description="Labels of the pods, beside the operator's own. Keys that begin with latentflow.io/ are refused, and "
+        f"{', '.join(OPERATOR_LABELS)}.",
+    )
+    annotations: dict[str, str] | None = Field(
+        default=None, max_length=64, description="Annotations of the pods; they override the operator's own."
+    )
+    service_account_name: str | None = Field(default=None, description="As PodSpec.serviceAccountName.")
+    scheduling_gates: list[dict[str, Any]] | None = Field(default=None, description="As PodSpec.schedulingGates.")
+    scheduler_name: str | None = Field(default=None, description="As PodSpec.schedulerName.")
     node_selector: dict[str, str] | None = Field(default=None, description="As PodSpec.nodeSelector.")
     tolerations: list[dict[str, Any]] | None = Field(default=None, description="As PodSpec.tolerations.")
     affinity: dict[str, Any] | None = Field(default=None, description="As PodSpec.affinity.")
@@ -215,12 +284,29 @@ class Pod(Typed):
         default=None, description="As PodSpec.topologySpreadConstraints."
     )
     priority_class_name: str | None = Field(default=None, description="As PodSpec.priorityClassName.")
+    preemption_policy: str | None = Field(default=None, description="As PodSpec.preemptionPolicy.")
     runtime_class_name: str | None = Field(default=None, description="As PodSpec.runtimeClassName.")
     image_pull_secrets: list[dict[str, Any]] | None = Field(default=None, description="As PodSpec.imagePullSecrets.")
+    init_containers: list[dict[str, Any]] | None = Field(default=None, description="As PodSpec.initContainers.")
     env: list[dict[str, Any]] | None = Field(default=None, description="As Container.env.")
     volumes: list[dict[str, Any]] | None = Field(default=None, description="As PodSpec.volumes.")
     volume_mounts: list[dict[str, Any]] | None = Field(default=None, description="As Container.volumeMounts.")
     resource_claims: list[dict[str, Any]] | None = Field(default=None, description="As PodSpec.resourceClaims.")
+    readiness_gates: list[dict[str, Any]] | None = Field(default=None, description="As PodSpec.readinessGates.")
+    dns_policy: str | None = Field(default=None, description="As PodSpec.dnsPolicy.")
+    dns_config: dict[str, Any] | None = Field(default=None, description="As PodSpec.dnsConfig.")
+    host_aliases: list[dict[str, Any]] | None = Field(default=None, description="As PodSpec.hostAliases.")
+    host_network: bool | None = Field(default=None, description="As PodSpec.hostNetwork.")
+    host_users: bool | None = Field(default=None, description="As PodSpec.hostUsers.")
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_of_others(cls, labels: dict[str, str] | None) -> dict[str, str] | None:
+        if any(key.startswith("latentflow.io/") or key in OPERATOR_LABELS for key in labels or ()):
+            raise ValueError(
+                f"labels that the operator sets cannot be passed through: latentflow.io/… and {', '.join(OPERATOR_LABELS)}"
+            )
+        return labels
 
 
 class ServedModel(Typed):
@@ -232,6 +318,12 @@ class ServedModel(Typed):
         default="float32", description="Element type of the weights."
     )
     engine: Engine = Field(default_factory=Engine, description="How the model's server runs it.")
+    nets: list[Net] | None = field(
+        min_length=1,
+        max_length=32,
+        description="Nets of one architecture that one ControlNet server holds.",
+        limits=Limits(only=[None]),
+    )
     resources: dict[str, Any] = Field(default_factory=dict, description="As Container.resources: requests and limits.")
 
     @model_validator(mode="after")
@@ -254,6 +346,18 @@ class ScaledModel(ServedModel):
 
     scaling: Scaling = Field(default_factory=Scaling, description="How many replicas it may have.")
     parallelism: Parallelism = Field(default_factory=Parallelism, description="How one request may be spread.")
+    devices: Literal["Exclusive", "Shared"] = field(
+        default="Exclusive",
+        description="Exclusive: each replica has its devices to itself. Shared: replicas sleep and wake on devices that "
+        "several models share.",
+        limits=Limits(only=["Exclusive"]),
+    )
+    rollout: Literal["Surge", "Replace"] = field(
+        default="Surge",
+        description="Surge: a new replica is ready before an old one ends. Replace: an old replica ends first, for clusters "
+        "without spare devices.",
+        limits=Limits(only=["Surge"]),
+    )
     pod: Pod = Field(
         default_factory=Pod, description="Passed through to the model's pods, to each of their containers."
     )
