@@ -62,8 +62,6 @@ def models_of(workflows: list[DiffusionWorkflow]) -> dict[str, Model]:
         raise InvalidRequestError(f"Two workflows have the name {sorted(duplicates)[0]}; give them different names.")
     for workflow in workflows:
         where = f"Workflow {workflow.full_name}"
-        if workflow.spec.task != "TextToImage":
-            raise UnimplementedError(f"{where} has the task {workflow.spec.task}; this version serves TextToImage.")
         for model in workflow.spec.models:
             if model.source is None:
                 raise UnimplementedError(

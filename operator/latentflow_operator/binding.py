@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Model, Role, merge_scaling, placed
-from latentflow.api.model import ColocatedModel, Host, ModelSpec
-from latentflow.api.types import Scaling
+from latentflow.api.types import ColocatedModel, Host, ModelSpec, Scaling
 
 
 @dataclass(frozen=True, kw_only=True)

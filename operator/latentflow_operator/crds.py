@@ -10,10 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latentflow.api.model import DiffusionModel
 from latentflow.api.status import ModelStatus, WorkflowStatus
-from latentflow.api.types import API_VERSION, Engine
-from latentflow.api.workflow import DiffusionWorkflow
+from latentflow.api.types import API_VERSION, DiffusionModel, DiffusionWorkflow, Engine
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from latentflow.api import API_VERSION, Role, Source
-from latentflow.api.model import ColocatedModel, ModelSpec
-from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Pod
+from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, ColocatedModel, ModelSpec, Pod
 
 from latentflow_operator.settings import OperatorSettings
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from latentflow.api import DiffusionWorkflow, Source, placed
-from latentflow.api.model import ModelSpec
-from latentflow.api.types import MODEL_LABEL
+from latentflow.api.types import MODEL_LABEL, ModelSpec
 from pydantic import ValidationError
 
 Body = dict[str, Any]

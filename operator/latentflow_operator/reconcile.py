@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 import structlog
 from kubernetes.client import ApiException
-from latentflow.api.model import ModelSpec
 from latentflow.api.status import ConditionType
-from latentflow.api.types import API_VERSION, MODEL_LABEL, Source
+from latentflow.api.types import API_VERSION, MODEL_LABEL, ModelSpec, Source
 
 from latentflow_operator import conditions, manifests
 from latentflow_operator.binding import Binding, Conflict, Owner, bind, desired_models

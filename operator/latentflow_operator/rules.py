@@ -11,9 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from latentflow.api.fields import limits_of
-from latentflow.api.model import ColocatedModel, ModelSpec
-from latentflow.api.types import OPERATOR_LABELS, Engine, Parallelism, Pod, Role, Source, Typed
-from latentflow.api.workflow import Model, WorkflowSpec
+from latentflow.api.types import (
+    OPERATOR_LABELS,
+    ColocatedModel,
+    Engine,
+    Model,
+    ModelSpec,
+    Parallelism,
+    Pod,
+    Role,
+    Source,
+    Typed,
+    WorkflowSpec,
+)
 
 _SCHEME = "^[a-zA-Z][a-zA-Z0-9+.-]*:"
 

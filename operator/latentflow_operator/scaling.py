@@ -16,8 +16,7 @@ import aiohttp
 import structlog
 import urllib3
 from kubernetes.client import ApiException
-from latentflow.api.model import ModelSpec
-from latentflow.api.types import API_VERSION
+from latentflow.api.types import API_VERSION, ModelSpec
 from latentflow.errors import UnavailableError
 from latentflow.internal.metrics import Instruments
 from latentflow_scheduler import policy, signals

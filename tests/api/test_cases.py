@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from kube.cases import BAD, GOOD, Case
 from latentflow.api import API_VERSION, DiffusionWorkflow, parse_workflows
-from latentflow.api.model import ModelSpec
-from latentflow.api.types import PATTERNS
+from latentflow.api.types import PATTERNS, ModelSpec
 from latentflow.errors import InvalidRequestError
 
 

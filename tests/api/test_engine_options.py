@@ -1,4 +1,4 @@
-"""Engine options: declared once, in `latentflow.api.types.Engine`; everything else follows from that declaration."""
+"""Engine options: declared once, in the type Engine; everything else follows from that declaration."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentflow.api import DiffusionWorkflow, identity, load_workflows, placed
 from latentflow.api.fields import limits_of
-from latentflow.api.model import ModelSpec
-from latentflow.api.types import API_VERSION, Engine, Role
+from latentflow.api.types import API_VERSION, Engine, ModelSpec, Role
 from latentflow_local.planning import plan_models
 from latentflow_nodes import settings as node
 from latentflow_operator.manifests import manifests
@@ -146,12 +145,12 @@ def pause(node: NodeSettings) -> float:
 CHECKS = """
 import json
 from tests.api import test_engine_options as here
-from latentflow.api import types
+from latentflow.api import parts
 from latentflow.api.types import Engine, Role
 from latentflow_nodes import settings as node
 from latentflow_operator.crds import crds
 
-found = {"file": types.__file__}
+found = {"file": parts.__file__}
 spec = crds()["diffusionworkflows.yaml"]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
 found["crd"] = spec["properties"]["models"]["items"]["properties"]["engine"]["properties"]["pauseSeconds"]
 found["pod"] = node.pause(node.parse(here.arguments_in_a_pod(Role.DENOISER, Engine(pause_seconds=3))))
@@ -169,8 +168,8 @@ print(json.dumps(found))
 def test_a_new_engine_option_takes_two_edits_its_declaration_and_its_use(tmp_path: Path) -> None:
     for folder in ("client", "nodes", "operator", "local", "scheduler", "tests/api", "tests/support", "examples"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    types = tmp_path / "client/latentflow/api/types.py"
-    types.write_text(types.read_text().replace("\n    def options(", DECLARATION, 1))
+    declared = tmp_path / "client/latentflow/api/parts.py"
+    declared.write_text(declared.read_text().replace("\n    def options(", DECLARATION, 1))
     with (tmp_path / "nodes/latentflow_nodes/settings.py").open("a") as settings:
         settings.write(USE)
     components = ("client", "nodes", "operator", "local", "scheduler", "tests", ".")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from latentflow.api.model import ModelSpec
+from latentflow.api.types import ModelSpec
 from latentflow_operator.manifests import manifests
 from latentflow_operator.settings import OperatorSettings
 from support import schemas

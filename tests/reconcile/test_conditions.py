@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from latentflow.api.conditions import ConditionReason
-from latentflow.api.model import ModelSpec
+from latentflow.api.types import ModelSpec
 from latentflow_operator import conditions
 from latentflow_operator.manifests import is_own_container
 from latentflow_operator.objects import Model, Pod, parse

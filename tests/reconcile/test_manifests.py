@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
-from latentflow.api.model import ModelSpec
-from latentflow.api.types import Engine
+from latentflow.api.types import Engine, ModelSpec, Pod
 from latentflow_nodes.settings import parse
 from latentflow_operator.manifests import Manifest, manifests
 from latentflow_operator.settings import OperatorSettings
@@ -127,6 +126,28 @@ def test_pod_overrides_pass_through() -> None:
     assert {"name": "mine", "emptyDir": {}} in spec["volumes"]
     assert {"name": "mine", "mountPath": "/mine"} in spec["containers"][0]["volumeMounts"]
     assert {"name": "A", "value": "1"} in spec["containers"][0]["env"]
+
+
+def test_every_field_of_a_pod_reaches_the_deployment() -> None:
+    """But those of containers, and labels and annotations, which other tests look at."""
+    values: dict[type, Any] = {bool: False, str: "x", list: [{"name": "x"}], dict: {"x": "y"}}
+    elsewhere = {"labels", "annotations", "env", "volumes", "volume_mounts"}
+    wanted: dict[str, Any] = {}
+    for name, field in Pod.model_fields.items():
+        kind = next(one for one in get_args(field.annotation) if one is not type(None))
+        if name not in elsewhere:
+            wanted[str(field.alias)] = values[get_origin(kind) or kind]
+    assert len(wanted) > 15
+    found = pod(pod=wanted)
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_labels_and_annotations_of_a_pod_stand_beside_the_operator_s_own() -> None:
+    theirs = {"labels": {"kueue.x-k8s.io/queue-name": "images"}, "annotations": {"prometheus.io/scrape": "false"}}
+    template = made(pod=theirs)[0]["spec"]["template"]["metadata"]
+    assert template["labels"] == made()[0]["spec"]["template"]["metadata"]["labels"] | theirs["labels"]
+    assert template["annotations"]["prometheus.io/scrape"] == "false"
+    assert template["annotations"]["prometheus.io/port"] == "8501"
 
 
 def test_secrets_are_referenced_and_never_written_out() -> None:

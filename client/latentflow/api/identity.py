@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from latentflow.api.types import Role, Scaling
+from latentflow.api.parts import Role, Scaling
 from latentflow.api.workflow import DiffusionWorkflow, Model
 
 _WORDS = {

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from latentflow.api.types import API_VERSION, PATTERNS
+from latentflow.api.parts import API_VERSION, PATTERNS
 from latentflow.api.workflow import DiffusionWorkflow
 from latentflow.errors import InvalidRequestError
 from latentflow.reasons import Reason

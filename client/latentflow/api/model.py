@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from latentflow.api.types import Name, ScaledModel, ServedModel, Source, Typed
+from latentflow.api.parts import Name, ScaledModel, ServedModel, Source, Typed
 from latentflow.api.workflow import Metadata
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from latentflow.api.types import Role, Source, Typed
+from latentflow.api.parts import Role, Source, Typed
 
 
 class ConditionType(StrEnum):
