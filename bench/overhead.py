@@ -159,7 +159,7 @@ async def measure(model: BenchModel, *, root: Path, rounds: int, threads: int) -
     async with run(
         [workflow(model)], model_root=root, listen="127.0.0.1:0", threads=threads, log_level="ERROR"
     ) as runtime:
-        await runtime.supervisor.ready(READY_SECONDS)
+        await runtime.supervisor.wait_ready(READY_SECONDS)
         async with AsyncClient(runtime.target, timeout=READY_SECONDS) as client:
             served = Served(model, client)
             for measured in track(range(-WARM_UP_ROUNDS, rounds), model.name, console=Console(stderr=True)):
