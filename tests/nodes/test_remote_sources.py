@@ -70,7 +70,8 @@ class Remote:
         command = [sys.executable, "-c", FETCH, self.uri, str(self.cache)]
         child = subprocess.Popen(command, env=os.environ | self.environment, stdout=subprocess.PIPE)
         assert child.stdout is not None
-        assert child.stdout.readline() == b"begun\n"
+        with child.stdout as output:
+            assert output.readline() == b"begun\n"
         return child
 
 

@@ -25,7 +25,6 @@ SAMPLERS = (
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
 )
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ from latentflow_pack.grammar import HeldOut, Scene
 from latentflow_pack.settings import Settings, Stage
 from latentflow_pack.training import Loop
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
