@@ -24,15 +24,15 @@ def _elsewhere(settings: Settings) -> Settings:
     return replace(settings, work=settings.work.with_name("other"))
 
 
-def _no_look(_model: object) -> str:
+def _no_inspection(_model: object) -> str:
     return ""
 
 
 def test_a_codec_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
     whole = vae.train(tiny)
     other = _elsewhere(tiny)
-    vae.train(other, until=3)
-    assert not _same(vae.train(other, until=2), whole)
+    vae.train(other, stop_at=3)
+    assert not _same(vae.train(other, stop_at=2), whole)
     resumed = vae.train(other)
     assert _same(resumed, whole)
     assert resumed.config.scaling_factor == whole.config.scaling_factor
@@ -40,18 +40,18 @@ def test_a_codec_training_that_was_stopped_ends_with_the_same_weights(tiny: Sett
 
 def test_a_denoiser_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
     codec = vae.build(tiny)
-    whole = denoiser.train(tiny, codec, look=_no_look)
+    whole = denoiser.train(tiny, codec, inspect=_no_inspection)
     other = _elsewhere(tiny)
-    denoiser.train(other, codec, look=_no_look, until=3)
-    assert _same(denoiser.train(other, codec, look=_no_look), whole)
+    denoiser.train(other, codec, inspect=_no_inspection, stop_at=3)
+    assert _same(denoiser.train(other, codec, inspect=_no_inspection), whole)
 
 
 def test_a_controlnet_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
     codec, base = vae.build(tiny), denoiser.build(tiny, tokens.build())
-    whole = controlnet.train(tiny, codec, base, kind="edges", look=_no_look)
+    whole = controlnet.train(tiny, codec, base, kind="edges", inspect=_no_inspection)
     other = _elsewhere(tiny)
-    controlnet.train(other, codec, base, kind="edges", look=_no_look, until=2)
-    assert _same(controlnet.train(other, codec, base, kind="edges", look=_no_look), whole)
+    controlnet.train(other, codec, base, kind="edges", inspect=_no_inspection, stop_at=2)
+    assert _same(controlnet.train(other, codec, base, kind="edges", inspect=_no_inspection), whole)
 
 
 def test_an_untrained_controlnet_changes_nothing(tiny: Settings) -> None:
@@ -102,9 +102,9 @@ def test_no_stage_draws_what_is_held_out(tiny: Settings, monkeypatch: pytest.Mon
     monkeypatch.setattr(vae, "reconstruction_scores", lambda _model: {})
     many = replace(tiny, pictures=300, hinted=300, styled=300)
     codec, base = vae.train(many), denoiser.build(many, tokens.build())
-    denoiser.train(many, codec, look=_no_look)
+    denoiser.train(many, codec, inspect=_no_inspection)
     for kind in hints.KINDS:
-        controlnet.train(many, codec, base, kind=kind, look=_no_look)
+        controlnet.train(many, codec, base, kind=kind, inspect=_no_inspection)
     lora.train(many, codec, base, adapter=many.adapters[0])
     held_out = HeldOut.load()
     assert len(drawn) >= 1200
