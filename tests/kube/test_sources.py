@@ -65,7 +65,7 @@ def arguments(deployment: Body) -> list[str]:
 @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(30), wait=wait_fixed(0.1), reraise=True)
 def wait_for_requests(hub: Hub, times: int) -> None:
     """Waits until the hub has had this many requests for a revision."""
-    assert hub.asked["revision"] >= times
+    assert hub.requests["revision"] >= times
 
 
 def status_writes(api_server: ApiServer, namespace: Namespace, model: str) -> int:
@@ -89,7 +89,7 @@ def test_a_branch_is_pinned_once_and_every_pod_gets_the_recorded_commit(
 
     hub.push("org/shapes", SHAPES)
     hub.down = True
-    requests = hub.asked["revision"]
+    requests = hub.requests["revision"]
     assert operator.stop(signal.SIGKILL) == -signal.SIGKILL
     restarted = datetime.now(UTC)
     operator.start()
@@ -99,7 +99,7 @@ def test_a_branch_is_pinned_once_and_every_pod_gets_the_recorded_commit(
     after = api_server.writes("latentflow-operator", "kopf", since=restarted)
     assert after
     assert [write for write in after if write[3] == name] == []
-    assert hub.asked["revision"] == requests == 1
+    assert hub.requests["revision"] == requests == 1
     namespace.patch("DiffusionModel", name, {"spec": {"replicas": 2}}, subresource="scale")
     scaled = namespace.until("Deployment", lambda found: found[name]["spec"].get("replicas") == 2)[name]
     assert f"--revision={commit}" in arguments(scaled)
@@ -113,7 +113,7 @@ def test_the_models_of_a_workflow_are_pinned_to_one_commit(operator: Operator, h
     deployments = namespace.until("Deployment", lambda found: len(found) == 4)
     revisions = {one for body in deployments.values() for one in arguments(body) if one.startswith("--revision=")}
     assert len(revisions) == 1
-    assert hub.asked["revision"] == 1
+    assert hub.requests["revision"] == 1
 
 
 def test_a_commit_is_used_without_the_hub(operator: Operator, hub: Hub, namespace: Namespace) -> None:

@@ -49,7 +49,7 @@ class Remote:
     @property
     def files(self) -> Counter[str]:
         """How often each file was sent, by its name in the pack."""
-        sent = (key.removeprefix("GET ").removeprefix("packs/shapes/") for key in self.server.asked.elements())
+        sent = (key.removeprefix("GET ").removeprefix("packs/shapes/") for key in self.server.requests.elements())
         return Counter(name for name in sent if "/" in name or name.endswith(".json"))
 
     def fetch(self, role: str = "VAE", *, metrics: Instruments | None = None, **source: str | None) -> Path:
@@ -136,21 +136,21 @@ def test_a_second_server_of_the_same_cache_fetches_nothing(remote: Remote) -> No
 
 
 def test_two_servers_that_start_at_once_fetch_each_file_once(remote: Remote) -> None:
-    remote.server.going.clear()
+    remote.server.flowing.clear()
     one, other = remote.process(), remote.process()
-    assert remote.server.halted.wait(60)
-    remote.server.going.set()
+    assert remote.server.paused.wait(60)
+    remote.server.flowing.set()
     assert (one.wait(60), other.wait(60)) == (0, 0)
     assert remote.files == dict.fromkeys(VAE, 1)
 
 
 def test_what_a_killed_server_has_half_fetched_is_never_served(remote: Remote) -> None:
-    remote.server.going.clear()
+    remote.server.flowing.clear()
     child = remote.process()
-    assert remote.server.halted.wait(60)
+    assert remote.server.paused.wait(60)
     child.kill()
     child.wait()
-    remote.server.going.set()
+    remote.server.flowing.set()
     assert content(remote.fetch()) == {name: (SHAPES / name).read_bytes() for name in VAE}
 
 
@@ -238,13 +238,13 @@ def test_what_the_bucket_does_not_have_is_said_in_one_sentence(remote: Remote, u
 @pytest.mark.parametrize("remote", ["bucket"], indirect=True)
 def test_weights_that_are_overwritten_while_they_are_fetched_are_not_served_half_and_half(remote: Remote) -> None:
     assert isinstance(remote.server, Store)
-    remote.server.going.clear()
+    remote.server.flowing.clear()
     child = remote.process()
-    assert remote.server.halted.wait(60)
+    assert remote.server.paused.wait(60)
     name = "packs/shapes/vae/diffusion_pytorch_model.safetensors"
     size = (SHAPES / "vae/diffusion_pytorch_model.safetensors").stat().st_size
     remote.server.client().put_object(Bucket=BUCKET, Key=name, Body=bytes(size))
-    remote.server.going.set()
+    remote.server.flowing.set()
     assert child.wait(60) != 0
     assert not list(remote.cache.rglob("*.safetensors"))
 
@@ -290,10 +290,10 @@ def test_a_server_that_cannot_fetch_ends_with_two_and_says_why(remote: Remote) -
 
 
 def test_a_server_that_is_told_to_stop_while_it_fetches_ends_at_once(remote: Remote) -> None:
-    remote.server.going.clear()
+    remote.server.flowing.clear()
     command = [sys.executable, "-m", "latentflow_nodes.server", "--role=VAE", f"--uri={remote.uri}"]
     child = subprocess.Popen([*command, f"--cache={remote.cache}"], env=os.environ | remote.environment)
-    assert remote.server.halted.wait(60)
+    assert remote.server.paused.wait(60)
     child.terminate()
     assert child.wait(10) == 0
 

@@ -1,4 +1,4 @@
-"""Training at tiny sizes: stopped or not, it ends alike, and draws nothing that is held out."""
+"""Training at tiny sizes: interrupted or not, it ends with the same weights, and never draws what is held out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _no_inspection(_model: object) -> str:
     return ""
 
 
-def test_a_codec_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
+def test_an_interrupted_codec_training_ends_with_the_same_weights(tiny: Settings) -> None:
     whole = vae.train(tiny)
     other = _elsewhere(tiny)
     vae.train(other, stop_at=3)
@@ -38,7 +38,7 @@ def test_a_codec_training_that_was_stopped_ends_with_the_same_weights(tiny: Sett
     assert resumed.config.scaling_factor == whole.config.scaling_factor
 
 
-def test_a_denoiser_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
+def test_an_interrupted_denoiser_training_ends_with_the_same_weights(tiny: Settings) -> None:
     codec = vae.build(tiny)
     whole = denoiser.train(tiny, codec, inspect=_no_inspection)
     other = _elsewhere(tiny)
@@ -46,7 +46,7 @@ def test_a_denoiser_training_that_was_stopped_ends_with_the_same_weights(tiny: S
     assert _same(denoiser.train(other, codec, inspect=_no_inspection), whole)
 
 
-def test_a_controlnet_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
+def test_an_interrupted_controlnet_training_ends_with_the_same_weights(tiny: Settings) -> None:
     codec, base = vae.build(tiny), denoiser.build(tiny, tokens.build())
     whole = controlnet.train(tiny, codec, base, kind="edges", inspect=_no_inspection)
     other = _elsewhere(tiny)
@@ -67,7 +67,7 @@ def test_an_untrained_controlnet_changes_nothing(tiny: Settings) -> None:
     assert not any(bool(part.any()) for part in [*down, middle])
 
 
-def test_a_lora_touches_only_its_own_weights(tiny: Settings) -> None:
+def test_training_a_lora_changes_only_its_own_weights(tiny: Settings) -> None:
     codec, base = vae.build(tiny), denoiser.build(tiny, tokens.build())
     before = {name: value.clone() for name, value in base.state_dict().items()}
     trained = lora.train(tiny, codec, base, adapter=tiny.adapters[0])

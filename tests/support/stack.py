@@ -1,6 +1,6 @@
-"""A workflow's model servers in this process, on real gRPC, and a request made against them by hand.
+"""A workflow's model servers in this process, with real gRPC, and requests sent to each stage directly.
 
-Tests of the servers use it where the gateway would only stand between the claim and what it is about.
+Tests of the model servers use it, because their claims do not concern the gateway.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SECONDS = 120.0
 
 @dataclass(kw_only=True)
 class Request:
-    """What a test asks for."""
+    """A request of a test."""
 
     prompt: str = "a large red circle on the left, white background"
     negative_prompt: str | None = None
@@ -40,7 +40,7 @@ class Request:
 
 
 class Stack:
-    """Model servers by name: text, base, pixels, and whatever ControlNets and stores were started beside them."""
+    """Model servers by name: text, base, pixels, and the ControlNets and LoRA stores of the workflow."""
 
     def __init__(self, nodes: dict[str, Node], peers: Peers) -> None:
         self.nodes = nodes
@@ -113,7 +113,7 @@ class Stack:
         raise AssertionError("Denoise ended without a result")
 
     async def generate(self, request: Request) -> tuple[torch.Tensor, Image.Image]:
-        """Final latents and the image."""
+        """The final latents and the image."""
         result = await self.denoise(request)
         latents = await self.peers.fetch(result.latents, name="latents")
         decoded = await self.stage("pixels").Decode(stage_pb2.DecodeRequest(latents=result.latents), timeout=SECONDS)
