@@ -77,11 +77,13 @@ def of_workflow(
     bindings: Sequence[Binding],
     models: Mapping[str, Model | None],
     conflicts: Sequence[Conflict],
+    without_effect: Sequence[str] = (),
 ) -> tuple[Statement, ...]:
     """The conditions of a workflow.
 
     Args:
         models: The DiffusionModels that serve it or are to serve it, by name; None for one that does not exist.
+        without_effect: Fields of its spec that have no effect in this version.
     """
     outcomes = [_not_ready(binding, models.get(binding.model)) for binding in bindings]
     failures = [failure for failure in outcomes if failure is not None]
@@ -102,7 +104,7 @@ def of_workflow(
         ),
         _of_all(ConditionType.WEIGHTS_AVAILABLE, bindings, models, ConditionReason.WEIGHTS_LOADED),
         _of_all(ConditionType.SCHEDULED, bindings, models, ConditionReason.PODS_SCHEDULED),
-        _workflow_degraded(bindings, models, conflicts),
+        _workflow_degraded(bindings, models, conflicts, without_effect),
         _workflow_progressing(changing, first),
     )
 
@@ -315,7 +317,10 @@ def _of_all(
 
 
 def _workflow_degraded(
-    bindings: Sequence[Binding], models: Mapping[str, Model | None], conflicts: Sequence[Conflict]
+    bindings: Sequence[Binding],
+    models: Mapping[str, Model | None],
+    conflicts: Sequence[Conflict],
+    without_effect: Sequence[str],
 ) -> Statement:
     condition = ConditionType.DEGRADED
     if conflicts:
@@ -332,6 +337,9 @@ def _workflow_degraded(
             if degraded is not None and degraded.status == "True":
                 message = shortened(f"Model {binding.name!r} ({name}): {degraded.message}")
                 return Statement(type=condition, status="True", reason=degraded.reason, message=message)
+    if without_effect:
+        message = shortened(f"These fields have no effect in this version: {', '.join(without_effect)}.")
+        return Statement(type=condition, status="False", reason=ConditionReason.FIELDS_WITHOUT_EFFECT, message=message)
     return Statement(type=condition, status="False", reason=ConditionReason.AS_EXPECTED)
 
 

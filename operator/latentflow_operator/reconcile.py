@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import structlog
 from kubernetes.client import ApiException
+from latentflow.api.fields import without_effect
 from latentflow.api.status import ConditionType
 from latentflow.api.types import API_VERSION, MODEL_LABEL, ModelSpec, Source
 
@@ -280,7 +281,10 @@ class Reconciler:
             has_served=lambda model: _has_served(models.get(model)),
         )
         statements = conditions.of_workflow(
-            bindings=bindings, models=models, conflicts=self._conflicts(workflow, bindings)
+            bindings=bindings,
+            models=models,
+            conflicts=self._conflicts(workflow, bindings),
+            without_effect=tuple(without_effect(workflow.definition.spec)),
         )
         entries = [self._entry(binding, models.get(binding.model)) for binding in bindings]
         status: dict[str, Any] = {

@@ -7,8 +7,9 @@ import re
 from typing import Any
 
 import pytest
-from kube.cases import BAD, GOOD, Case
+from kube.cases import BAD, BASE, GOOD, Case
 from latentflow.api import API_VERSION, DiffusionWorkflow, parse_workflows
+from latentflow.api.fields import without_effect
 from latentflow.api.types import PATTERNS, ModelSpec
 from latentflow.errors import InvalidRequestError
 
@@ -50,3 +51,13 @@ def test_no_value_of_a_choice_is_another_type_in_the_yaml_of_kubectl() -> None:
     choices = {value for found in re.findall(r'"enum": (\[[^]]*\])', json.dumps(schema)) for value in json.loads(found)}
     assert "Auto" in choices
     assert not {value.lower() for value in choices} & {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~"}
+
+
+def test_fields_without_effect_are_named_by_their_paths() -> None:
+    spec = Case("", ("slo",), {"latencyScale": 2, "priority": 3}).spec() | {"editing": {}}
+    spec["models"][1]["parallelism"] = {"latent": "Auto", "tensor": 1, "context": "Auto"}
+    (found,) = parse_workflows(workflow(spec))
+    base = "models[base].parallelism"
+    assert list(without_effect(found.spec)) == [f"{base}.latent", f"{base}.context", "slo", "editing"]
+    (plain,) = parse_workflows(workflow(BASE))
+    assert not list(without_effect(plain.spec))

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from latentflow.api.conditions import ConditionReason
-from latentflow.api.types import ModelSpec
+from latentflow.api.types import ModelSpec, Role
 from latentflow_operator import conditions
+from latentflow_operator.binding import Binding
 from latentflow_operator.manifests import is_own_container
 from latentflow_operator.objects import Model, Pod, parse
 
@@ -121,6 +122,23 @@ def test_an_evicted_pod_is_not_a_replica_once_another_has_replaced_it() -> None:
     assert conditions.replicas([evicted, runs]) == [runs]
     assert conditions.replicas([evicted]) == [evicted]
     assert reasons("vae-1", status)["Degraded"] == "Evicted"
+
+
+def degraded(workflow_model: Model, *without_effect: str) -> tuple[str, str, str]:
+    binding = Binding(name="pixels", role=Role.VAE, model="vae-1", next=None, by_reference=False)
+    statements = conditions.of_workflow(
+        bindings=[binding], models={"vae-1": workflow_model}, conflicts=[], without_effect=without_effect
+    )
+    found = next(one for one in statements if one.type.value == "Degraded")
+    return found.status, str(found.reason), found.message
+
+
+def test_fields_without_effect_are_named_on_a_workflow_and_degrade_nothing() -> None:
+    healthy = model("ReplicasReady", ready="True")
+    assert degraded(healthy) == ("False", "AsExpected", "")
+    status, reason, message = degraded(healthy, "slo", "models[base].parallelism.latent")
+    assert (status, reason) == ("False", "FieldsWithoutEffect")
+    assert "slo, models[base].parallelism.latent" in message
 
 
 @pytest.mark.parametrize("reason", ConditionReason)

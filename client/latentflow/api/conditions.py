@@ -24,6 +24,11 @@ class ConditionReason(Documented):
     WEIGHTS_LOADED = ("WeightsLoaded", "A server has loaded the weights.", _NOTHING)
     PODS_SCHEDULED = ("PodsScheduled", "Every pod has a node.", _NOTHING)
     AS_EXPECTED = ("AsExpected", "The condition has nothing to report.", _NOTHING)
+    FIELDS_WITHOUT_EFFECT = (
+        "FieldsWithoutEffect",
+        "The workflow has fields that this version accepts and that have no effect yet. The message names them.",
+        _NOTHING,
+    )
     SCALED_TO_ZERO = ("ScaledToZero", "The model has no replicas. The next request starts one.", _NOTHING)
 
     # Progress.
