@@ -74,8 +74,7 @@ lint: setup ## Check style, types, import directions and protos
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/buf lint
-	@if git rev-parse --quiet --verify HEAD~1:protos >/dev/null 2>&1; then \
-	  $(VENV)/bin/buf breaking --against ".git#branch=$$(git rev-parse --abbrev-ref HEAD),ref=HEAD~1"; fi
+	$(PY) scripts/wire.py check
 
 .PHONY: hooks
 hooks: setup ## Make git run the checks of `make lint` before each commit (pre-commit)
@@ -93,6 +92,10 @@ check: lint ## Lint, and check that generated files are up to date
 .PHONY: proto
 proto: setup ## Generate the gRPC stubs from protos/
 	$(PY) -m grpc_tools.protoc -I protos --python_out=client --pyi_out=client --grpc_python_out=client $(PROTOS)
+
+.PHONY: wire-release
+wire-release: setup ## Keep the wire's descriptors of a release (VERSION=0.2.0); later changes are compared with them
+	$(PY) scripts/wire.py release $(VERSION)
 
 .PHONY: docs
 docs: setup ## Generate docs/workflow-reference.md, docs/metrics.md and docs/errors.md

@@ -22,7 +22,7 @@ from latentflow.errors import DeadlineError, LatentflowError, OwnerLostError, Un
 from latentflow.internal import rpc, status
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
-from latentflow.v1 import generation_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
+from latentflow.v1 import generation_pb2, images_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
 
 from latentflow_gateway import retrying
 from latentflow_gateway.planning import Plan
@@ -141,7 +141,7 @@ class Execution:
         self._report(timing, self._plan.denoiser)
         self._report(decoding, self._plan.vae)
         self._metrics.of("latentflow_gateway_images_total", workflow=self._plan.workflow).inc()
-        image = generation_pb2.Image(image=index, png=decoded.png, seed=self._plan.seed + index)
+        image = generation_pb2.Image(image=index, content=decoded.image, seed=self._plan.seed + index)
         self._emit(generation_pb2.GenerateResponse(image=image))
 
     async def _conditioning(self, lost: stage_pb2.EncodeResponse | None) -> stage_pb2.EncodeResponse:
@@ -187,7 +187,10 @@ class Execution:
             prompt=self._plan.prompt,
             guidance=self._plan.guidance,
             strict_prompt=self._plan.strict_prompt,
-            adapters=await self._adapters(lambda component: component.startswith("text_encoder"), near=replica.address),
+            adapters=await self._adapters(
+                self._replicas.descriptions[self._plan.text_encoder].text_encoder.adapter_components,
+                near=replica.address,
+            ),
         )
         if self._plan.negative_prompt is not None:
             request.negative_prompt = self._plan.negative_prompt
@@ -207,7 +210,7 @@ class Execution:
         replica: Replica,
     ) -> tensors_pb2.Tensor:
         plan = self._plan
-        request = stage_pb2.DenoiseRequest(
+        opening = stage_pb2.DenoiseOpen(
             request_id=self._request_id,
             conditioning=encoded.conditioning,
             width=plan.width,
@@ -220,19 +223,22 @@ class Execution:
             control_nets=[
                 stage_pb2.ControlNetRef(
                     peer=await self._peer(control.model, near=replica.address),
-                    image=control.image,
+                    image=images_pb2.EncodedImage(data=control.image, media_type=control.media_type),
                     scale=control.scale,
                     start=control.start,
                     end=control.end,
                 )
                 for control in plan.controls
             ],
-            adapters=await self._adapters(lambda component: component == "unet", near=replica.address),
+            adapters=await self._adapters(
+                self._replicas.descriptions[plan.denoiser].denoiser.adapter_components, near=replica.address
+            ),
             checkpoint=progress.state,
             checkpoint_interval=self._checkpoint_interval,
             preview_interval=plan.preview_interval,
         )
-        async for event in stage_pb2_grpc.StageStub(replica.channel).Denoise(request, **self._call()):
+        requests = [stage_pb2.DenoiseRequest(open=opening)]
+        async for event in stage_pb2_grpc.StageStub(replica.channel).Denoise(requests, **self._call()):
             if event.WhichOneof("event") == "result":
                 result = event.result
                 timing.forward_ns += result.forward_ns
@@ -246,7 +252,10 @@ class Execution:
             self._emit(
                 generation_pb2.GenerateResponse(
                     progress=generation_pb2.Progress(
-                        image=index, step=step.step, total=step.total, preview=step.preview
+                        image=index,
+                        step=step.step,
+                        total=step.total,
+                        preview=step.preview if step.HasField("preview") else None,
                     )
                 )
             )
@@ -262,8 +271,9 @@ class Execution:
         timing.forward_ns += response.forward_ns
         return response
 
-    async def _adapters(self, wanted: Callable[[str], bool], *, near: str) -> list[stage_pb2.AdapterRef]:
-        chosen = [a for a in self._plan.adapters if any(wanted(component) for component in a.components)]
+    async def _adapters(self, components: Iterable[str], *, near: str) -> list[stage_pb2.AdapterRef]:
+        """The request's adapters that change one of these components."""
+        chosen = [a for a in self._plan.adapters if not set(a.components).isdisjoint(components)]
         if not chosen or self._plan.store is None:
             return []
         store = await self._peer(self._plan.store, near=near)
@@ -271,7 +281,8 @@ class Execution:
 
     async def _peer(self, model: str, *, near: str) -> stage_pb2.Peer:
         replica = await self._replicas.pick(model, seconds=min(self._remaining(), self._ready_seconds), near=near)
-        return stage_pb2.Peer(address=replica.address, model=model)
+        digest = self._replicas.descriptions[model].content_digest
+        return stage_pb2.Peer(address=replica.address, model=model, content_digest=digest)
 
     def _call(self) -> dict[str, Any]:
         return {
@@ -362,6 +373,7 @@ class Execution:
             width=plan.width,
             height=plan.height,
             steps=plan.steps,
+            requested_steps=plan.steps,
             guidance_scale=plan.guidance_scale,
             sampler=plan.sampler,
         )

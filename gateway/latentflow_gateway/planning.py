@@ -13,14 +13,17 @@ from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Role, identity
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, NotFoundError, UnimplementedError
+from latentflow.internal import images, unserved
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, generation_pb2
 from PIL import Image
 
+from latentflow_gateway import conditioning
 from latentflow_gateway.settings import Limits
 
 _MAX_SEED = (1 << 64) - 1
 _MAX_KEY = 128
+_MAX_PRIORITY = 100
 _MODES = ("RGB", "L")
 
 
@@ -31,6 +34,7 @@ class ControlPlan:
     name: str
     model: str
     image: bytes
+    media_type: str
     scale: float
     start: float
     end: float
@@ -115,6 +119,9 @@ def plan(
 
     Raises a LatentflowError that says what is wrong, where and what to do.
     """
+    unserved.refuse(request)
+    if request.media_type not in ("", images.PNG):
+        raise UnimplementedError(f"Images are made as {images.PNG} only, not as {request.media_type!r}.")
     if workflow.spec.task != "TextToImage":
         raise UnimplementedError(
             f"Workflow {workflow.full_name} has the task {workflow.spec.task}; this version serves TextToImage only."
@@ -127,16 +134,20 @@ def plan(
     height = request.height if request.HasField("height") else defaults.height
     steps = request.steps if request.HasField("steps") else defaults.steps
     guidance_scale = request.guidance_scale if request.HasField("guidance_scale") else defaults.guidance_scale
-    images = request.images if request.HasField("images") else 1
+    count = request.images if request.HasField("images") else 1
     seed = request.seed if request.HasField("seed") else seed
     _check_families(workflow, descriptions)
+    _check_conditioning(workflow, descriptions)
     _check_size(width, height, factor=factor, limits=limits)
     _between("steps", steps, 1, limits.max_steps)
-    _between("images", images, 1, limits.max_images)
+    _between("images", count, 1, limits.max_images)
+    _between("priority", request.priority, 0, _MAX_PRIORITY)
+    if request.HasField("deadline") and request.deadline.ToNanoseconds() <= 0:
+        raise InvalidRequestError("deadline has to be a positive duration, counted from the request's arrival.")
     if not (math.isfinite(guidance_scale) and 0 <= guidance_scale <= 100):
         raise InvalidRequestError(f"guidance_scale has to be from 0 to 100, not {guidance_scale}.")
-    if seed + images - 1 > _MAX_SEED:
-        raise InvalidRequestError(f"seed {seed} leaves no room for {images} images below 2^64; choose a smaller one.")
+    if seed + count - 1 > _MAX_SEED:
+        raise InvalidRequestError(f"seed {seed} leaves no room for {count} images below 2^64; choose a smaller one.")
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         if len(text) > limits.max_prompt_chars:
             raise InvalidRequestError(
@@ -170,7 +181,7 @@ def plan(
         steps=steps,
         sampler=sampler or (samplers[0] if samplers else ""),
         seed=seed,
-        images=images,
+        images=count,
         controls=_controls(workflow, request, denoiser, descriptions, size=(width, height), limits=limits),
         adapters=_adapters(workflow, request, descriptions),
         preview_interval=request.preview_interval,
@@ -197,11 +208,16 @@ def _controls(
         if any(plan.name == given.model for plan in plans):
             raise InvalidRequestError(f"ControlNet {given.model!r} is given two images; give one.")
         net = descriptions[known[given.model]].control_net
-        if (net.cross_attention_dim, net.latent_channels) != (denoiser.cross_attention_dim, denoiser.latent_channels):
+        if net.latent_channels != denoiser.latent_channels:
             raise FailedPreconditionError(
-                f"ControlNet {given.model!r} takes embeddings {net.cross_attention_dim} wide and {net.latent_channels} latent "
-                f"channels, the denoiser {denoiser.cross_attention_dim} and {denoiser.latent_channels}: it belongs to "
-                "another base model. Correct the workflow's source.",
+                f"ControlNet {given.model!r} takes latents of {net.latent_channels} channels, the denoiser of "
+                f"{denoiser.latent_channels}: it was made for another base model. Correct the workflow's source.",
+                reason=Reason.CONTROLNET_MISMATCH,
+            )
+        if problem := conditioning.mismatch(needed=net.conditioning, given=denoiser.conditioning):
+            raise FailedPreconditionError(
+                f"ControlNet {given.model!r} and the denoiser do not take the same conditioning: {problem}. The ControlNet "
+                "was made for another base model; correct the workflow's source.",
                 reason=Reason.CONTROLNET_MISMATCH,
             )
         scale = given.scale if given.HasField("scale") else 1.0
@@ -215,7 +231,13 @@ def _controls(
         _check_image(given, size=size, limits=limits)
         plans.append(
             ControlPlan(
-                name=given.model, model=known[given.model], image=given.image, scale=scale, start=start, end=end
+                name=given.model,
+                model=known[given.model],
+                image=given.image.data,
+                media_type=given.image.media_type,
+                scale=scale,
+                start=start,
+                end=end,
             )
         )
     return tuple(plans)
@@ -266,6 +288,23 @@ def _check_families(workflow: DiffusionWorkflow, descriptions: Mapping[str, cont
             )
 
 
+def _check_conditioning(
+    workflow: DiffusionWorkflow, descriptions: Mapping[str, control_pb2.DescribeResponse]
+) -> None:
+    """FailedPreconditionError where the text encoder does not make what the denoiser needs."""
+    encoder, denoiser = (workflow.of_role(role)[0] for role in (Role.TEXT_ENCODER, Role.DENOISER))
+    problem = conditioning.mismatch(
+        needed=descriptions[identity(denoiser)].denoiser.conditioning,
+        given=descriptions[identity(encoder)].text_encoder.conditioning,
+    )
+    if problem:
+        raise FailedPreconditionError(
+            f"The text encoder {encoder.name!r} does not make what the denoiser {denoiser.name!r} needs: {problem}. They "
+            "belong to different base models; correct the workflow's sources.",
+            reason=Reason.TEXT_ENCODER_MISMATCH,
+        )
+
+
 def _check_size(width: int, height: int, *, factor: int, limits: Limits) -> None:
     for name, value in (("width", width), ("height", height)):
         if value < factor or value % factor:
@@ -279,17 +318,19 @@ def _check_size(width: int, height: int, *, factor: int, limits: Limits) -> None
 
 def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], limits: Limits) -> None:
     what = f"The control image of {given.model!r}"
-    if len(given.image) > limits.max_control_image_bytes:
+    data = given.image.data
+    if len(data) > limits.max_control_image_bytes:
         raise InvalidRequestError(
-            f"{what} has {len(given.image)} bytes; this gateway takes at most {limits.max_control_image_bytes}."
+            f"{what} has {len(data)} bytes; this gateway takes at most {limits.max_control_image_bytes}."
         )
+    form = images.file_format(given.image, what=what)
     try:
         # The header only: the ControlNet decodes the image, once, and a size that is refused is never decoded.
-        with Image.open(io.BytesIO(given.image), formats=("PNG", "JPEG")) as image:
+        with Image.open(io.BytesIO(data), formats=(form,)) as image:
             found, mode = image.size, image.mode
     except Exception as error:
         # Pillow raises many kinds for damaged files; all of them mean this.
-        raise InvalidRequestError(f"{what} cannot be read as PNG or JPEG: {error}") from None
+        raise InvalidRequestError(f"{what} cannot be read as {form}: {error}") from None
     if found != size:
         raise InvalidRequestError(
             f"{what} is {found[0]}x{found[1]}, the request {size[0]}x{size[1]}; resize one to the other."

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.api import DiffusionWorkflow, Role, identity, load_workflows
@@ -18,7 +21,8 @@ from latentflow.errors import (
     NotFoundError,
     UnimplementedError,
 )
-from latentflow.v1 import control_pb2, generation_pb2
+from latentflow.internal import images
+from latentflow.v1 import control_pb2, generation_pb2, images_pb2
 from latentflow_gateway import planning
 from latentflow_gateway.settings import Limits
 from PIL import Image
@@ -34,18 +38,21 @@ def descriptions(workflow: DiffusionWorkflow = SHAPES) -> dict[str, control_pb2.
     for model in workflow.spec.models:
         one = control_pb2.DescribeResponse(family="sd", model=identity(model))
         if model.role is Role.DENOISER:
-            one.denoiser.latent_channels, one.denoiser.cross_attention_dim = 4, 96
+            one.denoiser.latent_channels = 4
+            one.denoiser.conditioning.add(name="prompt_embeds", shape=[1, 0, 96])
             one.denoiser.samplers.extend(["ddim", "euler"])
             one.denoiser.classifier_free_guidance = True
         elif model.role is Role.VAE:
             one.vae.scale_factor = 8
         elif model.role is Role.CONTROL_NET:
-            one.control_net.latent_channels, one.control_net.cross_attention_dim = 4, 96
+            one.control_net.latent_channels = 4
+            one.control_net.conditioning.add(name="prompt_embeds", shape=[1, 0, 96])
         elif model.role is Role.LORA_STORE:
             one.lora_store.adapters.add(name="neon", components=["unet", "text_encoder"], digest="d")
             one.lora_store.adapters.add(name="broken", problem="the file is cut off")
         else:
             one.text_encoder.tokenizers.add(max_tokens=32)
+            one.text_encoder.conditioning.add(name="prompt_embeds", shape=[1, 32, 96])
         said[identity(model)] = one
     return said
 
@@ -56,7 +63,8 @@ def plan(**fields: Any) -> planning.Plan:
         if isinstance(value, list):
             getattr(request, name).extend(value)
         else:
-            setattr(request, name, value)
+            field = getattr(request, name)
+            field.CopyFrom(value) if isinstance(field, Message) else setattr(request, name, value)
     return planning.plan(workflow=SHAPES, request=request, descriptions=descriptions(), limits=LIMITS, seed=9)
 
 
@@ -67,7 +75,15 @@ def picture(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> bytes:
 
 
 def control(**fields: Any) -> generation_pb2.ControlImage:
-    return generation_pb2.ControlImage(**{"model": "edges", "image": picture()} | fields)
+    image = images.png(fields.pop("image", picture()))
+    return generation_pb2.ControlImage(**{"model": "edges", "image": image} | fields)
+
+
+def of_type(media_type: str) -> generation_pb2.ControlImage:
+    """A PNG under another media type."""
+    return generation_pb2.ControlImage(
+        model="edges", image=images_pb2.EncodedImage(data=picture(), media_type=media_type)
+    )
 
 
 def test_what_the_request_leaves_open_comes_from_the_workflow() -> None:
@@ -116,12 +132,25 @@ def test_controlnets_and_loras_are_planned_with_what_the_servers_say() -> None:
         ({"sampler": "magic"}, InvalidRequestError, "use one of ddim, euler"),
         ({"prompt": "x" * 101}, InvalidRequestError, "prompt has 101 characters"),
         ({"idempotency_key": "x" * 129}, InvalidRequestError, "idempotency_key"),
+        ({"priority": 101}, InvalidRequestError, "priority has to be from 0 to 100"),
+        ({"deadline": Duration()}, InvalidRequestError, "deadline has to be a positive duration"),
+        ({"media_type": "image/webp"}, UnimplementedError, "as image/png only"),
+        ({"deterministic": True}, UnimplementedError, "does not serve GenerateRequest.deterministic"),
+        ({"control_images": [control(net="canny")]}, UnimplementedError, "does not serve ControlImage.net"),
+        ({"control_images": [control(guess_mode=True)]}, UnimplementedError, "does not serve ControlImage.guess_mode"),
+        (
+            {"loras": [generation_pb2.Lora(name="neon", weight=1, async_steps=2)]},
+            UnimplementedError,
+            "does not serve Lora.async_steps",
+        ),
         ({"control_images": [control(model="nets")]}, NotFoundError, "has no ControlNet 'nets'; it has edges, layout"),
         ({"control_images": [control(), control()]}, InvalidRequestError, "given two images"),
         ({"control_images": [control(image=picture((32, 64)))]}, InvalidRequestError, "is 32x64, the request 64x64"),
         ({"control_images": [control(image=picture(mode="RGBA"))]}, InvalidRequestError, "has the mode RGBA"),
-        ({"control_images": [control(image=b"no image")]}, InvalidRequestError, "cannot be read as PNG or JPEG"),
-        ({"control_images": [control(image=picture()[:20])]}, InvalidRequestError, "cannot be read as PNG or JPEG"),
+        ({"control_images": [control(image=b"no image")]}, InvalidRequestError, "cannot be read as PNG"),
+        ({"control_images": [control(image=picture()[:20])]}, InvalidRequestError, "cannot be read as PNG"),
+        ({"control_images": [of_type("image/jpeg")]}, InvalidRequestError, "cannot be read as JPEG"),
+        ({"control_images": [of_type("image/webp")]}, InvalidRequestError, "has the media type 'image/webp'; use image/png"),
         ({"control_images": [control(image=b"x" * 20_001)]}, InvalidRequestError, "takes at most 20000"),
         ({"control_images": [control(scale=math.inf)]}, InvalidRequestError, "scale has to be finite"),
         ({"control_images": [control(start=0.5, end=0.5)]}, InvalidRequestError, "0 <= start < end <= 1"),
@@ -141,12 +170,50 @@ def test_an_impossible_request_is_refused_in_words(
         plan(**fields)
 
 
-def test_a_controlnet_of_another_base_model_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda net: net.conditioning[0].shape.__setitem__(2, 768), r"is \[1, \.\.\., 96\], needed is \[1, \.\.\., 768\]"),
+        (lambda net: net.conditioning.add(name="pooled_prompt_embeds"), "'pooled_prompt_embeds' is missing"),
+        (lambda net: setattr(net, "latent_channels", 16), "latents of 16 channels"),
+    ],
+)
+def test_a_controlnet_of_another_base_model_is_refused(
+    change: Callable[[control_pb2.ControlNetDescription], object], message: str
+) -> None:
     said = descriptions()
-    said[identity(SHAPES.of_role(Role.CONTROL_NET)[0])].control_net.cross_attention_dim = 768
+    change(said[identity(SHAPES.of_role(Role.CONTROL_NET)[0])].control_net)
     request = generation_pb2.GenerateRequest(prompt="x", control_images=[control()])
-    with pytest.raises(FailedPreconditionError, match="belongs to another base model"):
+    with pytest.raises(FailedPreconditionError, match=f"{message}.*made for another base model"):
         planning.plan(workflow=SHAPES, request=request, descriptions=said, limits=LIMITS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"name": "prompt_embeds", "shape": [1, 32, 768]}, r"'prompt_embeds' is \[1, 32, 768\], needed is \[1, \.\.\., 96\]"),
+        ({"name": "prompt_embeds", "shape": [1, 96]}, r"'prompt_embeds' is \[1, 96\], needed"),
+        ({"name": "embeds", "shape": [1, 32, 96]}, "'prompt_embeds' is missing"),
+    ],
+)
+def test_a_text_encoder_of_another_base_model_is_refused(given: dict[str, Any], message: str) -> None:
+    said = descriptions()
+    encoder = said[identity(SHAPES.of_role(Role.TEXT_ENCODER)[0])].text_encoder
+    encoder.ClearField("conditioning")
+    encoder.conditioning.add(**given)
+    with pytest.raises(FailedPreconditionError, match=message) as caught:
+        planning.plan(
+            workflow=SHAPES,
+            request=generation_pb2.GenerateRequest(prompt="x"),
+            descriptions=said,
+            limits=LIMITS,
+            seed=0,
+        )
+    assert caught.value.reason == "TEXT_ENCODER_MISMATCH"
+
+
+def test_fields_that_change_no_result_are_accepted_without_effect() -> None:
+    assert plan(priority=100, deadline=Duration(seconds=5), media_type="image/png") == plan()
 
 
 def test_models_of_two_families_are_refused() -> None:
@@ -198,7 +265,11 @@ requests = st.builds(
         st.builds(
             generation_pb2.ControlImage,
             model=st.sampled_from(["edges", "base", ""]),
-            image=st.binary(max_size=40) | st.just(picture()),
+            image=st.builds(
+                images_pb2.EncodedImage,
+                data=st.binary(max_size=40) | st.just(picture()),
+                media_type=st.sampled_from(["image/png", "image/jpeg", ""]),
+            ),
             scale=st.floats(),
             start=st.floats(),
             end=st.floats(),
