@@ -288,9 +288,7 @@ def _check_families(workflow: DiffusionWorkflow, descriptions: Mapping[str, cont
             )
 
 
-def _check_conditioning(
-    workflow: DiffusionWorkflow, descriptions: Mapping[str, control_pb2.DescribeResponse]
-) -> None:
+def _check_conditioning(workflow: DiffusionWorkflow, descriptions: Mapping[str, control_pb2.DescribeResponse]) -> None:
     """FailedPreconditionError where the text encoder does not make what the denoiser needs."""
     encoder, denoiser = (workflow.of_role(role)[0] for role in (Role.TEXT_ENCODER, Role.DENOISER))
     problem = conditioning.mismatch(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
-from latentflow.errors import FailedPreconditionError, UnimplementedError
-from latentflow.internal import rpc
+from latentflow.errors import FailedPreconditionError, InvalidRequestError, UnimplementedError
+from latentflow.internal import rpc, unserved
 from latentflow.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -22,6 +22,8 @@ from latentflow_nodes.calls import Calls, streaming, unary
 from latentflow_nodes.context import Context
 from latentflow_nodes.roles import Role
 
+T = TypeVar("T", stage_pb2.DenoiseRequest, stage_pb2.ResidualsRequest)
+
 
 class StageServicer(stage_pb2_grpc.StageServicer):
     """The calls of the server's role; those of other roles are UNIMPLEMENTED."""
@@ -32,15 +34,21 @@ class StageServicer(stage_pb2_grpc.StageServicer):
 
     @unary
     async def Encode(self, request: stage_pb2.EncodeRequest) -> Any:
+        unserved.refuse(request)
         return await self._role.encode(request)
 
     @streaming
-    async def Denoise(self, request: stage_pb2.DenoiseRequest) -> AsyncIterator[Any]:
-        async for event in self._role.denoise(request):
+    async def Denoise(self, requests: AsyncIterator[stage_pb2.DenoiseRequest]) -> AsyncIterator[Any]:
+        accepted = _accepted(requests)
+        first = await anext(accepted, stage_pb2.DenoiseRequest())
+        if first.WhichOneof("message") != "open":
+            raise InvalidRequestError("The first message of a Denoise stream must be `open`.")
+        async for event in self._role.denoise(first.open, accepted):
             yield event
 
     @unary
     async def Decode(self, request: stage_pb2.DecodeRequest) -> Any:
+        unserved.refuse(request)
         return await self._role.decode(request)
 
     @streaming
@@ -50,13 +58,22 @@ class StageServicer(stage_pb2_grpc.StageServicer):
 
     @streaming
     async def Residuals(self, requests: AsyncIterator[stage_pb2.ResidualsRequest]) -> AsyncIterator[Any]:
-        async for response in self._role.residuals(requests):
+        async for response in self._role.residuals(_accepted(requests)):
             yield response
 
     @streaming
     async def PredictNoise(self, requests: AsyncIterator[stage_pb2.PredictNoiseRequest]) -> AsyncIterator[Any]:
-        raise UnimplementedError("This version computes both guidance halves in one replica; name no guidance peer.")
+        raise UnimplementedError("This version computes both guidance halves in one replica.")
         yield
+
+
+async def _accepted(requests: AsyncIterator[T]) -> AsyncIterator[T]:
+    """The messages of a stream. UnimplementedError at one that sets a field which this version does not serve."""
+    async for request in requests:
+        # The messages of single steps have no such field, and their tensors would be copied here.
+        if request.WhichOneof("message") != "step":
+            unserved.refuse(request)
+        yield request
 
 
 class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
@@ -70,7 +87,7 @@ class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
     @streaming
     async def Fetch(self, request: tensors_pb2.FetchRequest) -> AsyncIterator[Any]:
         held = self._context.store.get(boot_id=request.boot_id, key=request.id)
-        for chunk in held.sender.pieces({"tensor": held.tensor}, memory=request.memory):
+        for chunk in held.sender.pieces({"tensor": held.tensor}, memory=request.shared_memory):
             yield tensors_pb2.FetchResponse(chunk=chunk)
 
     @unary
@@ -114,9 +131,9 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
             model=settings.identity,
             version=version("latentflow"),
             max_running=settings.engine.max_running,
-            max_waiting=settings.engine.max_waiting,
+            max_queued=settings.engine.max_waiting,
             dtype=settings.dtype,
-            device=settings.engine.device,
+            devices=[control_pb2.Device(kind=settings.engine.device)],
         )
         self._role.describe(response)
         return response

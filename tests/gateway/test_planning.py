@@ -150,7 +150,11 @@ def test_controlnets_and_loras_are_planned_with_what_the_servers_say() -> None:
         ({"control_images": [control(image=b"no image")]}, InvalidRequestError, "cannot be read as PNG"),
         ({"control_images": [control(image=picture()[:20])]}, InvalidRequestError, "cannot be read as PNG"),
         ({"control_images": [of_type("image/jpeg")]}, InvalidRequestError, "cannot be read as JPEG"),
-        ({"control_images": [of_type("image/webp")]}, InvalidRequestError, "has the media type 'image/webp'; use image/png"),
+        (
+            {"control_images": [of_type("image/webp")]},
+            InvalidRequestError,
+            "has the media type 'image/webp'; use image/png",
+        ),
         ({"control_images": [control(image=b"x" * 20_001)]}, InvalidRequestError, "takes at most 20000"),
         ({"control_images": [control(scale=math.inf)]}, InvalidRequestError, "scale has to be finite"),
         ({"control_images": [control(start=0.5, end=0.5)]}, InvalidRequestError, "0 <= start < end <= 1"),
@@ -173,7 +177,10 @@ def test_an_impossible_request_is_refused_in_words(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda net: net.conditioning[0].shape.__setitem__(2, 768), r"is \[1, \.\.\., 96\], needed is \[1, \.\.\., 768\]"),
+        (
+            lambda net: net.conditioning[0].shape.__setitem__(2, 768),
+            r"is \[1, \.\.\., 96\], needed is \[1, \.\.\., 768\]",
+        ),
         (lambda net: net.conditioning.add(name="pooled_prompt_embeds"), "'pooled_prompt_embeds' is missing"),
         (lambda net: setattr(net, "latent_channels", 16), "latents of 16 channels"),
     ],
@@ -191,7 +198,10 @@ def test_a_controlnet_of_another_base_model_is_refused(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"name": "prompt_embeds", "shape": [1, 32, 768]}, r"'prompt_embeds' is \[1, 32, 768\], needed is \[1, \.\.\., 96\]"),
+        (
+            {"name": "prompt_embeds", "shape": [1, 32, 768]},
+            r"'prompt_embeds' is \[1, 32, 768\], needed is \[1, \.\.\., 96\]",
+        ),
         ({"name": "prompt_embeds", "shape": [1, 96]}, r"'prompt_embeds' is \[1, 96\], needed"),
         ({"name": "embeds", "shape": [1, 32, 96]}, "'prompt_embeds' is missing"),
     ],

@@ -23,9 +23,9 @@ from support.stack import Request, Stack, started
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def refused(stack: Stack, request: stage_pb2.DenoiseRequest) -> LatentflowError:
+async def refused(stack: Stack, request: stage_pb2.DenoiseOpen) -> LatentflowError:
     with pytest.raises(grpc.RpcError) as caught:
-        async for _ in stack.stage("base").Denoise(request, timeout=60):
+        async for _ in stack.denoising(request):
             pass
     return error_from(caught.value)
 
@@ -44,7 +44,7 @@ async def refused(stack: Stack, request: stage_pb2.DenoiseRequest) -> Latentflow
 async def test_an_impossible_denoise_request_is_refused(
     shapes: Stack, field: str, value: float | str, message: str
 ) -> None:
-    request = await shapes.denoise_request(Request())
+    request = await shapes.denoise_open(Request())
     setattr(request, field, value)
     error = await refused(shapes, request)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -52,7 +52,7 @@ async def test_an_impossible_denoise_request_is_refused(
 
 
 async def test_embeddings_that_are_lost_say_whose_they_were(shapes: Stack) -> None:
-    request = await shapes.denoise_request(Request())
+    request = await shapes.denoise_open(Request())
     handle = request.conditioning["prompt_embeds"].handle
     await shapes.tensors("text").Release(tensors_pb2.ReleaseRequest(boot_id=handle.boot_id, ids=[handle.id]))
     error = await refused(shapes, request)
@@ -71,7 +71,7 @@ async def test_an_adapter_for_another_base_model_is_refused_before_the_first_ste
     )
     settings = NodeSettings(role="LoRAStore", uri="pack", subfolder="loras", model_root=tmp_path, identity="s")
     async with serve(settings) as store:
-        request = await shapes.denoise_request(Request())
+        request = await shapes.denoise_open(Request())
         peer = stage_pb2.Peer(address=store.address, model="s")
         request.adapters.append(stage_pb2.AdapterRef(name="alien", weight=1, store=peer))
         error = await refused(shapes, request)
@@ -80,7 +80,7 @@ async def test_an_adapter_for_another_base_model_is_refused_before_the_first_ste
 
 
 async def test_an_unknown_adapter_is_answered_with_those_there_are(shapes: Stack) -> None:
-    request = await shapes.denoise_request(Request())
+    request = await shapes.denoise_open(Request())
     request.adapters.append(stage_pb2.AdapterRef(name="none", weight=1, store=shapes.peer("styles")))
     error = await refused(shapes, request)
     assert error.reason == "UNKNOWN_ADAPTER"

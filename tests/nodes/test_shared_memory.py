@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal import images
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.v1 import stage_pb2
 from latentflow_nodes.tensors.peers import Peers
@@ -301,10 +302,10 @@ async def test_a_long_request_has_one_page_for_its_residuals_and_leaves_none(
     sharing: Stack, folder: Path, edge_image: Image.Image
 ) -> None:
     release_all(sharing)
-    request = await sharing.denoise_request(Request(controls=[("edges", edge_image, 0.7)], steps=30))
+    request = await sharing.denoise_open(Request(controls=[("edges", edge_image, 0.7)], steps=30))
     request.checkpoint_interval = 1
     seen = []
-    async for _ in sharing.stage("base").Denoise(request, timeout=SECONDS):
+    async for _ in sharing.denoising(request):
         seen.append({page.name for page in pages(folder)})
     # Of the two halves of the conditioning, and of the stream.
     assert max(len(now) for now in seen) == 3
@@ -317,8 +318,8 @@ async def test_a_long_request_has_one_page_for_its_residuals_and_leaves_none(
 async def test_a_request_that_is_cancelled_leaves_no_page(
     sharing: Stack, folder: Path, edge_image: Image.Image
 ) -> None:
-    request = await sharing.denoise_request(Request(controls=[("edges", edge_image, 0.7)], steps=900))
-    call = sharing.stage("base").Denoise(request, timeout=SECONDS)
+    request = await sharing.denoise_open(Request(controls=[("edges", edge_image, 0.7)], steps=900))
+    call = sharing.denoising(request)
     await call.read()
     assert len(pages(folder)) == 3
     call.cancel()
@@ -333,9 +334,9 @@ async def test_pages_that_vanish_under_a_request_are_asked_for_as_bytes(
     asked = Request(controls=[("edges", edge_image, 0.7)], steps=12)
     expected, _ = await shapes.generate(asked)
     before = moved(sharing, "base", "grpc", "receive")
-    request = await sharing.denoise_request(asked)
+    request = await sharing.denoise_open(asked)
     request.checkpoint_interval = 1
-    async for event in sharing.stage("base").Denoise(request, timeout=SECONDS):
+    async for event in sharing.denoising(request):
         for page in pages(folder):
             page.unlink()
         if event.WhichOneof("event") == "result":
@@ -350,7 +351,11 @@ async def test_a_step_asked_for_before_the_last_is_answered_does_not_overwrite_i
 ) -> None:
     conditioning = (await sharing.encode(Request())).conditioning
     opening = stage_pb2.ResidualsOpen(
-        conditioning=conditioning, guidance=True, image=png(edge_image), width=64, height=64
+        conditioning=conditioning,
+        half=stage_pb2.GUIDANCE_HALF_BOTH,
+        image=images.png(png(edge_image)),
+        width=64,
+        height=64,
     )
     ref = stage_pb2.ControlNetRef(peer=sharing.peer("edges"))
     samples = [torch.full((2, 4, 8, 8), float(i)) for i in range(6)]

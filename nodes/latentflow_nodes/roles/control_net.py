@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from latentflow.errors import InvalidRequestError
+from latentflow.errors import InvalidRequestError, UnimplementedError
+from latentflow.internal import images
 from latentflow.v1 import control_pb2, stage_pb2
 from PIL import Image
 
@@ -48,10 +49,10 @@ class ControlNet(Role):
         )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
-        shapes = self._family.conditioning_shapes(self._network)
-        response.control_net.cross_attention_dim = next(iter(shapes.values()))[-1] or 0
-        response.control_net.latent_channels = self._channels
-        response.control_net.residual_channels.extend(self._family.residual_channels(self._network))
+        described = response.control_net
+        described.latent_channels = self._channels
+        described.conditioning.extend(self._named(self._family.conditioning_shapes(self._network)))
+        described.nets.add(content_digest=self.content_digest)
 
     async def warm_up(self) -> None:
         side = _WARM_UP_SIDE
@@ -77,7 +78,7 @@ class ControlNet(Role):
             async for request in requests:
                 if request.WhichOneof("message") == "open":
                     opening = request.open
-                    rows = 2 if opening.guidance else 1
+                    rows = _rows(opening.half)
                     conditioning = await self._context.peers.conditioning(opening.conditioning, self._context.device)
                     inputs = self._inputs(conditioning, rows=rows, width=opening.width, height=opening.height)
                     image = self._image(opening, rows=rows)
@@ -118,7 +119,7 @@ class ControlNet(Role):
         )
         return (
             stage_pb2.ResidualsResponse(step=step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0)
-            for chunk in sender.pieces(bundle, memory=step.memory)
+            for chunk in sender.pieces(bundle, memory=step.shared_memory)
         )
 
     def _run(
@@ -139,11 +140,12 @@ class ControlNet(Role):
 
     def _image(self, opening: stage_pb2.ResidualsOpen, *, rows: int) -> torch.Tensor:
         """[rows, 3, height, width] from 0 to 1, as diffusers' ControlNet pipelines prepare it."""
+        form = images.file_format(opening.image, what="The control image")
         try:
-            image = Image.open(io.BytesIO(opening.image)).convert("RGB")
+            image = Image.open(io.BytesIO(opening.image.data), formats=(form,)).convert("RGB")
         except Exception as error:
             # Pillow raises many kinds for damaged files; all of them mean this.
-            raise InvalidRequestError(f"The control image cannot be read as PNG or JPEG: {error}") from None
+            raise InvalidRequestError(f"The control image cannot be read as {form}: {error}") from None
         if image.size != (opening.width, opening.height):
             raise InvalidRequestError(
                 f"The control image is {image.width}x{image.height}, the request {opening.width}x{opening.height}; "
@@ -155,3 +157,14 @@ class ControlNet(Role):
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._context.device, self._context.dtype)
+
+
+def _rows(half: stage_pb2.GuidanceHalf) -> int:
+    """Rows of the samples of a stream. UnimplementedError for a half that this version does not serve alone."""
+    if half == stage_pb2.GUIDANCE_HALF_BOTH:
+        return 2
+    if half == stage_pb2.GUIDANCE_HALF_POSITIVE:
+        return 1
+    if half == stage_pb2.GUIDANCE_HALF_NEGATIVE:
+        raise UnimplementedError("This version does not compute the negative half alone; open the stream for both.")
+    raise InvalidRequestError(f"{half} is not a guidance half; choose one of GuidanceHalf.")

@@ -15,7 +15,7 @@ from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import measure
 from latentflow_nodes.engine.worker import Worker
-from latentflow_nodes.families.base import is_present
+from latentflow_nodes.families.base import Shape, is_present
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.weights import files
 
@@ -43,6 +43,8 @@ class TextEncoder(Role):
             encoder.to(context.device).eval()
         self._mergers = {name: Merger(encoder, what="text encoder") for name, encoder in encoders.items()}
         self._merged: tuple[Any, ...] = ()
+        # Shapes of what `encode` makes of any prompt; known after the warm-up.
+        self._conditioning: dict[str, Shape] = {}
         self._stopwatch = measure(list(encoders.values()), device=context.device)
         settings = context.settings
         self._worker = Worker(
@@ -55,10 +57,13 @@ class TextEncoder(Role):
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         for tokenizer in self._text.tokenizers:
             response.text_encoder.tokenizers.add(max_tokens=tokenizer.model_max_length)
+        response.text_encoder.conditioning.extend(self._named(self._conditioning))
+        response.text_encoder.adapter_components.extend(self._mergers)
 
     async def warm_up(self) -> None:
-        request = stage_pb2.EncodeRequest(guidance=True)
-        await self._worker.run(lambda: self._run(request, adapters={}, key=()))
+        request = stage_pb2.EncodeRequest()
+        encoded, _ = await self._worker.run(lambda: self._run(request, adapters={}, key=()))
+        self._conditioning = {name: tuple(tensor.shape) for name, tensor in encoded.items()}
 
     def close(self) -> None:
         self._worker.close()

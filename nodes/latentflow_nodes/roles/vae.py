@@ -6,6 +6,7 @@ import io
 
 import torch
 from latentflow.errors import InvalidRequestError
+from latentflow.internal import images
 from latentflow.v1 import control_pb2, stage_pb2
 
 from latentflow_nodes import families
@@ -60,7 +61,7 @@ class VAE(Role):
                 f"[1, {self._geometry.latent_channels}, height, width] can."
             )
         png, forward_ns = await self._worker.run(lambda: self._run(latents))
-        return stage_pb2.DecodeResponse(png=png, forward_ns=forward_ns)
+        return stage_pb2.DecodeResponse(image=images.png(png), forward_ns=forward_ns)
 
     def _run(self, latents: torch.Tensor) -> tuple[bytes, int]:
         self._stopwatch.take()

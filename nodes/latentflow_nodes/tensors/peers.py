@@ -98,7 +98,7 @@ class Peers:
 
     async def _fetch(self, handle: tensors_pb2.Handle, *, name: str, memory: str) -> torch.Tensor:
         stub = tensors_pb2_grpc.TensorsStub(self.channel(handle.owner))
-        request = tensors_pb2.FetchRequest(id=handle.id, boot_id=handle.boot_id, memory=memory)
+        request = tensors_pb2.FetchRequest(id=handle.id, boot_id=handle.boot_id, shared_memory=memory)
         started = time.perf_counter()
         receiver = self.transport.receiver()
         try:

@@ -78,7 +78,7 @@ class ResidualStream:
 
     def _ask(self) -> None:
         message, _ = self._asked[0]
-        message.step.memory = self._memory
+        message.step.shared_memory = self._memory
         self._outgoing.put_nowait(message)
 
     async def _requests(self) -> AsyncIterator[stage_pb2.ResidualsRequest]:
