@@ -33,6 +33,7 @@ from latentflow_nodes import roles, settings
 from latentflow_nodes.calls import Calls, TokenInterceptor
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.compute_lock import ComputeLock
+from latentflow_nodes.engine.load import Load
 from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
 from latentflow_nodes.settings import NodeSettings
 from latentflow_nodes.tensors.peers import Peers
@@ -62,6 +63,7 @@ class Node:
     async def drain(self, grace: float) -> None:
         """Admits no new requests; waits at most `grace` seconds for the running ones and for tensors that peers still need."""
         await _set_health(self.health, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.context.load.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self.calls.running.drained()
@@ -99,7 +101,13 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
         compute_lock = ComputeLock(node.compute_lock)
         stack.callback(compute_lock.close)
         context = Context(
-            settings=node, metrics=metrics, transport=transport, store=store, peers=peers, compute_lock=compute_lock
+            settings=node,
+            metrics=metrics,
+            load=Load(metrics),
+            transport=transport,
+            store=store,
+            peers=peers,
+            compute_lock=compute_lock,
         )
         role = roles.load(context)
         stack.callback(role.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -133,10 +134,26 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
             max_running=settings.engine.max_running,
             max_queued=settings.engine.max_waiting,
             dtype=settings.dtype,
-            devices=[control_pb2.Device(kind=settings.engine.device)],
+            devices=self._devices(),
         )
         self._role.describe(response)
         return response
+
+    @streaming
+    async def WatchLoad(self, request: control_pb2.WatchLoadRequest) -> AsyncIterator[Any]:
+        async with contextlib.aclosing(self._context.load.watch()) as states:
+            async for state in states:
+                yield control_pb2.WatchLoadResponse(
+                    running=state.running,
+                    queued=state.queued,
+                    pass_times=[
+                        control_pb2.PassTime(rows=size.rows, height=size.height, width=size.width, seconds=seconds)
+                        for size, seconds in state.pass_seconds.items()
+                    ],
+                    awake=True,
+                    draining=state.is_draining,
+                    devices=self._devices(),
+                )
 
     @unary
     async def Sleep(self, request: control_pb2.SleepRequest) -> Any:
@@ -151,3 +168,6 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         given = request.grace.ToTimedelta().total_seconds() if request.HasField("grace") else None
         await self._drain(self._context.settings.drain if given is None else given)
         return control_pb2.DrainResponse()
+
+    def _devices(self) -> list[control_pb2.Device]:
+        return [control_pb2.Device(kind=self._context.settings.engine.device)]

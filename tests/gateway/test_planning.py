@@ -76,7 +76,7 @@ def picture(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> bytes:
 
 def control(**fields: Any) -> generation_pb2.ControlImage:
     image = images.png(fields.pop("image", picture()))
-    return generation_pb2.ControlImage(**{"model": "edges", "image": image} | fields)
+    return generation_pb2.ControlImage(**({"model": "edges", "image": image} | fields))
 
 
 def of_type(media_type: str) -> generation_pb2.ControlImage:

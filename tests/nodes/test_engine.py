@@ -15,6 +15,7 @@ from latentflow_nodes import families
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.engine import Engine
+from latentflow_nodes.engine.load import Load
 from latentflow_nodes.engine.runner import EagerRunner
 from latentflow_nodes.engine.sample import Control, Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
@@ -83,13 +84,15 @@ def sample(key: int, *, steps: int = 3, controls: tuple[Control, ...] = ()) -> t
 def engine() -> Engine:
     """An engine that steps when the test calls it."""
     torch.set_num_threads(1)
+    metrics = Instruments(NODE, model="m", role="Denoiser")
     return Engine(
         runner=EagerRunner(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None)),
         merger=Merger(NETWORK, what="denoiser"),
         max_running=2,
         max_waiting=1,
         threads=1,
-        metrics=Instruments(NODE, model="m", role="Denoiser"),
+        load=Load(metrics),
+        metrics=metrics,
     )
 
 

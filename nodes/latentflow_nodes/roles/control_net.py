@@ -16,6 +16,7 @@ from PIL import Image
 from latentflow_nodes import families
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import Stopwatch
+from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.roles.denoiser import warm_up_conditioning
 from latentflow_nodes.roles.role import Role
@@ -45,7 +46,7 @@ class ControlNet(Role):
             threads=settings.threads,
             max_waiting=settings.engine.max_waiting,
             lock=context.compute_lock,
-            metrics=context.metrics,
+            load=context.load,
         )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
@@ -61,7 +62,9 @@ class ControlNet(Role):
         inputs = self._inputs(conditioning, rows=2, width=pixels, height=pixels)
         image = self._on_device(torch.zeros(2, 3, pixels, pixels))
         latents = self._on_device(torch.zeros(2, self._channels, side, side))
-        await self._worker.run(lambda: self._run(latents, 1.0, inputs, image, scale=1.0))
+        await self._worker.run(
+            lambda: self._run(latents, 1.0, inputs, image, scale=1.0), size=PassSize(rows=2, height=side, width=side)
+        )
 
     def close(self) -> None:
         self._worker.close()
@@ -115,7 +118,9 @@ class ControlNet(Role):
                 f"[{rows}, {self._channels}, height, width] does."
             )
         bundle, forward_ns = await self._worker.run(
-            lambda: self._run(latents, step.timestep, inputs, image, scale=step.scale), resumed=resumed
+            lambda: self._run(latents, step.timestep, inputs, image, scale=step.scale),
+            size=PassSize(rows=rows, height=latents.shape[2], width=latents.shape[3]),
+            resumed=resumed,
         )
         return (
             stage_pb2.ResidualsResponse(step=step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0)

@@ -61,6 +61,7 @@ class Denoiser(Role):
             max_running=settings.engine.max_running,
             max_waiting=settings.engine.max_waiting,
             threads=settings.threads,
+            load=context.load,
             metrics=context.metrics,
         )
         self._keys = itertools.count(1)

@@ -14,6 +14,7 @@ from latentflow_nodes.adapters.layers import Layers
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import measure
+from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.families.base import Shape, is_present
 from latentflow_nodes.roles.role import Role
@@ -51,7 +52,7 @@ class TextEncoder(Role):
             threads=min(settings.threads, _useful_threads(encoders.values())),
             max_waiting=settings.engine.max_waiting,
             lock=context.compute_lock,
-            metrics=context.metrics,
+            load=context.load,
         )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
@@ -62,7 +63,7 @@ class TextEncoder(Role):
 
     async def warm_up(self) -> None:
         request = stage_pb2.EncodeRequest()
-        encoded, _ = await self._worker.run(lambda: self._run(request, adapters={}, key=()))
+        encoded, _ = await self._worker.run(lambda: self._run(request, adapters={}, key=()), size=PassSize(rows=1))
         self._conditioning = {name: tuple(tensor.shape) for name, tensor in encoded.items()}
 
     def close(self) -> None:
@@ -74,7 +75,9 @@ class TextEncoder(Role):
             for name in self._mergers:
                 adapters[name] = await self._context.peers.adapters(request.adapters, name)
         key = tuple((ref.name, ref.digest, ref.weight) for ref in request.adapters)
-        encoded, response = await self._worker.run(lambda: self._run(request, adapters=adapters, key=key))
+        encoded, response = await self._worker.run(
+            lambda: self._run(request, adapters=adapters, key=key), size=PassSize(rows=2 if request.guidance else 1)
+        )
         for name, tensor in encoded.items():
             response.conditioning[name].CopyFrom(self._context.store.put(tensor))
         return response
