@@ -75,8 +75,8 @@ def picture(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> bytes:
 
 
 def control(**fields: Any) -> generation_pb2.ControlImage:
-    image = images.png(fields.pop("image", picture()))
-    return generation_pb2.ControlImage(**({"model": "edges", "image": image} | fields))
+    given: dict[str, Any] = {"model": "edges"} | fields
+    return generation_pb2.ControlImage(**given | {"image": images.png(given.get("image", picture()))})
 
 
 def of_type(media_type: str) -> generation_pb2.ControlImage:

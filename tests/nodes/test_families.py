@@ -137,9 +137,6 @@ class Alphabet:
     def image_scale(self, network: torch.nn.Module) -> int:
         return 1
 
-    def residual_channels(self, network: torch.nn.Module) -> list[int]:
-        return [2]
-
     def residuals(
         self,
         network: torch.nn.Module,

@@ -23,9 +23,10 @@ def watching(stack: Stack, name: str) -> Any:
 
 async def until(call: Any, holds: Callable[[control_pb2.WatchLoadResponse], bool]) -> control_pb2.WatchLoadResponse:
     """The first message for which a condition holds."""
-    while not holds(message := await call.read()):
-        pass
-    return message
+    while True:
+        message: control_pb2.WatchLoadResponse = await call.read()
+        if holds(message):
+            return message
 
 
 def made() -> Load:
@@ -95,7 +96,7 @@ async def test_equal_numbers_are_no_change() -> None:
     states = load.watch()
     await anext(states)
     load.set(running=0, queued=0)
-    waiting = asyncio.create_task(anext(states))  # type: ignore[arg-type]
+    waiting = asyncio.create_task(anext(states))
     await asyncio.wait([waiting], timeout=0.3)
     assert not waiting.done()
     load.set(running=1, queued=0)

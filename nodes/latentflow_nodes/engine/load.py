@@ -61,7 +61,7 @@ class Load:
         self._queued = 0
         self._is_draining = False
         self._pass_seconds: LRUCache[PassSize, float] = LRUCache(_KEPT_SIZES)
-        self._watchers: dict[object, Callable[[], None]] = {}
+        self._watchers: dict[object, Callable[[], object]] = {}
 
     def set(self, *, running: int, queued: int) -> None:
         """Records the numbers of requests."""

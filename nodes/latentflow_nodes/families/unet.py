@@ -142,10 +142,6 @@ class UNetFamily(ABC):
     def image_scale(self, network: torch.nn.Module) -> int:
         return int(2 ** (len(_config(network).conditioning_embedding_out_channels) - 1))
 
-    def residual_channels(self, network: torch.nn.Module) -> list[int]:
-        net: Any = network
-        return [block.out_channels for block in (*net.controlnet_down_blocks, net.controlnet_mid_block)]
-
     def residuals(
         self,
         network: torch.nn.Module,
