@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from latentflow.api.types import Engine
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2
 from latentflow_nodes.engine.load import Load, PassSize
@@ -35,7 +36,7 @@ def made() -> Load:
 
 @on_the_stack
 async def test_load_is_streamed_from_idle_over_busy_to_draining() -> None:
-    async with started(MODELS, "shapes", own={"base": {"max_running": 1}}) as stack:
+    async with started(MODELS, "shapes", own={"base": {"engine": Engine(threads=1, max_running=1)}}) as stack:
         load = watching(stack, "base")
         first = await load.read()
         assert (first.running, first.queued, first.awake, first.draining, first.epoch) == (0, 0, True, False, 0)

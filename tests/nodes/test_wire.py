@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 import torch
+from latentflow.api.types import Engine
 from latentflow.errors import InvalidRequestError, LatentflowError, UnimplementedError
 from latentflow.internal import images, unserved
 from latentflow.internal.status import error_from
@@ -66,7 +67,7 @@ async def test_a_stopped_request_resumes_elsewhere_bit_for_bit(shapes: Stack) ->
 
 
 async def test_a_queued_request_that_is_stopped_ends_at_once_where_it_began() -> None:
-    async with started(MODELS, "shapes", own={"base": {"max_running": 1}}) as stack:
+    async with started(MODELS, "shapes", own={"base": {"engine": Engine(threads=1, max_running=1)}}) as stack:
         running = stack.stage("base").Denoise(timeout=SECONDS)
         await running.write(opened(await stack.denoise_open(Request(steps=1000))))
         await running.read()
