@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -11,9 +10,10 @@ import grpc.aio
 import pytest
 import torch
 from latentflow.api.types import Engine
-from latentflow.errors import InvalidRequestError, LatentflowError, UnimplementedError
+from latentflow.errors import InvalidRequestError, LatentflowError, UnavailableError, UnimplementedError
 from latentflow.internal import images, unserved
-from latentflow.internal.status import error_from
+from latentflow.internal.status import error_from, error_of_peer
+from latentflow.reasons import Reason
 from latentflow.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -89,22 +89,6 @@ async def test_a_queued_request_that_is_stopped_ends_at_once_where_it_began() ->
         again = await ending(stack.stage("base").Denoise([opened(opening), STOP], timeout=SECONDS))
         assert again.stopped.checkpoint == stage_pb2.Checkpoint(state=opening.checkpoint, step=3)
         blocking.cancel()
-
-
-async def test_a_stop_after_the_last_step_changes_nothing(shapes: Stack) -> None:
-    async def requests() -> AsyncIterator[stage_pb2.DenoiseRequest]:
-        yield opened(await shapes.denoise_open(Request(steps=1)))
-        await ended.wait()
-        yield STOP
-
-    ended = asyncio.Event()
-    call = shapes.stage("base").Denoise(requests(), timeout=SECONDS)
-    responses = []
-    async for response in call:
-        responses.append(response)
-        if response.progress.step == 1:
-            ended.set()
-    assert responses[-1].WhichOneof("event") == "result"
 
 
 @pytest.mark.parametrize(
@@ -233,6 +217,39 @@ async def test_an_opening_that_a_controlnet_cannot_serve_is_refused(
     found = await refused(shapes.stage("edges").Residuals([stage_pb2.ResidualsRequest(open=opening)], timeout=SECONDS))
     assert isinstance(found, error)
     assert message in found.message
+
+
+async def test_a_controlnet_answers_its_opening_message_before_any_step(shapes: Stack) -> None:
+    opening = stage_pb2.ResidualsOpen(
+        conditioning=(await shapes.encode(Request(guidance_scale=1.0))).conditioning,
+        half=stage_pb2.GUIDANCE_HALF_POSITIVE,
+        image=images.png(png(Image.new("RGB", (64, 64)))),
+        width=64,
+        height=64,
+    )
+    call = shapes.stage("edges").Residuals(timeout=SECONDS)
+    await call.write(stage_pb2.ResidualsRequest(open=opening))
+    assert await call.read() == stage_pb2.ResidualsResponse(opened=True)
+    call.cancel()
+
+
+async def test_a_refused_opening_is_reported_with_its_reason_and_not_as_a_failed_write(shapes: Stack) -> None:
+    damaged = png(Image.effect_noise((64, 64), 50))[:-1000]
+    opening = await shapes.denoise_open(Request())
+    image = images_pb2.EncodedImage(data=damaged, media_type="image/png")
+    opening.control_nets.add(peer=shapes.peer("edges"), image=image, scale=1, end=1)
+    for _ in range(20):
+        error = await refused(shapes.denoising(opening))
+        assert isinstance(error, InvalidRequestError)
+        assert "cannot be read as PNG" in error.message
+
+
+async def test_a_write_into_a_call_that_a_server_has_ended_is_retried() -> None:
+    failed = grpc.aio.AioRpcError(
+        grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "Internal error from Core"
+    )
+    error = error_of_peer(failed)
+    assert (type(error), error.reason) == (UnavailableError, Reason.STAGE_BROKEN_OFF)
 
 
 async def test_servers_describe_the_conditioning_that_they_make_and_take(shapes: Stack) -> None:

@@ -331,14 +331,16 @@ class ResidualsRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[ResidualsOpen, _Mapping]] = ..., step: _Optional[_Union[ResidualsStep, _Mapping]] = ...) -> None: ...
 
 class ResidualsResponse(_message.Message):
-    __slots__ = ("step", "chunk", "forward_ns")
+    __slots__ = ("step", "chunk", "forward_ns", "opened")
     STEP_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     FORWARD_NS_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
     step: int
     chunk: _tensors_pb2.TensorChunk
     forward_ns: int
-    def __init__(self, step: _Optional[int] = ..., chunk: _Optional[_Union[_tensors_pb2.TensorChunk, _Mapping]] = ..., forward_ns: _Optional[int] = ...) -> None: ...
+    opened: bool
+    def __init__(self, step: _Optional[int] = ..., chunk: _Optional[_Union[_tensors_pb2.TensorChunk, _Mapping]] = ..., forward_ns: _Optional[int] = ..., opened: _Optional[bool] = ...) -> None: ...
 
 class PredictNoiseOpen(_message.Message):
     __slots__ = ("request_id", "conditioning", "width", "height", "half", "control_nets", "adapters", "total", "content_digest", "scheduling")
@@ -394,11 +396,13 @@ class PredictNoiseRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[PredictNoiseOpen, _Mapping]] = ..., step: _Optional[_Union[PredictNoiseStep, _Mapping]] = ...) -> None: ...
 
 class PredictNoiseResponse(_message.Message):
-    __slots__ = ("step", "chunk", "forward_ns")
+    __slots__ = ("step", "chunk", "forward_ns", "opened")
     STEP_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     FORWARD_NS_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
     step: int
     chunk: _tensors_pb2.TensorChunk
     forward_ns: int
-    def __init__(self, step: _Optional[int] = ..., chunk: _Optional[_Union[_tensors_pb2.TensorChunk, _Mapping]] = ..., forward_ns: _Optional[int] = ...) -> None: ...
+    opened: bool
+    def __init__(self, step: _Optional[int] = ..., chunk: _Optional[_Union[_tensors_pb2.TensorChunk, _Mapping]] = ..., forward_ns: _Optional[int] = ..., opened: _Optional[bool] = ...) -> None: ...

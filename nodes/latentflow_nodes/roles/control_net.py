@@ -85,6 +85,7 @@ class ControlNet(Role):
                     conditioning = await self._context.peers.conditioning(opening.conditioning, self._context.device)
                     inputs = self._inputs(conditioning, rows=rows, width=opening.width, height=opening.height)
                     image = self._image(opening, rows=rows)
+                    yield stage_pb2.ResidualsResponse(opened=True)
                     continue
                 if inputs is None:
                     raise InvalidRequestError("The first message of a Residuals stream must be `open`.")

@@ -41,6 +41,9 @@ class ResidualStream:
         self._outgoing: asyncio.Queue[stage_pb2.ResidualsRequest | None] = asyncio.Queue()
         # Not answered yet; the ControlNet has the first of them.
         self._asked: deque[tuple[stage_pb2.ResidualsRequest, Future[Residuals]]] = deque()
+        # A step that is sent before the ControlNet has accepted the opening message would hide the reason of a refusal:
+        # gRPC reports the failed write in its place.
+        self._opened = False
         self._memory = peers.transport.memory
         self._ended: LatentflowError | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -73,7 +76,7 @@ class ResidualStream:
             future.set_exception(self._ended)
             return
         self._asked.append((message, future))
-        if len(self._asked) == 1:
+        if self._opened and len(self._asked) == 1:
             self._ask()
 
     def _ask(self) -> None:
@@ -90,6 +93,11 @@ class ResidualStream:
         receiver, started = transport.receiver(), 0.0
         try:
             async for response in stub.Residuals(self._requests(), metadata=self._peers.metadata()):
+                if response.opened:
+                    self._opened = True
+                    if self._asked:
+                        self._ask()
+                    continue
                 started = started or time.perf_counter()
                 try:
                     whole = receiver.add(response.chunk)
