@@ -41,7 +41,7 @@ demo: setup ## Serve examples/shapes.yaml, make one image with a ControlNet and 
 ##@ Develop
 .PHONY: test
 test: setup ## Run the tests (one file: make test TEST=tests/api)
-	$(PY) -m pytest $(TEST)
+	$(PY) -m pytest --durations=20 $(TEST)
 
 .PHONY: test-api
 test-api: setup ## Run the tests against a real Kubernetes API server (builds it once, with Go; or set KUBEBUILDER_ASSETS)

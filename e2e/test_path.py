@@ -158,7 +158,7 @@ def outline(path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_tensors_go_through_memory_inside_a_pod_and_over_grpc_between_pods_with_the_same_image(
+def test_tensors_use_memory_in_a_pod_and_grpc_between_pods_for_the_same_image(
     release: ApiServer, prometheus: Prometheus, namespace: Namespace, tmp_path: Path
 ) -> None:
     names = ("shapes", "shapes-colocated")

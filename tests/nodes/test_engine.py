@@ -176,7 +176,7 @@ def test_an_idle_engine_steps_nothing(engine: Engine) -> None:
     assert not engine.step()
 
 
-def test_a_pass_without_residuals_neither_synchronises_nor_takes_data_dependent_branches() -> None:
+def test_a_pass_without_residuals_neither_synchronises_nor_branches_on_data() -> None:
     one, _ = sample(1)
     runner = EagerRunner(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None))
 

@@ -236,7 +236,7 @@ def test_what_the_bucket_does_not_have_is_said_in_one_sentence(remote: Remote, u
 
 
 @pytest.mark.parametrize("remote", ["bucket"], indirect=True)
-def test_weights_that_are_overwritten_while_they_are_fetched_are_not_served_half_and_half(remote: Remote) -> None:
+def test_weights_overwritten_during_a_download_are_never_served_as_a_mixture(remote: Remote) -> None:
     assert isinstance(remote.server, Store)
     remote.server.flowing.clear()
     child = remote.process()
