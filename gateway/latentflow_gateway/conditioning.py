@@ -1,4 +1,4 @@
-"""Whether one model makes the conditioning that another needs: pure, over the named shapes that servers describe."""
+"""Whether the conditioning that one model makes fits another, by the named shapes in their descriptions. Pure."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def mismatch(*, needed: Iterable[control_pb2.NamedShape], given: Iterable[contro
 
 
 def _text(shape: tuple[int, ...]) -> str:
-    """A shape for people; sizes that depend on the request are dots."""
+    """A shape as text, with dots for sizes that depend on the request."""
     return f"[{', '.join(str(size) if size else '...' for size in shape)}]"

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, UnimplementedError
 from latentflow.internal import rpc, unserved
+from latentflow.reasons import Reason
 from latentflow.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -120,7 +121,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
             raise FailedPreconditionError(
                 f"The caller speaks protocol {asked}, this server {rpc.PROTOCOL_VERSION}; only neighbours understand "
                 "each other. Bring both to one version.",
-                reason="PROTOCOL_MISMATCH",
+                reason=Reason.PROTOCOL_MISMATCH,
             )
         settings = self._context.settings
         response = control_pb2.DescribeResponse(

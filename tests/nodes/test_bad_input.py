@@ -10,6 +10,7 @@ import torch
 from latentflow.errors import FailedPreconditionError, LatentflowError, OwnerLostError, UnimplementedError
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.internal.status import error_from
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, tensors_pb2
 from latentflow_nodes.adapters import lora
 from latentflow_nodes.server import serve
@@ -75,7 +76,7 @@ async def test_an_adapter_for_another_base_model_is_refused_before_the_first_ste
         peer = stage_pb2.Peer(address=store.address, model="s")
         request.adapters.append(stage_pb2.AdapterRef(name="alien", weight=1, store=peer))
         error = await refused(shapes, request)
-    assert error.reason == "ADAPTER_MISMATCH"
+    assert error.reason == Reason.ADAPTER_MISMATCH
     assert "trained for another base model" in error.message
 
 
@@ -83,7 +84,7 @@ async def test_an_unknown_adapter_is_answered_with_those_there_are(shapes: Stack
     request = await shapes.denoise_open(Request())
     request.adapters.append(stage_pb2.AdapterRef(name="none", weight=1, store=shapes.peer("styles")))
     error = await refused(shapes, request)
-    assert error.reason == "UNKNOWN_ADAPTER"
+    assert error.reason == Reason.UNKNOWN_ADAPTER
     assert "it has" in error.message
 
 
@@ -100,7 +101,7 @@ async def test_a_prompt_that_is_too_long_is_cut_and_said_so_or_refused_if_asked(
     assert "red circle" in answer.truncated
     with pytest.raises(grpc.RpcError) as caught:
         await shapes.stage("text").Encode(stage_pb2.EncodeRequest(prompt=long, strict_prompt=True), timeout=60)
-    assert error_from(caught.value).reason == "PROMPT_TOO_LONG"
+    assert error_from(caught.value).reason == Reason.PROMPT_TOO_LONG
 
 
 async def test_a_server_of_another_role_says_so(shapes: Stack) -> None:
@@ -115,7 +116,7 @@ async def test_a_protocol_two_versions_away_is_refused(shapes: Stack) -> None:
     stub = control_pb2_grpc.ControlStub(shapes.channel("base"))
     with pytest.raises(grpc.RpcError) as caught:
         await stub.Describe(control_pb2.DescribeRequest(protocol_version=3), timeout=60)
-    assert error_from(caught.value).reason == "PROTOCOL_MISMATCH"
+    assert error_from(caught.value).reason == Reason.PROTOCOL_MISMATCH
 
 
 async def test_callers_without_the_token_are_refused() -> None:

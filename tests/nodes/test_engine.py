@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from latentflow.errors import LatentflowError, OverloadedError, UnavailableError
 from latentflow.internal.guidance import Guidance
 from latentflow.internal.metrics import NODE, Instruments
+from latentflow.reasons import Reason
 from latentflow_nodes import families
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.compute_lock import ComputeLock
@@ -51,7 +52,7 @@ class Broken:
 
     def request(self, **_: Any) -> Future[Residuals]:
         future: Future[Residuals] = Future()
-        future.set_exception(UnavailableError("gone", reason="PEER_UNAVAILABLE"))
+        future.set_exception(UnavailableError("gone", reason=Reason.PEER_UNAVAILABLE))
         return future
 
 
@@ -140,7 +141,7 @@ def test_a_request_whose_controlnet_died_fails_alone(engine: Engine) -> None:
     while engine.step():
         pass
     assert received_broken.error is not None
-    assert received_broken.error.reason == "PEER_UNAVAILABLE"
+    assert received_broken.error.reason == Reason.PEER_UNAVAILABLE
     assert received_whole.latents is not None
 
 
@@ -169,7 +170,7 @@ def test_a_stopping_engine_fails_every_sample(engine: Engine) -> None:
     engine.submit(one)
     engine.stop()
     assert received.error is not None
-    assert received.error.reason == "DRAINING"
+    assert received.error.reason == Reason.DRAINING
 
 
 def test_an_idle_engine_steps_nothing(engine: Engine) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 
 from latentflow_nodes.adapters.layers import Layer
 
@@ -36,14 +37,14 @@ class Merger:
                 raise FailedPreconditionError(
                     f"Adapter {adapter!r} changes layer {name!r}, which this {self._what} does not have; "
                     "it was trained for another base model.",
-                    reason="ADAPTER_MISMATCH",
+                    reason=Reason.ADAPTER_MISMATCH,
                 )
             wanted = (weight.shape[0], math.prod(weight.shape[1:]))
             if (layer.b.shape[0], math.prod(layer.a.shape[1:])) != wanted:
                 raise FailedPreconditionError(
                     f"Adapter {adapter!r} changes layer {name!r} by {layer.b.shape[0]}x{math.prod(layer.a.shape[1:])} "
                     f"where this {self._what} has {wanted[0]}x{wanted[1]}; it was trained for another base model.",
-                    reason="ADAPTER_MISMATCH",
+                    reason=Reason.ADAPTER_MISMATCH,
                 )
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ import structlog
 import torch
 from latentflow.errors import FailedPreconditionError, InternalError, LatentflowError, UnavailableError
 from latentflow.internal.metrics import Instruments
+from latentflow.reasons import Reason
 
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.batching import Candidate, choose
@@ -219,7 +220,7 @@ class Engine:
                 # A defect of ours: no request hangs, and later ones are served.
                 _log.exception("step loop failed")
                 self._fail_all(_as_error(error))
-        self._fail_all(UnavailableError("This server is stopping; retry on another replica.", reason="DRAINING"))
+        self._fail_all(UnavailableError("This server is stopping; retry on another replica.", reason=Reason.DRAINING))
 
 
 def _size(batch: Sequence[Sample]) -> PassSize:
@@ -234,6 +235,6 @@ def _as_error(error: Exception) -> LatentflowError:
     if isinstance(error, RuntimeError) and "size of tensor" in str(error):
         return FailedPreconditionError(
             f"A ControlNet's residuals do not fit this denoiser ({error}); it was trained for another base model.",
-            reason="CONTROLNET_MISMATCH",
+            reason=Reason.CONTROLNET_MISMATCH,
         )
     return InternalError(f"The forward pass failed: {type(error).__name__}: {error}. The server's log has the details.")

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 import torch
 from latentflow.errors import DataLossError, InvalidRequestError
+from latentflow.reasons import Reason
 
 # Names as ComfyUI has them; the settings are those under which diffusers documents each.
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,7 +44,7 @@ def build(name: str, config: dict[str, Any]) -> Any:
         return getattr(diffusers, str(config["_class_name"])).from_config(config)
     if name not in SAMPLERS:
         raise InvalidRequestError(
-            f"Sampler {name!r} is not known; use one of {', '.join(available(config))}.", reason="UNKNOWN_SAMPLER"
+            f"Sampler {name!r} is not known; use one of {', '.join(available(config))}.", reason=Reason.UNKNOWN_SAMPLER
         )
     cls, settings = SAMPLERS[name]
     return getattr(diffusers, cls).from_config(config, **settings)

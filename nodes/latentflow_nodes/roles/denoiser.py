@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 import torch
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
 from latentflow.internal.guidance import Guidance
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
 
 from latentflow_nodes import families
@@ -312,7 +313,7 @@ def _check_conditioning(conditioning: Conditioning, shapes: dict[str, Shape], gu
             raise FailedPreconditionError(
                 f"The text encoder's {name} is of shape {_written(found)}, this denoiser takes {_written(shape)}; "
                 "they belong to different base models.",
-                reason="TEXT_ENCODER_MISMATCH",
+                reason=Reason.TEXT_ENCODER_MISMATCH,
             )
 
 

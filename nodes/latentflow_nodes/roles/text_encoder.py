@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from latentflow.errors import InvalidRequestError
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
 
 from latentflow_nodes import families
@@ -96,7 +97,7 @@ class TextEncoder(Role):
             raise InvalidRequestError(
                 f"The prompt is longer than the {longest} tokens this model reads; {cut!r} would be cut off. Shorten it, "
                 "or allow the cut (strict_prompt off).",
-                reason="PROMPT_TOO_LONG",
+                reason=Reason.PROMPT_TOO_LONG,
             )
         if key != self._merged:
             self._merged = (None,)

@@ -20,6 +20,7 @@ from cachetools import LRUCache
 from latentflow.errors import InvalidRequestError, LatentflowError, OwnerLostError, UnavailableError
 from latentflow.internal import rpc, status
 from latentflow.internal.metrics import Instruments
+from latentflow.reasons import Reason
 from latentflow.v1 import stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
 
 from latentflow_nodes.adapters.layers import Layers, layers_bytes, unpack_layers
@@ -159,7 +160,7 @@ class Peers:
         if isinstance(known, UnavailableError):
             return UnavailableError(
                 f"The {what} {peer.model or '?'} at {peer.address} is not to be reached: {known.message}",
-                reason="PEER_UNAVAILABLE",
+                reason=Reason.PEER_UNAVAILABLE,
                 details={"peer": peer.address, "model": peer.model},
             )
         return known

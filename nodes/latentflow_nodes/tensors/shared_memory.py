@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from latentflow.errors import DataLossError, FailedPreconditionError
+from latentflow.reasons import Reason
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _PAGE = re.compile(rf"{_TOKEN.pattern}/{_TOKEN.pattern}")
@@ -87,7 +88,7 @@ class Memory:
                 raise FailedPreconditionError(
                     f"The shared memory {folder} cannot be used ({error.strerror}): it has to be a folder that this "
                     "server may write to, of which all servers run as one user. Mount it, or leave --shared-memory out.",
-                    reason="SHARED_MEMORY_UNUSABLE",
+                    reason=Reason.SHARED_MEMORY_UNUSABLE,
                 ) from None
             self._opened = opened.pop_all()
 

@@ -17,6 +17,7 @@ import grpc
 import structlog
 import torch
 from latentflow.errors import LatentflowError, UnavailableError
+from latentflow.reasons import Reason
 from latentflow.v1 import stage_pb2, stage_pb2_grpc
 
 from latentflow_nodes.families.base import Residuals
@@ -60,7 +61,7 @@ class ResidualStream:
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
-        self._end(UnavailableError("The request has ended.", reason="PEER_UNAVAILABLE"))
+        self._end(UnavailableError("The request has ended.", reason=Reason.PEER_UNAVAILABLE))
 
     def request(self, *, step: int, timestep: float, sample: torch.Tensor, scale: float) -> Future[Residuals]:
         """Asks for a step's residuals. From any thread."""
@@ -120,9 +121,9 @@ class ResidualStream:
         except grpc.RpcError as error:
             self._end(self._peers.peer_error(error, peer=self._ref.peer, what="ControlNet"))
         except (LatentflowError, KeyError, IndexError) as error:
-            self._end(UnavailableError(f"The ControlNet sent nonsense: {error}", reason="PEER_UNAVAILABLE"))
+            self._end(UnavailableError(f"The ControlNet sent nonsense: {error}", reason=Reason.PEER_UNAVAILABLE))
         finally:
-            self._end(UnavailableError("The ControlNet ended the stream.", reason="PEER_UNAVAILABLE"))
+            self._end(UnavailableError("The ControlNet ended the stream.", reason=Reason.PEER_UNAVAILABLE))
 
     def _end(self, error: LatentflowError) -> None:
         self._ended = self._ended or error

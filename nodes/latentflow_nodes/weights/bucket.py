@@ -27,6 +27,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 from filelock import FileLock, Timeout
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 
 from latentflow_nodes.weights.fetching import Progress, Wanted
 
@@ -71,7 +72,7 @@ def fetch(uri: str, *, wanted: Wanted, cache: Path, progress: Progress) -> Path:
             _log.warning("the bucket is out of reach; serving what was fetched before", source=uri, error=_line(error))
             return kept
         why = _why(error, bucket, cache, signed=signed)
-    raise FailedPreconditionError(f"{uri} could not be fetched: {why}.", reason="WEIGHTS_UNAVAILABLE") from None
+    raise FailedPreconditionError(f"{uri} could not be fetched: {why}.", reason=Reason.WEIGHTS_UNAVAILABLE) from None
 
 
 def _listed(client: Any, bucket: str, prefix: str, wanted: Wanted) -> list[_File]:

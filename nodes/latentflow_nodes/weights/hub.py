@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 from tqdm.auto import tqdm
 
 from latentflow_nodes.weights.fetching import Progress, Wanted
@@ -61,7 +62,7 @@ def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress)
         why = f"the hub answered {error.response.status_code}; try again later, or check HF_ENDPOINT and HF_TOKEN"
     except (httpx2.HTTPError, OSError) as error:
         why = f"{_line(error)}; check the network, HF_ENDPOINT and the space of the cache"
-    raise FailedPreconditionError(f"{at} could not be fetched: {why}.", reason="WEIGHTS_UNAVAILABLE") from None
+    raise FailedPreconditionError(f"{at} could not be fetched: {why}.", reason=Reason.WEIGHTS_UNAVAILABLE) from None
 
 
 def _bars(progress: Progress) -> type[tqdm[Any]]:
