@@ -134,7 +134,7 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
         ({"prompt": "x" * 101}, InvalidRequestError, "prompt has 101 characters"),
         ({"idempotency_key": "x" * 129}, InvalidRequestError, "idempotency_key"),
         ({"priority": 101}, InvalidRequestError, "priority must be from 0 to 100"),
-        ({"deadline": Duration()}, InvalidRequestError, "deadline has to be a positive duration"),
+        ({"deadline": Duration()}, InvalidRequestError, "deadline must be a positive duration"),
         ({"media_type": "image/webp"}, UnimplementedError, "as image/png only"),
         ({"deterministic": True}, UnimplementedError, "does not serve GenerateRequest.deterministic"),
         ({"control_images": [control(net="canny")]}, UnimplementedError, "does not serve ControlImage.net"),
