@@ -98,7 +98,7 @@ def _kind(annotation: Any) -> str:
 
 
 def _is_constraint(argument: Any) -> bool:
-    return type(argument).__module__.startswith(("pydantic", "annotated_types"))
+    return not isinstance(argument, type) and type(argument).__module__.startswith(("pydantic", "annotated_types"))
 
 
 def _default(field: Any) -> str:

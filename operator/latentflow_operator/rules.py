@@ -115,7 +115,7 @@ _OWN: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             cel="!self.uri.matches('^(pvc|s3|oci):') || self.uri.matches('^(pvc|s3|oci)://[^/]')",
-            message="\"'\" + self.uri + \"' lacks what comes after \" + self.uri.split(':')[0] + '://'",
+            message="\"'\" + self.uri + \"' names nothing after \" + self.uri.split(':')[0] + '://'",
             computed=True,
         ),
         Rule(
@@ -125,7 +125,7 @@ _OWN: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             cel="!has(self.revision) || self.uri.startsWith('hf:')",
-            message="revision goes with hf:// sources only",
+            message="only hf:// sources have a revision; remove it",
         ),
     ),
     "Scaling": (

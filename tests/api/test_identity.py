@@ -18,7 +18,7 @@ from latentflow.api import (
     merge_scaling,
     placed,
 )
-from latentflow.api.types import Net, Parallelism
+from latentflow.api.types import Engine, Net, Parallelism
 from support.paths import EXAMPLES
 
 BASE: dict[str, Any] = {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}}
@@ -71,6 +71,12 @@ def test_the_identities_of_every_example_are_as_in_every_release_of_this_version
 def test_names_scaling_and_spelt_out_defaults_do_not_change_the_identity() -> None:
     same = model(name="other", scaling={"maxReplicas": 4}, dtype="float32", engine={"device": "cpu"})
     assert identity(same) == identity(model())
+
+
+def test_defaults_that_change_results_are_those_of_every_release_of_this_version() -> None:
+    """They are not part of identities, so a changed one would change results under unchanged identities."""
+    assert (model().dtype, model().parallelism.tensor, model().nets) == ("float32", 1, None)
+    assert (Engine().compile, Engine().step_cache) == (False, "None")
 
 
 def test_an_option_that_the_role_does_not_use_does_not_change_the_identity() -> None:

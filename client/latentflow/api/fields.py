@@ -1,6 +1,6 @@
-"""Fields with limits beyond their types: roles that use them, values that this version serves, values without effect.
+"""Limits of fields beyond their types: the roles that use them, the values that this version serves, values without effect.
 
-Types declare them with `field`. The limits reach the descriptions in CRDs and reference, the refusals of `latentflow
+Types declare such fields with `field`. The limits reach the descriptions in CRDs and reference, the refusals of `latentflow
 validate` and of the API server (`latentflow_operator.rules`), identities and conditions.
 """
 
@@ -18,23 +18,21 @@ ANY = "any value"
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What limits a field.
+    """The limits of a field.
 
     Attributes:
         roles: Of an engine option, the roles whose servers use it.
         only: The values that this version serves, None standing for an absent field; empty: all.
         without_effect: The values that are accepted and have no effect in this version; `ANY` stands for all.
-        neutral: The value that changes no results, where others do; None: no value of the field changes results.
     """
 
     roles: Sequence[str] = ()
     only: Sequence[Any] = ()
     without_effect: Sequence[Any] = ()
-    neutral: Any = None
 
     @property
     def refusal(self) -> str:
-        """What follows the field's name in a refusal."""
+        """The part of a refusal that follows the name of the field."""
         if list(self.only) == [None]:
             return "not served by this version; remove it"
         return f"this version serves only {_words(self.only)}"
@@ -66,7 +64,7 @@ def limits_of(info: FieldInfo) -> Limits:
 
 
 def unserved(value: BaseModel) -> Iterator[str]:
-    """A refusal for each field of a type, not of those within it, that this version does not serve."""
+    """A refusal for each field whose value this version does not serve. Fields of nested types are left to those types."""
     for name, info in type(value).model_fields.items():
         limits = limits_of(info)
         if limits.only and getattr(value, name) not in limits.only:

@@ -82,7 +82,7 @@ def distinct_models(workflows: Iterable[DiffusionWorkflow]) -> dict[str, Model]:
 
 
 def merge_scaling(first: Scaling, second: Scaling) -> Scaling:
-    """What two sharers' bounds come to: the larger minimum, the larger maximum, and External if either says so."""
+    """The bounds of a model that two workflows share: the larger minimum, the larger maximum, External if either is."""
     return Scaling(
         min_replicas=max(first.min_replicas, second.min_replicas),
         max_replicas=max(first.max_replicas, second.max_replicas),

@@ -38,7 +38,7 @@ Size = Annotated[int, Field(ge=8, le=8192, multiple_of=8)]
 
 
 class Role(StrEnum):
-    """What a model is for in a workflow."""
+    """The function of a model in a workflow."""
 
     TEXT_ENCODER = "TextEncoder"
     DENOISER = "Denoiser"
@@ -71,7 +71,7 @@ class Typed(BaseModel):
 
 
 def problems(error: ValidationError) -> str:
-    """What is wrong with a value, in one line that names the fields as in files."""
+    """The problems of a value, in one line that names the fields as in files."""
     return "; ".join(
         f"{'.'.join(to_camel(str(part)) for part in one['loc']) or 'value'}: {one['msg']}"
         for one in error.errors(include_url=False)
@@ -79,7 +79,7 @@ def problems(error: ValidationError) -> str:
 
 
 class Source(Typed):
-    """Where a model's weights are."""
+    """The location of a model's weights."""
 
     uri: str = Field(
         min_length=1,
@@ -108,7 +108,7 @@ class Source(Typed):
         try:
             parsed = urlparse(uri)
         except ValueError as error:
-            raise ValueError(f"{uri!r} is no URI: {error}") from None
+            raise ValueError(f"{uri!r} is not a URI: {error}") from None
         if parsed.scheme not in SCHEMES:
             known = ", ".join(f"{scheme}://" for scheme in SCHEMES if scheme)
             raise ValueError(f"the scheme {parsed.scheme!r} is unknown; use a folder under the model root or {known}")
@@ -119,7 +119,7 @@ class Source(Typed):
         if parsed.scheme == "hf" and not re.fullmatch(r"hf://[\w.-]+/[\w.-]+", uri):
             raise ValueError("a hub URI names organisation and repository: hf://org/repo")
         if parsed.scheme in ("pvc", "s3", "oci") and not parsed.netloc:
-            raise ValueError(f"{uri!r} lacks what comes after {parsed.scheme}://")
+            raise ValueError(f"{uri!r} names nothing after {parsed.scheme}://")
         return uri
 
     @field_validator("subfolder")
@@ -132,7 +132,7 @@ class Source(Typed):
     @model_validator(mode="after")
     def _revision_needs_a_hub(self) -> Source:
         if self.revision is not None and urlparse(self.uri).scheme != "hf":
-            raise ValueError("revision goes with hf:// sources only")
+            raise ValueError("only hf:// sources have a revision; remove it")
         return self
 
 
@@ -171,19 +171,19 @@ class Engine(Typed):
     compile: bool = field(
         default=False,
         description="Whether the network is compiled at start-up.",
-        limits=Limits(roles=[Role.DENOISER], only=[False], neutral=False),
+        limits=Limits(roles=[Role.DENOISER], only=[False]),
     )
     step_cache: Literal["None", "Auto"] = field(
         default="None",
         description="Auto: steps that would change little reuse activations of the step before; results are approximate.",
-        limits=Limits(roles=[Role.DENOISER], only=["None"], neutral="None"),
+        limits=Limits(roles=[Role.DENOISER], only=["None"]),
     )
     async_steps: int = field(
         default=0,
         ge=0,
         le=1000,
-        description="Steps that a request may take before its adapters are loaded; 0: adapters are applied from the first step.",
-        limits=Limits(roles=[Role.LORA_STORE], only=[0], neutral=0),
+        description="Steps that a request may take before its adapters are loaded; 0: adapters apply from the first step.",
+        limits=Limits(roles=[Role.LORA_STORE], only=[0]),
     )
 
     def options(self) -> dict[str, Any]:
@@ -191,24 +191,20 @@ class Engine(Typed):
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
     def distinguishing(self, role: Role) -> dict[str, Any]:
-        """The options that a role uses and that are part of an identity, by Python names.
+        """The options that are part of a model's identity, by Python names: used by its role, and not at their defaults.
 
-        An option that changes results counts unless it has the neutral value, any other unless it has its default.
+        The default of an option that changes results, such as `compile`, must therefore never change.
         """
-        found = {}
-        for name, info in Engine.model_fields.items():
-            limits, value = limits_of(info), getattr(self, name)
-            if role in limits.roles and value != (info.default if limits.neutral is None else limits.neutral):
-                found[name] = value
-        return found
+        changed = self.model_dump(exclude_defaults=True)
+        return {name: value for name, value in changed.items() if role in limits_of(Engine.model_fields[name]).roles}
 
     def override(self, role: Role, changes: Mapping[str, Any]) -> Engine:
-        """With changes, by Python names, of the options that a role uses. ValueError for a value out of bounds."""
+        """A copy with those of the changes, by Python names, that a role uses. Raises ValidationError for a bad value."""
         used = {name: value for name, value in changes.items() if role in limits_of(Engine.model_fields[name]).roles}
         return Engine.model_validate(self.model_dump(exclude_defaults=True) | used)
 
     def check(self, role: Role) -> None:
-        """Raises ValueError if an option differs from its default that servers of the role do not use."""
+        """Raises ValueError if an option that servers of the role do not use differs from its default."""
         for name, info in Engine.model_fields.items():
             roles = limits_of(info).roles
             if role not in roles and getattr(self, name) != info.default:
@@ -218,10 +214,12 @@ class Engine(Typed):
 class Scaling(Typed):
     """How many replicas a model may have."""
 
-    min_replicas: int = Field(default=1, ge=0, le=1000, description="Fewest replicas; 0 lets the model scale to zero.")
-    max_replicas: int = Field(default=1, ge=1, le=1000, description="Most replicas.")
+    min_replicas: int = Field(
+        default=1, ge=0, le=1000, description="Minimum number of replicas; 0: the model may scale to zero."
+    )
+    max_replicas: int = Field(default=1, ge=1, le=1000, description="Maximum number of replicas.")
     mode: Literal["Managed", "External"] = Field(
-        default="Managed", description="Managed: the scheduler scales it. External: HPA, KEDA or a person does."
+        default="Managed", description="Managed: the scheduler scales the model. External: HPA, KEDA or a person does."
     )
 
     @model_validator(mode="after")
@@ -255,7 +253,7 @@ class Net(Typed):
     """One of several nets that a ControlNet server holds."""
 
     name: Name = Field(description="Name by which requests select the net.")
-    source: Source = Field(description="Where its weights are.")
+    source: Source = Field(description="Location of the weights.")
 
 
 OPERATOR_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/component", "app.kubernetes.io/managed-by")
@@ -309,10 +307,10 @@ class Pod(Typed):
 
 
 class ServedModel(Typed):
-    """What a model server needs to know of its model, whatever names the model."""
+    """The settings of one model's servers."""
 
-    role: Role = Field(description="What the model is for.")
-    source: Source | None = Field(default=None, description="Where its weights are.")
+    role: Role = Field(description="The function of the model in a workflow.")
+    source: Source | None = Field(default=None, description="Location of the weights.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="float32", description="Element type of the weights."
     )
@@ -343,8 +341,10 @@ class ServedModel(Typed):
 class ScaledModel(ServedModel):
     """A model that may have pods of its own."""
 
-    scaling: Scaling = Field(default_factory=Scaling, description="How many replicas it may have.")
-    parallelism: Parallelism = Field(default_factory=Parallelism, description="How one request may be spread.")
+    scaling: Scaling = Field(default_factory=Scaling, description="Bounds of the number of replicas.")
+    parallelism: Parallelism = Field(
+        default_factory=Parallelism, description="Devices over which a request or a replica may be spread."
+    )
     devices: Literal["Exclusive", "Shared"] = field(
         default="Exclusive",
         description="Exclusive: each replica has its devices to itself. Shared: replicas sleep and wake on devices that "

@@ -18,7 +18,7 @@ class Model(ScaledModel):
     """A model of a workflow."""
 
     name: Name = Field(description="Name within the workflow; requests name ControlNets by it.")
-    source: Source | None = Field(default=None, description="Where its weights are; or modelRef.")
+    source: Source | None = Field(default=None, description="Location of the weights; or modelRef.")
     model_ref: Name | None = Field(default=None, description="Name of an existing DiffusionModel, instead of a source.")
     attach_to: Name | None = Field(
         default=None, description="The denoiser that a ControlNet or LoRA store works for; those two roles need it."
@@ -74,7 +74,9 @@ class Defaults(Typed):
     """The values of a request's fields that the request leaves out."""
 
     steps: int = Field(default=20, ge=1, le=1000, description="Denoising steps.")
-    guidance_scale: float = Field(default=5.0, ge=0, le=100, description="Classifier-free guidance; 1 or less: none.")
+    guidance_scale: float = Field(
+        default=5.0, ge=0, le=100, description="Scale of classifier-free guidance; 1 or less: no guidance."
+    )
     width: Size = Field(default=512, description="Image width in pixels, a multiple of 8.")
     height: Size = Field(default=512, description="Image height in pixels, a multiple of 8.")
     sampler: str | None = Field(default=None, max_length=64, description="Sampler by name; absent: the model's own.")
