@@ -139,7 +139,7 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
 
 async def run(node: NodeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    # A server that still fetches or loads has nothing to drain, and the next one resumes what it has fetched.
+    # A server that still downloads or loads has nothing to drain, and the next one resumes its download.
     for signum in serving.SIGNALS:
         signal.signal(signum, lambda *_: os._exit(0))
     async with serve(node) as running:
@@ -166,7 +166,7 @@ async def _sweep(store: TensorStore, memory: Memory | None) -> None:
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
         if freed := store.sweep():
-            _log.warning("leases ended without a release", tensors=freed)
+            _log.warning("leases expired without a release", tensors=freed)
         if memory:
             memory.sweep()
 

@@ -79,7 +79,7 @@ async def _accepted(requests: AsyncIterator[T]) -> AsyncIterator[T]:
 
 
 class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
-    """Held tensors. Open while the server drains: others may still need what it made."""
+    """The held tensors. Served while the server drains, because consumers may still need its results."""
 
     calls = None
 
@@ -105,7 +105,7 @@ class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
 
 
 class ControlServicer(control_pb2_grpc.ControlServicer):
-    """What the server is, and drain."""
+    """Description and drain of the server."""
 
     calls = None
 
@@ -119,8 +119,8 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         asked = request.protocol_version
         if abs(asked - rpc.PROTOCOL_VERSION) > 1:
             raise FailedPreconditionError(
-                f"The caller speaks protocol {asked}, this server {rpc.PROTOCOL_VERSION}; only neighbours understand "
-                "each other. Bring both to one version.",
+                f"The caller speaks protocol {asked}, this server {rpc.PROTOCOL_VERSION}; they may differ by one "
+                "version at most. Upgrade the older one.",
                 reason=Reason.PROTOCOL_MISMATCH,
             )
         settings = self._context.settings
@@ -158,11 +158,11 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
     @unary
     async def Sleep(self, request: control_pb2.SleepRequest) -> Any:
-        raise UnimplementedError("This version keeps its weights on their device.")
+        raise UnimplementedError("This version does not put models to sleep.")
 
     @unary
     async def Wake(self, request: control_pb2.WakeRequest) -> Any:
-        raise UnimplementedError("This version keeps its weights on their device.")
+        raise UnimplementedError("This version does not put models to sleep.")
 
     @unary
     async def Drain(self, request: control_pb2.DrainRequest) -> Any:

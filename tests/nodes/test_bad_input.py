@@ -52,7 +52,7 @@ async def test_an_impossible_denoise_request_is_refused(
     assert message in error.message
 
 
-async def test_embeddings_that_are_lost_say_whose_they_were(shapes: Stack) -> None:
+async def test_lost_embeddings_name_their_owner(shapes: Stack) -> None:
     request = await shapes.denoise_open(Request())
     handle = request.conditioning["prompt_embeds"].handle
     await shapes.tensors("text").Release(tensors_pb2.ReleaseRequest(boot_id=handle.boot_id, ids=[handle.id]))
@@ -80,7 +80,7 @@ async def test_an_adapter_for_another_base_model_is_refused_before_the_first_ste
     assert "trained for another base model" in error.message
 
 
-async def test_an_unknown_adapter_is_answered_with_those_there_are(shapes: Stack) -> None:
+async def test_the_refusal_of_an_unknown_adapter_lists_the_known_ones(shapes: Stack) -> None:
     request = await shapes.denoise_open(Request())
     request.adapters.append(stage_pb2.AdapterRef(name="none", weight=1, store=shapes.peer("styles")))
     error = await refused(shapes, request)
@@ -88,14 +88,14 @@ async def test_an_unknown_adapter_is_answered_with_those_there_are(shapes: Stack
     assert "it has" in error.message
 
 
-async def test_an_adapter_with_unexpected_keys_names_them(tmp_path: Path) -> None:
+async def test_the_refusal_of_an_adapter_names_its_unexpected_keys(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     save_file({"transformer.x.lora_A.weight": torch.zeros(2, 8)}, path)
     with pytest.raises(FailedPreconditionError, match=r"belong to no known component: transformer\.x"):
         lora.load("odd", path)
 
 
-async def test_a_prompt_that_is_too_long_is_cut_and_said_so_or_refused_if_asked(shapes: Stack) -> None:
+async def test_a_long_prompt_is_truncated_and_reported_or_refused_if_strict(shapes: Stack) -> None:
     long = "a red circle " * 30
     answer = await shapes.encode(Request(prompt=long))
     assert "red circle" in answer.truncated
@@ -104,7 +104,7 @@ async def test_a_prompt_that_is_too_long_is_cut_and_said_so_or_refused_if_asked(
     assert error_from(caught.value).reason == Reason.PROMPT_TOO_LONG
 
 
-async def test_a_server_of_another_role_says_so(shapes: Stack) -> None:
+async def test_a_server_refuses_the_calls_of_other_roles(shapes: Stack) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         await shapes.stage("pixels").Encode(stage_pb2.EncodeRequest(prompt="x"), timeout=60)
     error = error_from(caught.value)

@@ -1,4 +1,4 @@
-"""A request goes on elsewhere with a bit-identical result, whatever its sampler and wherever it was stopped."""
+"""A request resumes on another replica with a bit-identical result, from any step and with any sampler."""
 
 from __future__ import annotations
 

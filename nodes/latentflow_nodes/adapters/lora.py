@@ -109,7 +109,7 @@ def _layers(
 
 
 def _alpha(layer: str, rank: int, *, alphas: dict[str, Any], metadata: dict[str, Any]) -> float:
-    """PEFT's rules: the layer's own alpha, the config's pattern, the config's alpha, else the rank."""
+    """By PEFT's rules: the layer's own alpha, the config's pattern, the config's alpha, else the rank."""
     own = alphas.get(f"{layer}.alpha")
     if own is not None:
         alpha = float(own)
@@ -117,5 +117,5 @@ def _alpha(layer: str, rank: int, *, alphas: dict[str, Any], metadata: dict[str,
         pattern = metadata.get("alpha_pattern") or {}
         matching = [value for key, value in pattern.items() if layer == key or layer.endswith(f".{key}")]
         alpha = float(matching[0] if matching else metadata.get("lora_alpha", rank))
-    # rank-stabilised LoRA scales by alpha / sqrt(rank)
+    # Rank-stabilised LoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
     return alpha * math.sqrt(rank) if metadata.get("use_rslora") else alpha

@@ -19,8 +19,8 @@ from latentflow_nodes.adapters.layers import Layer
 class Merger:
     """Merges adapters into one module's weights.
 
-    Keeps the pristine values of every weight it has touched in host memory, so that any set of adapters, none too, is
-    reached from them and nothing drifts. Not thread-safe: the thread that runs the module calls it.
+    Keeps the pristine values of every weight that it has changed in host memory. Every set of adapters, the empty one too,
+    is computed from them, so that nothing drifts. Not thread-safe: only the thread that runs the module may call it.
     """
 
     def __init__(self, module: torch.nn.Module, *, what: str) -> None:
@@ -49,7 +49,7 @@ class Merger:
 
     @torch.no_grad()
     def apply(self, adapters: Sequence[tuple[Mapping[str, Layer], float]]) -> None:
-        """Makes the weights pristine plus exactly these adapters, each with its weight, in this order."""
+        """Sets the weights to the pristine ones plus exactly these adapters, each with its weight, in this order."""
         deltas: dict[str, torch.Tensor] = {}
         for layers, weight in adapters:
             for name, layer in layers.items():
@@ -76,7 +76,7 @@ class Merger:
         return weight if isinstance(weight, torch.nn.Parameter) else None
 
     def _set(self, name: str, value: torch.Tensor) -> None:
-        # In place: the address stays, so captured graphs and shared storage stay valid.
+        # In place: the address does not change, so captured graphs and shared storage stay valid.
         parameter = self._weight(name)
         if parameter is None:
             raise KeyError(name)

@@ -31,12 +31,12 @@ def config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataLossError(f"{path} cannot be read: {error}. Fetch the folder again.") from None
     if not isinstance(loaded, dict):
-        raise DataLossError(f"{path} holds no JSON object. Fetch the folder again.")
+        raise DataLossError(f"{path} does not hold a JSON object. Fetch the folder again.")
     return loaded
 
 
 def check(folder: Path) -> list[Path]:
-    """The safetensors files of a component folder, each proven whole. Pickles are refused."""
+    """The safetensors files of a component folder, each checked to be complete. Pickles are refused."""
     if not folder.is_dir():
         raise FailedPreconditionError(
             f"The component folder {folder} is missing; check the source.", reason=Reason.WEIGHTS_UNAVAILABLE
@@ -59,13 +59,13 @@ def check(folder: Path) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """DataLossError unless the file's header parses and all the data it promises is there."""
+    """DataLossError unless the file's header parses and the file holds all the data that it describes."""
     try:
         with safe_open(path, framework="pt") as opened:
             opened.keys()
     except (SafetensorError, OSError) as error:
         raise DataLossError(
-            f"{path} is damaged or cut off ({error}; {path.stat().st_size} bytes). Fetch the file again."
+            f"{path} is damaged or truncated ({error}; {path.stat().st_size} bytes). Fetch the file again."
         ) from None
 
 

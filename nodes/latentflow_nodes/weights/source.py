@@ -26,7 +26,7 @@ class Source:
     component: Path | None = None
 
     def part(self, name: str) -> Path:
-        """Folder of a part of the pipeline, or the one component that was named instead, or that the source itself is."""
+        """Folder of a part of the pipeline, or the one component that `subfolder` named, or the source itself if it is one."""
         if self.component is not None:
             return self.component
         folder = self.pipeline / name
@@ -57,7 +57,7 @@ def locate(
         FailedPreconditionError: There is no such folder, or it cannot be fetched.
     """
     scheme = urlparse(uri).scheme
-    # Imported here: only such sources need them.
+    # Imported here, because only such sources need them.
     if scheme == "hf":
         from latentflow_nodes.weights import hub
 
