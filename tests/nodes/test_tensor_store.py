@@ -46,7 +46,7 @@ def test_a_lease_that_is_not_renewed_expires(store: TensorStore, clock: Clock) -
     assert store.sweep() == 0
     clock.now = 60
     assert store.sweep() == 1
-    with pytest.raises(OwnerLostError, match="Run the stage that made it again"):
+    with pytest.raises(OwnerLostError, match="Run the stage that produced it again"):
         store.get(boot_id=handle.boot_id, key=handle.id)
 
 
