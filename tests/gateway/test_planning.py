@@ -35,7 +35,7 @@ LIMITS = Limits(max_pixels=256 * 256, max_steps=50, max_images=4, max_control_im
 
 def descriptions(workflow: DiffusionWorkflow = SHAPES) -> dict[str, control_pb2.DescribeResponse]:
     """Descriptions as the model servers of a workflow return them."""
-    said = {}
+    described = {}
     for model in workflow.spec.models:
         one = control_pb2.DescribeResponse(family="sd", model=identity(model))
         if model.role is Role.DENOISER:
@@ -54,8 +54,8 @@ def descriptions(workflow: DiffusionWorkflow = SHAPES) -> dict[str, control_pb2.
         else:
             one.text_encoder.tokenizers.add(max_tokens=32)
             one.text_encoder.conditioning.add(name="prompt_embeds", shape=[1, 32, 96])
-        said[identity(model)] = one
-    return said
+        described[identity(model)] = one
+    return described
 
 
 def plan(**fields: Any) -> planning.Plan:
@@ -193,11 +193,11 @@ def test_an_impossible_request_is_refused_with_its_cause(
 def test_a_controlnet_of_another_base_model_is_refused(
     change: Callable[[control_pb2.ControlNetDescription], object], message: str
 ) -> None:
-    said = descriptions()
-    change(said[identity(SHAPES.of_role(Role.CONTROL_NET)[0])].control_net)
+    described = descriptions()
+    change(described[identity(SHAPES.of_role(Role.CONTROL_NET)[0])].control_net)
     request = generation_pb2.GenerateRequest(prompt="x", control_images=[control()])
     with pytest.raises(FailedPreconditionError, match=f"{message}.*made for another base model"):
-        planning.plan(workflow=SHAPES, request=request, descriptions=said, limits=LIMITS, seed=0)
+        planning.plan(workflow=SHAPES, request=request, descriptions=described, limits=LIMITS, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -212,15 +212,15 @@ def test_a_controlnet_of_another_base_model_is_refused(
     ],
 )
 def test_a_text_encoder_of_another_base_model_is_refused(given: dict[str, Any], message: str) -> None:
-    said = descriptions()
-    encoder = said[identity(SHAPES.of_role(Role.TEXT_ENCODER)[0])].text_encoder
+    described = descriptions()
+    encoder = described[identity(SHAPES.of_role(Role.TEXT_ENCODER)[0])].text_encoder
     encoder.ClearField("conditioning")
     encoder.conditioning.add(**given)
     with pytest.raises(FailedPreconditionError, match=message) as caught:
         planning.plan(
             workflow=SHAPES,
             request=generation_pb2.GenerateRequest(prompt="x"),
-            descriptions=said,
+            descriptions=described,
             limits=LIMITS,
             seed=0,
         )
@@ -232,13 +232,13 @@ def test_fields_that_change_no_result_are_accepted_without_effect() -> None:
 
 
 def test_models_of_two_families_are_refused() -> None:
-    said = descriptions()
-    said[identity(SHAPES.of_role(Role.VAE)[0])].family = "sdxl"
+    described = descriptions()
+    described[identity(SHAPES.of_role(Role.VAE)[0])].family = "sdxl"
     with pytest.raises(FailedPreconditionError, match="'pixels' belongs to the family sdxl"):
         planning.plan(
             workflow=SHAPES,
             request=generation_pb2.GenerateRequest(prompt="x"),
-            descriptions=said,
+            descriptions=described,
             limits=LIMITS,
             seed=0,
         )

@@ -1,4 +1,4 @@
-"""Images on the wire: the media types that requests may have, and the file formats that they stand for."""
+"""Images on the wire: the media types that requests may use, and their file formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def png(data: bytes) -> images_pb2.EncodedImage:
 
 
 def of_file(data: bytes, *, what: str) -> images_pb2.EncodedImage:
-    """The message for the bytes of a PNG or JPEG file, told apart by their first bytes. InvalidRequestError for others.
+    """The message for the bytes of a PNG or JPEG file, by the file's first bytes. InvalidRequestError for other formats.
 
     Args:
         what: The image's name in the error.
@@ -31,7 +31,7 @@ def of_file(data: bytes, *, what: str) -> images_pb2.EncodedImage:
 
 
 def file_format(image: images_pb2.EncodedImage, *, what: str) -> str:
-    """Pillow's format of a request's image. InvalidRequestError for a media type that requests may not have.
+    """Pillow's format of a request's image. InvalidRequestError for a media type that requests may not use.
 
     Args:
         what: The image's name in the error.

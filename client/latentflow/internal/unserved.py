@@ -1,7 +1,7 @@
-"""Fields of the wire that no server of this version acts on, and whose neglect would change a result.
+"""Fields of the wire that this version does not serve, and that would change a result if it did.
 
-Gateways and model servers refuse messages that set one of them, so that a caller never takes the result for what it
-asked for. Fields that are safe to ignore are not listed; the comments of the protos name both kinds.
+Gateways and model servers refuse messages that set one of them, so that a caller never gets another result than it
+requested. Fields that are safe to ignore are not listed; the comments of the protos name both kinds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FIELDS = frozenset(
 
 
 def refuse(message: Message) -> None:
-    """Raises UnimplementedError if the message, or one inside it, sets a field of `FIELDS` to other than zero."""
+    """Raises UnimplementedError if the message, or one inside it, sets a field of `FIELDS` to a value other than zero."""
     for field, value in message.ListFields():
         name = field.full_name.removeprefix(_PACKAGE)
         if name in FIELDS and value:
