@@ -76,32 +76,27 @@ class Reconciler:
 
     def observe(self, body: Body) -> None:
         """Takes in the state of an object, and enqueues the passes that it requires."""
-        before = self._uses(body)
-        if self.store.put(body):
-            self._enqueue(body, before)
+        before = self.store.workflow(*key_of(body))
+        if (new := self.store.put(body)) is not None:
+            self._enqueue(new, before)
 
     def forget(self, body: Body) -> None:
         """Takes in the deletion of an object, and enqueues the passes that it requires."""
-        before = self._uses(body)
-        if self.store.drop(body):
-            self._enqueue(body, before)
+        if (old := self.store.drop(body)) is not None:
+            self._enqueue(old)
 
-    def _uses(self, body: Body) -> frozenset[str]:
-        known = self.store.workflow(*key_of(body)) if body["kind"] == "DiffusionWorkflow" else None
-        return known.uses if known else frozenset()
-
-    def _enqueue(self, body: Body, before: frozenset[str]) -> None:
-        namespace, name = key_of(body)
-        if body["kind"] == "DiffusionWorkflow":
-            self.queue.add(Key("workflow", namespace, name))
-            for model in before | self._uses(body):
-                self.queue.add(Key("model", namespace, model))
-        elif body["kind"] == "DiffusionModel":
-            self._enqueue_models(namespace, name)
-            for user in self.store.users(namespace, name):
-                self.queue.add(Key("workflow", namespace, user.name))
-        elif served := (body["metadata"].get("labels") or {}).get(MODEL_LABEL):
-            self._enqueue_models(namespace, served)
+    def _enqueue(self, changed: KubeObject, before: Workflow | None = None) -> None:
+        """Enqueues the passes that a change of an object requires; `before` is the earlier state of a workflow."""
+        if isinstance(changed, Workflow):
+            self.queue.add(Key("workflow", *changed.key))
+            for model in changed.uses | (before.uses if before is not None else frozenset()):
+                self.queue.add(Key("model", changed.namespace, model))
+        elif isinstance(changed, Model):
+            self._enqueue_models(*changed.key)
+            for user in self.store.users(*changed.key):
+                self.queue.add(Key("workflow", *user.key))
+        elif changed.model is not None:
+            self._enqueue_models(changed.namespace, changed.model)
 
     def _enqueue_models(self, namespace: str, name: str) -> None:
         """Enqueues passes over a model, over the models colocated with it, and over its host."""

@@ -27,17 +27,17 @@ class Store:
         # UIDs of objects deleted lately. The response to a write may arrive after the watch has reported the deletion.
         self._deleted: deque[str] = deque(maxlen=_REMEMBERED_DELETIONS)
 
-    def put(self, body: Body) -> bool:
-        """Adds or replaces an object; False if the stored one is as new, or if the object has been deleted."""
+    def put(self, body: Body) -> KubeObject | None:
+        """Adds or replaces an object and returns it; None if the stored one is as new, or if it has been deleted."""
         if body["metadata"]["uid"] in self._deleted:
-            return False
+            return None
         stored = self._objects[body["kind"]].get(key_of(body))
         if (
             stored is not None
             and stored.resource_version >= int(body["metadata"]["resourceVersion"])
             and stored.uid == body["metadata"]["uid"]
         ):
-            return False
+            return None
         new = parse(body)
         self._objects[new.kind][new.key] = new
         if isinstance(new, Workflow):
@@ -46,14 +46,14 @@ class Store:
             self._models[new.key] = new
         elif isinstance(new, Pod):
             self._pods[new.namespace, new.model or ""][new.name] = new
-        return True
+        return new
 
-    def drop(self, body: Body) -> bool:
-        """Removes an object that was deleted; False if it is not stored, or if its name belongs to a new object."""
+    def drop(self, body: Body) -> KubeObject | None:
+        """Removes a deleted object and returns it; None if it is not stored, or if its name belongs to a new object."""
         self._deleted.append(body["metadata"]["uid"])
         stored = self._objects[body["kind"]].get(key_of(body))
         if stored is None or stored.uid != body["metadata"]["uid"]:
-            return False
+            return None
         del self._objects[stored.kind][stored.key]
         if isinstance(stored, Workflow):
             self._index(stored.key, None)
@@ -61,7 +61,7 @@ class Store:
             del self._models[stored.key]
         elif isinstance(stored, Pod):
             self._pods[stored.namespace, stored.model or ""].pop(stored.name, None)
-        return True
+        return stored
 
     def get(self, kind: str, namespace: str, name: str) -> KubeObject | None:
         """An object of any kind; None if it does not exist."""
