@@ -204,8 +204,7 @@ class Supervisor:
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # The thread cannot be cancelled, so the process that it starts is ended here; nothing else would refer to
-            # it.
+            # The thread cannot be cancelled, so this ends the process that it starts. Nothing else refers to it.
             process = await starting
             process.kill()
             await asyncio.to_thread(process.join)
