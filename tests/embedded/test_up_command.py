@@ -52,7 +52,8 @@ def test_no_process_is_left_after_any_signal(
     assert len(children) >= 4
     up.send_signal(signum)
     code = up.wait(SECONDS)
-    gone, alive = psutil.wait_procs(children, timeout=30)
+    # The fork server unloads torch when it ends, which takes long on a busy machine.
+    gone, alive = psutil.wait_procs(children, timeout=120)
     assert not alive
     assert len(gone) == len(children)
     assert code == (-signal.SIGKILL if signum is signal.SIGKILL else 0)
