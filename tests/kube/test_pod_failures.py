@@ -60,7 +60,7 @@ def test_a_container_failure_is_reported_on_the_workflow_with_its_reason(
     container = {"name": "node", "image": "latentflow-node:test", "imageID": "", "ready": False, "restartCount": 1}
     report(namespace, name, ready=False, containerStatuses=[container | state])
     shown = namespace.until(
-        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Degraded").get("reason") == reason, seconds=5
+        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Degraded").get("reason") == reason
     )["shapes"]
     model = pod["metadata"]["labels"]["latentflow.io/model"]
     for about in ("Ready", "Degraded"):
@@ -88,6 +88,6 @@ def test_the_reason_why_a_pod_has_no_node_is_reported_on_the_workflow(
     unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
     namespace.patch("Pod", name, {"status": {"conditions": [unscheduled]}}, subresource="status")
     shown = namespace.until(
-        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Scheduled").get("reason") == reason, seconds=5
+        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Scheduled").get("reason") == reason
     )["shapes"]
     assert words in condition(shown, "Scheduled")["message"]
