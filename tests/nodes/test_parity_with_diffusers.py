@@ -19,6 +19,7 @@ from diffusers import (
 from latentflow_nodes.engine.samplers import SAMPLERS
 from PIL import Image
 from support.packs import SHAPES, tiny_distilled, tiny_sdxl, tiny_v_prediction
+from support.products import combinations
 from support.stack import Request, Stack, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -122,6 +123,31 @@ async def test_controlnets_and_loras_together_equal_diffusers(
 ) -> None:
     controls = [("edges", edge_image, 0.7), ("layout", layout_image, 0.9)]
     await assert_equal(shapes, SHAPES, Request(controls=controls, loras=[("pastel", 0.9), ("neon", 0.4)]))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "guidance_scale", "controls", "loras"),
+    combinations(
+        sorted(SAMPLERS), [1.0, 5.0], [(), ("edges",), ("edges", "layout")], [(), ("outline",), ("pastel", "neon")]
+    ),
+)
+async def test_every_combination_of_features_is_diffusers_own(
+    shapes: Stack,
+    edge_image: Image.Image,
+    layout_image: Image.Image,
+    sampler: str,
+    guidance_scale: float,
+    controls: tuple[str, ...],
+    loras: tuple[str, ...],
+) -> None:
+    hints = {"edges": edge_image, "layout": layout_image}
+    request = Request(
+        sampler=sampler,
+        guidance_scale=guidance_scale,
+        controls=[(name, hints[name], 0.8) for name in controls],
+        loras=[(name, 0.7) for name in loras],
+    )
+    await assert_equal(shapes, SHAPES, request)
 
 
 async def test_the_plain_model_is_restored_bit_for_bit_after_a_lora(shapes: Stack) -> None:
