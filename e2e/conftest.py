@@ -24,7 +24,9 @@ CLUSTERS: dict[str, Callable[[Path], AbstractContextManager[ApiServer]]] = {
     "kind": functools.partial(kind.cluster, provide=images.load),
 }
 # Marks tests that use the node's processes or its network.
-on_a_node_of_ours = pytest.mark.skipif(CLUSTER != "node", reason=f"a cluster of {CLUSTER} hides its processes and network")
+on_a_node_of_ours = pytest.mark.skipif(
+    CLUSTER != "node", reason=f"a cluster of {CLUSTER} hides its processes and network"
+)
 RELEASE_NAMESPACE = "latentflow"
 VALUES: dict[str, Any] = {
     "images": {

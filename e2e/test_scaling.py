@@ -117,9 +117,9 @@ class Scaled:
         ]
         times = sorted(set.intersection(*map(set, series)))
         found = []
-        for arrivals, done, busy, waiting in ([one[at] for one in series] for at in times):
+        for arrivals, done, busy, queued in ([one[at] for one in series] for at in times):
             service = busy / done if done else 0.0
-            found.append(Load(arrivals=arrivals, service_seconds=service, busy=busy, waiting=waiting, held=0.0))
+            found.append(Load(arrival_rate=arrivals, service_seconds=service, busy=busy, queued=queued, held=0.0))
         return found
 
     @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(400), wait=wait_fixed(2), reraise=True)
@@ -161,7 +161,7 @@ def between(load: Load) -> tuple[int, int]:
     demand, one = policy.demand(load, POLICY), load.service_seconds / WINDOW
     # No replica is removed that is needed for what is computed now.
     return tuple(
-        min(max(math.ceil(work / POLICY.full), 1), MAX_REPLICAS)
+        min(max(math.ceil(work / POLICY.target_utilization), 1), MAX_REPLICAS)
         for work in (demand - one, max(demand, load.busy) + one)
     )
 
@@ -216,7 +216,7 @@ def draw(scaled: Scaled, *, start: float, end: float) -> None:
         axis.set_ylim(bottom=0)
     axes[0].legend(loc="upper right")
     axes[0].set_title(
-        f"{IN_FLIGHT} requests in flight after a burst of {BURST}; replicas compute at most {POLICY.full:.0%} of their time"
+        f"{IN_FLIGHT} requests in flight after a burst of {BURST}; replicas compute at most {POLICY.target_utilization:.0%} of their time"
     )
     axes[-1].set_xlabel("seconds")
     (ROOT / "out").mkdir(exist_ok=True)

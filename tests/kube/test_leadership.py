@@ -48,9 +48,7 @@ def holder(namespace: Namespace) -> str:
 
 def takeover(namespace: Namespace, before: str) -> Body:
     """Returns the lease once another operator holds it and has reconciled a second workflow."""
-    found = namespace.until(
-        "Lease", lambda found: found[LEASE]["spec"].get("holderIdentity") not in (None, "", before)
-    )
+    found = namespace.until("Lease", lambda found: found[LEASE]["spec"].get("holderIdentity") not in (None, "", before))
     namespace.create(workflow("second", source={"uri": "other"}))
     for kind in KINDS:
         namespace.until(kind, lambda found: len(found) == 5)
