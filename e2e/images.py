@@ -84,10 +84,11 @@ def _import(socket: Path, image: str) -> None:
     known = f"{image.rpartition(':')[0]}:{built[:12]}"
     if known in ctr(socket, "images", "list", "--quiet").split():
         return
-    # Layers that the layout or the store already has are neither compressed nor imported again.
+    # Only layers that the layout and the store do not have are copied. They are not compressed: a compressed layer is known by
+    # another digest, so that every push would compress all of them again.
     layout = CACHE / "layouts" / image.rpartition("/")[2].partition(":")[0]
     layout.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["buildah", "push", "--quiet", image, f"oci:{layout}:{image}"], check=True)
+    subprocess.run(["buildah", "push", "--quiet", "--disable-compression", image, f"oci:{layout}:{image}"], check=True)
     _prune(layout)
     present = set(ctr(socket, "content", "list", "--quiet").split())
     with tempfile.TemporaryDirectory() as name:
