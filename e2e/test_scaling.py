@@ -54,8 +54,10 @@ def workflow() -> Body:
     for model in body["spec"]["models"]:
         limit = "300m" if model["role"] == "Denoiser" else "250m"
         model["resources"] = {"limits": {"cpu": limit}, "requests": {"cpu": "10m"}}
-        model["engine"] |= {"maxRunning": 1, "maxWaiting": 512}
+        model["engine"]["maxWaiting"] = 512
         model["scaling"] = {"minReplicas": 1, "maxReplicas": MAX_REPLICAS}
+        if model["role"] == "Denoiser":
+            model["engine"]["maxRunning"] = 1
         if model["role"] == "VAE":
             model["scaling"]["mode"] = "External"
     return body
