@@ -84,11 +84,10 @@ def _import(socket: Path, image: str) -> None:
     known = f"{image.rpartition(':')[0]}:{built[:12]}"
     if known in ctr(socket, "images", "list", "--quiet").split():
         return
-    # Only layers that the layout and the store do not have are copied. They are not compressed: a compressed layer is known by
-    # another digest, so that every push would compress all of them again.
+    # buildah compresses all layers again; of these only those that the store does not have are imported.
     layout = CACHE / "layouts" / image.rpartition("/")[2].partition(":")[0]
     layout.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["buildah", "push", "--quiet", "--disable-compression", image, f"oci:{layout}:{image}"], check=True)
+    subprocess.run(["buildah", "push", "--quiet", image, f"oci:{layout}:{image}"], check=True)
     _prune(layout)
     present = set(ctr(socket, "content", "list", "--quiet").split())
     with tempfile.TemporaryDirectory() as name:
