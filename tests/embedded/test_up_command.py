@@ -37,10 +37,10 @@ def serving() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
         if "Try: latentflow generate" in line:
             break
     children = psutil.Process(up.pid).children(recursive=True)
-    yield up, children
-    up.kill()
-    up.wait()
-    up.stderr.close()
+    # Closes the pipes, too.
+    with up:
+        yield up, children
+        up.kill()
 
 
 def memory_folders(process: int) -> set[Path]:
