@@ -23,8 +23,10 @@ CLUSTERS: dict[str, Callable[[Path], AbstractContextManager[ApiServer]]] = {
     "node": functools.partial(node.cluster, provide=images.provide),
     "kind": functools.partial(kind.cluster, provide=images.load),
 }
-# For tests that reach into the node: its processes, its network.
-on_a_node_of_ours = pytest.mark.skipif(CLUSTER != "node", reason=f"{CLUSTER} does not let tests reach into the node")
+# Marks tests that use the node's processes or its network.
+on_a_node_of_ours = pytest.mark.skipif(
+    CLUSTER != "node", reason=f"a cluster of {CLUSTER} hides its processes and network"
+)
 RELEASE_NAMESPACE = "latentflow"
 VALUES: dict[str, Any] = {
     "images": {
@@ -34,11 +36,11 @@ VALUES: dict[str, Any] = {
     "models": {
         "modelRoot": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
         "drainSeconds": 60,
-        # Requests take a second here.
+        # A request takes about a second here.
         "retireSeconds": 20,
     },
     "gateway": {"drainSeconds": 60},
-    # Faster than the defaults, so that a test sees it go up and down.
+    # Shorter than the defaults, so that a test lasts minutes.
     "scaling": {
         "prometheus": "http://prometheus.monitoring.svc:9090",
         "intervalSeconds": 2,
@@ -68,7 +70,7 @@ def prometheus(cluster: ApiServer) -> Prometheus:
 
 @pytest.fixture(scope="session")
 def release(cluster: ApiServer, prometheus: Prometheus, tmp_path_factory: pytest.TempPathFactory) -> ApiServer:
-    """The cluster with the chart installed, in a namespace that enforces restricted Pod Security."""
+    """The cluster with the chart installed in a namespace that enforces restricted Pod Security."""
     cluster.apply(
         [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": RELEASE_NAMESPACE, "labels": RESTRICTED}}]
     )
@@ -79,29 +81,29 @@ def release(cluster: ApiServer, prometheus: Prometheus, tmp_path_factory: pytest
 
 
 def deploy(cluster: ApiServer, verb: str, *options: str) -> None:
-    """`helm install` or `upgrade` of the release; returns when what the chart makes is ready."""
-    place = [f"--kubeconfig={cluster.kubeconfig}", f"--namespace={RELEASE_NAMESPACE}"]
-    done = helm(verb, "latentflow", str(CHART), *place, *options, "--wait", "--timeout=5m")
+    """`helm install` or `helm upgrade` of the release; returns when its objects are ready."""
+    target = [f"--kubeconfig={cluster.kubeconfig}", f"--namespace={RELEASE_NAMESPACE}"]
+    done = helm(verb, "latentflow", str(CHART), *target, *options, "--wait", "--timeout=5m")
     assert done.returncode == 0, done.stdout + done.stderr + cluster.kubectl("get", "events", "-A")
 
 
 def gateway_address(release: ApiServer) -> str:
-    """host:port of the gateways' Service, for who is on the node."""
-    place = ["get", "service", "latentflow-gateway", f"--namespace={RELEASE_NAMESPACE}"]
-    return f"{release.kubectl(*place, '--output=jsonpath={.spec.clusterIP}')}:8400"
+    """host:port of the gateways' Service, reachable from the node."""
+    service = ["get", "service", "latentflow-gateway", f"--namespace={RELEASE_NAMESPACE}"]
+    return f"{release.kubectl(*service, '--output=jsonpath={.spec.clusterIP}')}:8400"
 
 
 @pytest.fixture
 def namespace(release: ApiServer) -> Iterator[Namespace]:
-    """A namespace for workflows, restricted too, with the repository's models in a claim."""
-    with new_namespace(release, "art", labels=RESTRICTED) as place:
-        models_claim(release, place)
-        yield place
+    """A namespace for workflows that enforces restricted Pod Security and has a claim with the repository's models."""
+    with new_namespace(release, "art", labels=RESTRICTED) as namespace:
+        models_claim(release, namespace)
+        yield namespace
 
 
-def models_claim(release: ApiServer, place: Namespace) -> None:
-    """A claim with the repository's models."""
-    volume = f"models-{place.name}"
+def models_claim(release: ApiServer, namespace: Namespace) -> None:
+    """Creates a PersistentVolumeClaim of the namespace that holds the repository's models."""
+    volume = f"models-{namespace.name}"
     spec = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
     size = {"storage": "1Gi"}
     release.apply(
@@ -115,7 +117,7 @@ def models_claim(release: ApiServer, place: Namespace) -> None:
             {
                 "apiVersion": "v1",
                 "kind": "PersistentVolumeClaim",
-                "metadata": {"name": "models", "namespace": place.name},
+                "metadata": {"name": "models", "namespace": namespace.name},
                 "spec": spec | {"volumeName": volume, "resources": {"requests": size}},
             },
         ]

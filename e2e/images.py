@@ -1,6 +1,6 @@
-"""The images that the cluster of the tests runs: built by `tools/images` and `tools/build`, brought where it finds them.
+"""The images of the test cluster: built by `tools/images` and `tools/build` and imported into the cluster's image store.
 
-An image that is there already is not imported again: that of the model servers takes a minute or two.
+An image that the store already has is not imported again: importing that of the model servers takes a minute or two.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from node import CACHE, PAUSE, ctr
 from support.paths import ROOT
 
-# The second names the same images, for a release to be upgraded to.
+# NEXT_TAG names the same images; tests upgrade a release to it.
 TAG, NEXT_TAG = "e2e", "e2e-next"
 CONTROL, NODE = f"localhost/latentflow-control:{TAG}", f"localhost/latentflow-node:{TAG}"
 DNS = f"localhost/latentflow-coredns:{TAG}"
@@ -26,7 +26,7 @@ _PUBLISHED_PROMETHEUS = "prom/prometheus:v2.55.1"
 
 
 def provide(socket: Path) -> None:
-    """Builds what is not built, and brings it into the store of a node of ours."""
+    """Builds the images that are not built yet and imports them into the store of a node made by `node.py`."""
     programs = Path(_output(str(ROOT / "tools/build"), "pause", "coredns"))
     _wrap(programs / "pause", PAUSE)
     _wrap(programs / "coredns", DNS)
@@ -39,7 +39,7 @@ def provide(socket: Path) -> None:
 
 
 def load(cluster: str) -> None:
-    """Builds our images with docker, and brings them into a cluster of kind."""
+    """Builds our images with docker and loads them into a cluster of kind."""
     subprocess.run([str(ROOT / "tools/images"), TAG], check=True)
     subprocess.run(["docker", "pull", "--quiet", _PUBLISHED_PROMETHEUS], check=True)
     built = {image: image.removeprefix("localhost/") for image in (CONTROL, NODE)}
@@ -58,7 +58,7 @@ def _output(*command: str) -> str:
 
 
 def _wrap(program: Path, image: str) -> None:
-    """An image with one program in it, and the libraries that it is linked to."""
+    """Builds an image of one program and the libraries that it is linked to."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "program").write_bytes(program.read_bytes())
@@ -73,18 +73,18 @@ def _wrap(program: Path, image: str) -> None:
 
 
 def _libraries(program: Path) -> list[str]:
-    # Of a static program ldd says that it is none of its, and fails.
-    said = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
-    return re.findall(r"(/\S+) \(0x", said)
+    # For a static program ldd fails and prints no library.
+    output = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
+    return re.findall(r"(/\S+) \(0x", output)
 
 
 def _import(socket: Path, image: str) -> None:
     built = _output("buildah", "inspect", "--type=image", "--format={{.FromImageID}}", image)
-    # By this name the store knows which build it has.
+    # The store keeps a build under this name too, so that it is recognised.
     known = f"{image.rpartition(':')[0]}:{built[:12]}"
     if known in ctr(socket, "images", "list", "--quiet").split():
         return
-    # Layers that are there already, packed or unpacked, are not packed, copied or unpacked again.
+    # buildah compresses all layers again; of these only those that the store does not have are imported.
     layout = CACHE / "layouts" / image.rpartition("/")[2].partition(":")[0]
     layout.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["buildah", "push", "--quiet", image, f"oci:{layout}:{image}"], check=True)
@@ -97,7 +97,7 @@ def _import(socket: Path, image: str) -> None:
                 if path.is_file() and f"sha256:{path.name}" not in present:
                     tar.add(path, path.relative_to(layout))
         ctr(socket, "images", "import", str(archive))
-    # Earlier builds go, and what only they had, which may be gigabytes.
+    # Removes earlier builds and their layers, which may be gigabytes.
     for name in ctr(socket, "images", "list", "--quiet").split():
         if name.rpartition(":")[0] == image.rpartition(":")[0] and name != image:
             ctr(socket, "images", "remove", name)

@@ -1,7 +1,7 @@
-"""The cluster of the tests where Docker is: one node, made by kind. It has not been run so far.
+"""The test cluster on machines with Docker: one node, made by kind. It has never been run.
 
-Unlike the node of `node.py` it needs no root, and it comes with DNS and a default StorageClass. What its programs do is out
-of reach: they run in a container, and Services have no address on this machine.
+Unlike `node.py` it needs no root, and it has DNS and a default StorageClass. Tests cannot reach its processes, which run in
+a container, nor its Services, which have no address on this machine.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _NEEDED = ("docker", "kind", "kubectl", "helm")
 
 @contextlib.contextmanager
 def cluster(folder: Path, *, provide: Callable[[str], None]) -> Iterator[ApiServer]:
-    """One node, Ready when entered; deleted when left. One of that name which is there already is deleted first.
+    """One node, Ready when entered and deleted when left. An existing cluster of that name is deleted first.
 
     Args:
-        provide: Brings the images into the cluster, of which it gets the name.
+        provide: Loads the images into the cluster; called with its name.
     """
     missing = [name for name in _NEEDED if shutil.which(name) is None]
     if missing:
         sys.exit(f"Not installed: {', '.join(missing)}.")
     config, kubeconfig = folder / "kind.yaml", folder / "kubeconfig.yaml"
-    # Tests hand the cluster folders of theirs, which lie beside this one.
+    # Tests mount their own folders, which are beside this one, into pods.
     config.write_text(yaml.safe_dump(configuration(ROOT / "models", folder.parent)))
     place = [f"--name={NAME}", f"--kubeconfig={kubeconfig}"]
     _run("kind", "delete", "cluster", *place)
@@ -49,14 +49,14 @@ def cluster(folder: Path, *, provide: Callable[[str], None]) -> Iterator[ApiServ
 
 
 def configuration(*folders: Path) -> dict[str, Any]:
-    """The configuration of one node which has folders of this machine at the same paths: pure."""
+    """The configuration of one node that mounts folders of this machine at the same paths: pure."""
     mounts = [{"hostPath": str(folder), "containerPath": str(folder)} for folder in folders]
     nodes = [{"role": "control-plane", "extraMounts": mounts}]
     return {"kind": "Cluster", "apiVersion": "kind.x-k8s.io/v1alpha4", "nodes": nodes}
 
 
 def administered(folder: Path, kubeconfig: Path) -> ApiServer:
-    """The API server of a kubeconfig, with a token of an administrator that is made for it."""
+    """The API server of a kubeconfig, with the token of an administrator account that is created for it."""
     server = ApiServer(url="", folder=folder, kubeconfig=kubeconfig)
     view = server.kubectl("config", "view", "--raw", "--flatten", "--minify", "--output=json")
     found = json.loads(view)["clusters"][0]["cluster"]

@@ -1,7 +1,7 @@
 """A real cluster of one node on this machine: control plane, kubelet, containerd, kube-proxy, DNS. Needs root.
 
-For where neither a cluster nor Docker can be had. `make cluster` keeps one up until Ctrl-C. Everything lies in one
-folder and on two bridges, and is gone afterwards; only containerd's store of images is kept, under ~/.cache/latentflow.
+For machines that have neither a cluster nor Docker. `make cluster` keeps one up until Ctrl-C. All state is in one folder
+and on two bridges and is removed at the end; only containerd's image store is kept, under ~/.cache/latentflow.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ADDRESS, BRIDGE = "10.210.0.1", "latentflow0"
 PODS, POD_BRIDGE = "10.211.0.0/16", "latentflow1"
 SERVICES_DNS = "10.0.0.10"
 NAME = "node"
-# Holds a pod's namespaces.
+# The container that holds a pod's namespaces.
 PAUSE = "localhost/latentflow-pause:e2e"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "latentflow"
-# Always the same, so that what a killed run has left is found and removed.
+# The same in every run, so that a run removes what a killed one left behind.
 _STATE = Path("/run/latentflow/containerd")
 _NEEDED = ("containerd", "runc", "ctr", "conntrack", "ip", "nft")
 _CNI = Path("/usr/lib/cni")
@@ -40,7 +40,7 @@ def cluster(folder: Path, *, provide: Callable[[Path], None]) -> Iterator[ApiSer
     """One node, Ready when entered.
 
     Args:
-        provide: Brings the images into the store, of which it gets the socket.
+        provide: Imports the images into the store; called with containerd's socket.
     """
     _check()
     with contextlib.ExitStack() as stack:
@@ -67,7 +67,7 @@ def cluster(folder: Path, *, provide: Callable[[Path], None]) -> Iterator[ApiSer
 
 @contextlib.contextmanager
 def _container_runtime(folder: Path) -> Iterator[Path]:
-    """containerd while entered; its socket. Images are kept from one time to the next."""
+    """Runs containerd while entered and yields its socket. Images are kept between runs."""
     socket = folder / "containerd.sock"
     config = folder / "containerd.toml"
     config.write_text(_containerd(folder, socket))
@@ -76,17 +76,17 @@ def _container_runtime(folder: Path) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         stack.callback(_unmount, _STATE)
         stack.enter_context(process(Path(shutil.which("containerd") or ""), [f"--config={config}"], folder))
-        _answers(socket)
+        _wait_for_containerd(socket)
         _remove_containers(socket)
         yield socket
 
 
 class CtrError(Exception):
-    """A command to containerd has failed, with its words."""
+    """A command to containerd failed; the message is its standard error."""
 
 
 def ctr(socket: Path, *arguments: str) -> str:
-    """What a command to containerd prints, about what Kubernetes runs. CtrError where it fails."""
+    """The output of a `ctr` command in Kubernetes' namespace of containerd. CtrError if it fails."""
     command = ["ctr", f"--address={socket}", "--namespace=k8s.io", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -104,7 +104,7 @@ def _check() -> None:
 
 @contextlib.contextmanager
 def _bridge() -> Iterator[None]:
-    """The node's address, on a bridge of its own."""
+    """Gives the node its address, on its own bridge, while entered."""
     for name in (BRIDGE, POD_BRIDGE):
         subprocess.run(["ip", "link", "delete", name], capture_output=True, check=False)
     _run("ip", "link", "add", BRIDGE, "type", "bridge")
@@ -128,7 +128,7 @@ def _written(path: Path, body: dict[str, Any]) -> Path:
 
 
 def _containerd(folder: Path, socket: Path) -> str:
-    # oom_score_adj cannot be lowered where the machine itself is a container.
+    # Without CAP_SYS_RESOURCE, as in a container, oom_score_adj cannot be lowered.
     return f"""
 version = 2
 root = "{CACHE / "containerd"}"
@@ -175,7 +175,7 @@ def _kubelet(folder: Path, socket: Path) -> dict[str, Any]:
         "clusterDNS": [SERVICES_DNS],
         "clusterDomain": "cluster.local",
         "containerRuntimeEndpoint": f"unix://{socket}",
-        # The disk is the machine's own and its fullness not the cluster's business.
+        # The machine's disk may be nearly full for other reasons; pods are not evicted for it.
         "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
         "imageGCHighThresholdPercent": 100,
         "failCgroupV1": False,
@@ -197,19 +197,19 @@ def _proxy(server: ApiServer) -> dict[str, Any]:
 
 
 @retry(retry=retry_if_exception_type(CtrError), stop=stop_after_delay(60), wait=wait_fixed(0.2))
-def _answers(socket: Path) -> None:
+def _wait_for_containerd(socket: Path) -> None:
     ctr(socket, "version")
 
 
 @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(120), wait=wait_fixed(0.5), reraise=True)
 def _ready(server: ApiServer) -> None:
     nodes = json.loads(server.kubectl("get", "nodes", "--output=json"))["items"]
-    said = [c for node in nodes for c in node["status"].get("conditions", ()) if c["type"] == "Ready"]
-    assert [c["status"] for c in said] == ["True"], f"the node is not ready: {said}"
+    ready = [c for node in nodes for c in node["status"].get("conditions", ()) if c["type"] == "Ready"]
+    assert [c["status"] for c in ready] == ["True"], f"the node is not ready: {ready}"
 
 
 def _remove_containers(socket: Path) -> None:
-    """Ends what the kubelet has left running: it lets pods live when it stops."""
+    """Ends all containers: the kubelet leaves pods running when it stops."""
     for task in ctr(socket, "tasks", "list", "--quiet").split():
         with contextlib.suppress(CtrError):
             ctr(socket, "tasks", "delete", "--force", task)
@@ -219,11 +219,11 @@ def _remove_containers(socket: Path) -> None:
 
 
 def _unmount(folder: Path) -> None:
-    """The volumes of pods that were there to the end."""
+    """Unmounts everything below a folder, such as the volumes of pods that still ran at the end."""
     for line in Path("/proc/mounts").read_text().splitlines():
-        place = line.split()[1]
-        if place.startswith(str(folder)):
-            subprocess.run(["umount", "--lazy", place], check=False)
+        mount = line.split()[1]
+        if mount.startswith(str(folder)):
+            subprocess.run(["umount", "--lazy", mount], check=False)
 
 
 def main() -> None:

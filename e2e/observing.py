@@ -1,4 +1,4 @@
-"""What the cluster's Prometheus server has seen, asked through the API server."""
+"""Queries of the cluster's Prometheus server, through the API server's proxy."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ _DEPLOYMENT = ("deployment/prometheus", "--namespace=monitoring")
 
 
 class Prometheus:
-    """The server of `e2e/prometheus.yaml`."""
+    """The server that `e2e/prometheus.yaml` installs."""
 
     def __init__(self, cluster: ApiServer) -> None:
         self._cluster = cluster
 
     def ready(self) -> None:
-        """Returns when it answers."""
+        """Returns when the server is ready."""
         self._cluster.kubectl("rollout", "status", *_DEPLOYMENT, "--timeout=2m")
 
     def stop(self) -> None:
-        """Takes it away; returns when it is."""
+        """Stops the server; returns when its pod is gone."""
         self._cluster.kubectl("scale", "--replicas=0", *_DEPLOYMENT)
         self._cluster.kubectl(
             "wait", "--for=delete", "pod", "--selector=app=prometheus", _DEPLOYMENT[1], "--timeout=1m"
         )
 
     def start(self) -> None:
-        """Brings it back, with nothing in its memory."""
+        """Starts the server again, with an empty database; returns when it is ready."""
         self._cluster.kubectl("scale", "--replicas=1", *_DEPLOYMENT)
         self.ready()
 
     def query(self, promql: str, label: str) -> dict[str, float]:
-        """The present values, by the value of a label."""
+        """Current values, by the value of a label."""
         return {
             sample["metric"].get(label, ""): float(sample["value"][1])
             for sample in self._get("query", query=promql)["result"]
         }
 
     def series(self, promql: str, label: str, *, start: float, end: float) -> dict[str, list[tuple[float, float]]]:
-        """Values over time, every second: pairs of Unix time and value, by the value of a label."""
+        """One value a second: pairs of Unix time and value, by the value of a label."""
         found = self._get("query_range", query=promql, start=f"{start:.3f}", end=f"{end:.3f}", step="1")
         return {
             line["metric"].get(label, ""): [(float(at), float(value)) for at, value in line["values"]]

@@ -1,4 +1,4 @@
-"""docs/kubernetes.md, command by command, on a real cluster."""
+"""Every command of docs/kubernetes.md, in order, on a real cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCUMENT = "docs/kubernetes.md"
 
 
 def ours(text: str) -> str:
-    """With the images that are in the cluster's store."""
+    """The text with the names of the images in the cluster's store."""
     for image in (images.CONTROL, images.NODE):
         name = image.partition("/")[2].partition(":")[0]
         text = text.replace(f"registry.example/{name}:0.1.0", image)
@@ -27,7 +27,7 @@ def ours(text: str) -> str:
 
 
 @pytest.mark.timeout(1200)
-def test_every_command_of_the_newcomer_s_page_works_in_its_order(cluster: ApiServer, tmp_path: Path) -> None:
+def test_every_command_of_the_kubernetes_page_works_in_order(cluster: ApiServer, tmp_path: Path) -> None:
     (tmp_path / "models-volume").mkdir(mode=0o777)
     (tmp_path / "models-volume").chmod(0o777)
     cluster.apply(
@@ -35,7 +35,7 @@ def test_every_command_of_the_newcomer_s_page_works_in_its_order(cluster: ApiSer
             {
                 "apiVersion": "v1",
                 "kind": "PersistentVolume",
-                "metadata": {"name": "newcomer"},
+                "metadata": {"name": "models"},
                 "spec": {
                     "accessModes": ["ReadWriteOnce"],
                     "capacity": {"storage": "1Gi"},
@@ -57,6 +57,6 @@ def test_every_command_of_the_newcomer_s_page_works_in_its_order(cluster: ApiSer
         done = subprocess.run(
             ["bash", "-ec", line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
-        told = "" if done.returncode == 0 else cluster.kubectl("describe", "dwf,dm,pods", "--all-namespaces")
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}\n{told}"
+        state = "" if done.returncode == 0 else cluster.kubectl("describe", "dwf,dm,pods", "--all-namespaces")
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}\n{state}"
     assert Image.open(tmp_path / "circle.png").size == (64, 64)

@@ -1,4 +1,4 @@
-"""The way of somebody who installs the chart and applies a workflow, on a real cluster."""
+"""The user's path on a real cluster: install the chart, apply a workflow, make an image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MARK = "-----image-----"
 
 
 def threaded(example: str) -> Body:
-    """An example whose models use one thread each, so that the arithmetic is everywhere the same."""
+    """An example whose models use one thread each, so that results do not depend on the number of cores."""
     body = dict(yaml.safe_load((EXAMPLES / example).read_text()))
     for model in body["spec"]["models"]:
         model["engine"] = {"threads": 1}
@@ -40,7 +40,7 @@ def threaded(example: str) -> Body:
 
 
 def generate(release: ApiServer, namespace: Namespace, output: Path, *options: str) -> Image.Image:
-    """What `latentflow generate --kube` makes on this machine."""
+    """The image that `latentflow generate --kube` makes on this machine."""
     latentflow = Path(sys.executable).parent / "latentflow"
     command = [str(latentflow), "generate", PROMPT, "--kube", f"--namespace={namespace.name}", f"--output={output}"]
     done = subprocess.run(
@@ -55,7 +55,7 @@ def generate(release: ApiServer, namespace: Namespace, output: Path, *options: s
 
 
 def generate_in_a_pod(release: ApiServer, namespace: Namespace) -> Image.Image:
-    """What the client makes in a pod that only knows the gateways' name."""
+    """The image that the client makes in a pod that knows only the DNS name of the gateways."""
     endpoint = f"latentflow-gateway.{RELEASE_NAMESPACE}.svc:8400"
     workflow = f"--workflow={namespace.name}/shapes"
     make = f"latentflow generate '{PROMPT}' {workflow} --target={endpoint} --seed={SEED} --lora={LORA} -o /tmp/out.png"
@@ -88,17 +88,17 @@ def generate_in_a_pod(release: ApiServer, namespace: Namespace) -> Image.Image:
 
 
 async def embedded(workflow: Body, folder: Path) -> Image.Image:
-    """What the embedded runtime makes of the same file."""
+    """The image that the embedded runtime makes from the same file."""
     path = folder / "workflow.yaml"
     path.write_text(yaml.safe_dump(workflow))
     async with run(load_workflows(path), model_root=ROOT / "models", listen="127.0.0.1:0", log_level="WARNING") as up:
         await up.supervisor.wait_ready(240)
 
-        def ask() -> Image.Image:
+        def request() -> Image.Image:
             with Client(up.target, timeout=120) as client:
                 return client.generate(PROMPT, seed=SEED, loras={"outline": 0.8}).image
 
-        return await asyncio.to_thread(ask)
+        return await asyncio.to_thread(request)
 
 
 def wait_until_ready(release: ApiServer, namespace: Namespace, *names: str) -> None:
@@ -108,12 +108,12 @@ def wait_until_ready(release: ApiServer, namespace: Namespace, *names: str) -> N
                 "wait", f"--namespace={namespace.name}", "--for=condition=Ready", f"dwf/{name}", "--timeout=5m"
             )
         except AssertionError as error:
-            told = release.kubectl("describe", "dwf,dm,pods", f"--namespace={namespace.name}")
-            raise AssertionError(f"{error}\n{told}") from None
+            state = release.kubectl("describe", "dwf,dm,pods", f"--namespace={namespace.name}")
+            raise AssertionError(f"{error}\n{state}") from None
 
 
 @pytest.mark.timeout(900)
-async def test_a_workflow_becomes_ready_and_its_image_is_everywhere_the_same(
+async def test_a_workflow_becomes_ready_and_every_client_gets_the_same_image(
     release: ApiServer, namespace: Namespace, tmp_path: Path
 ) -> None:
     workflow = threaded("shapes.yaml")
@@ -127,7 +127,7 @@ async def test_a_workflow_becomes_ready_and_its_image_is_everywhere_the_same(
 
 
 @pytest.mark.timeout(900)
-def test_a_second_workflow_adds_only_what_is_new_and_deleting_both_leaves_nothing(
+def test_a_second_workflow_adds_only_its_new_model_and_deleting_both_leaves_none(
     release: ApiServer, namespace: Namespace
 ) -> None:
     namespace.apply(threaded("shapes.yaml"))
@@ -151,14 +151,14 @@ def test_a_second_workflow_adds_only_what_is_new_and_deleting_both_leaves_nothin
 
 
 def outline(path: Path) -> None:
-    """What the edges ControlNet is given: a circle's outline, white on black."""
+    """Writes the hint of the edges ControlNet: the outline of a circle, white on black."""
     image = Image.new("RGB", (64, 64))
     ImageDraw.Draw(image).ellipse((8, 20, 32, 44), outline="white")
     image.save(path)
 
 
 @pytest.mark.timeout(900)
-def test_tensors_go_through_memory_inside_a_pod_and_over_grpc_between_pods_with_the_same_image(
+def test_tensors_use_shared_memory_in_a_pod_and_grpc_between_pods_for_the_same_image(
     release: ApiServer, prometheus: Prometheus, namespace: Namespace, tmp_path: Path
 ) -> None:
     names = ("shapes", "shapes-colocated")
@@ -181,24 +181,24 @@ def test_tensors_go_through_memory_inside_a_pod_and_over_grpc_between_pods_with_
 
     @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(30), wait=wait_fixed(1), reraise=True)
     def scraped() -> None:
-        """Returns when Prometheus has read every server since the images were done, and not in the middle of one."""
+        """Returns when Prometheus has scraped every server since the last image was done."""
         scrape = f'min by (model) (timestamp(latentflow_ready{{namespace="{namespace.name}"}}))'
         assert min(prometheus.query(scrape, "model").values()) > done
 
-    def ways(workflow: str, name: str, direction: str) -> set[str]:
-        """By which transports a model has sent or received tensors, as Prometheus has scraped it."""
+    def transports(workflow: str, name: str, direction: str) -> set[str]:
+        """The transports by which a model has sent or received tensors, from its scraped metrics."""
         labels = f'namespace="{namespace.name}",model="{model(workflow, name)}",direction="{direction}"'
         return set(prometheus.query(f"sum by (transport) (latentflow_tensor_bytes_total{{{labels}}}) > 0", "transport"))
 
     scraped()
-    # Residuals come from the same pod, the conditioning from the text encoder's; adapters go over gRPC everywhere.
-    assert ways("shapes-colocated", "base", "receive") == {"shared-memory", "grpc"}
-    assert ways("shapes-colocated", "edges", "send") == {"shared-memory"}
+    # Residuals come from the same pod, conditioning from the text encoder's; adapters always use gRPC.
+    assert transports("shapes-colocated", "base", "receive") == {"shared-memory", "grpc"}
+    assert transports("shapes-colocated", "edges", "send") == {"shared-memory"}
     for name in ("text", "edges", "styles", "base"):
-        assert ways("shapes", name, "send") == {"grpc"}
+        assert transports("shapes", name, "send") == {"grpc"}
 
 
-def test_the_release_s_pods_run_as_the_restricted_standard_asks(release: ApiServer) -> None:
+def test_the_release_s_pods_run_under_restricted_pod_security(release: ApiServer) -> None:
     pods = json.loads(release.kubectl("get", "pods", f"--namespace={RELEASE_NAMESPACE}", "--output=json"))["items"]
     assert {pod["status"]["phase"] for pod in pods} == {"Running"}
     assert len(pods) == 3

@@ -1,4 +1,4 @@
-"""`make demo`: serves examples/shapes.yaml on this machine, makes one image with a ControlNet and a LoRA, ends."""
+"""`make demo`: serves examples/shapes.yaml on this machine, generates one image with a ControlNet and a LoRA, and ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENLARGED = 6
 
 
 def star(side: int = 64) -> Image.Image:
-    """What the edges ControlNet is given: the outline of a star, white on black."""
+    """The input of the edges ControlNet: the outline of a star, white on black."""
     image = Image.new("RGB", (side, side))
     points = [(32, 12), (36, 26), (52, 26), (40, 35), (44, 51), (32, 42), (20, 51), (24, 35), (12, 26), (28, 26)]
     ImageDraw.Draw(image).polygon(points, outline="white")
@@ -29,7 +29,7 @@ def star(side: int = 64) -> Image.Image:
 
 async def demo() -> None:
     console = Console()
-    began = time.monotonic()
+    started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         workflows = load_workflows(HERE / "shapes.yaml")
@@ -57,13 +57,13 @@ async def demo() -> None:
                     if isinstance(event, results.ImageReady):
                         OUT.parent.mkdir(exist_ok=True)
                         OUT.write_bytes(event.png)
-                        made = time.monotonic()
+                        finished = time.monotonic()
     large = OUT.with_stem("demo-large")
     with Image.open(OUT) as image:
         image.resize((image.width * ENLARGED, image.height * ENLARGED), Image.Resampling.NEAREST).save(large)
-    console.print(f"{PROMPT!r}, traced by a star's outline, in the style of the LoRA 'outline'")
-    console.print(f"servers ready after {ready - began:.1f} s, image {made - ready:.1f} s later")
-    console.print(f"[bold]{OUT}[/] (64x64), and enlarged for looking at: [bold]{large}[/]", highlight=False)
+    console.print(f"{PROMPT!r}, along the outline of a star, in the style of the LoRA 'outline'")
+    console.print(f"servers ready after {ready - started:.1f} s, image {finished - ready:.1f} s later")
+    console.print(f"[bold]{OUT}[/] (64x64), and enlarged: [bold]{large}[/]", highlight=False)
 
 
 if __name__ == "__main__":

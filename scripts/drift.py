@@ -1,4 +1,4 @@
-"""Fails when a generated file is not what its source says: gRPC stubs, CustomResourceDefinitions and generated documentation."""
+"""Fails where a generated file differs from its source: gRPC stubs, CustomResourceDefinitions, generated documentation."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def main() -> None:
         outputs = [f"--{kind}={folder}" for kind in ("python_out", "pyi_out", "grpc_python_out")]
         command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT / 'protos'}", *outputs, *protos]
         subprocess.run(command, check=True)
-        for made in sorted(Path(folder, "latentflow/v1").iterdir()):
-            if _read(STUBS / made.name) != made.read_text():
-                stale.append(f"client/latentflow/v1/{made.name}: run `make proto`")
+        for stub in sorted(Path(folder, "latentflow/v1").iterdir()):
+            if _read(STUBS / stub.name) != stub.read_text():
+                stale.append(f"client/latentflow/v1/{stub.name}: run `make proto`")
     with tempfile.TemporaryDirectory() as folder:
         crds.write(Path(folder))
-        for made in sorted(Path(folder).iterdir()):
-            for place in ("crds", "charts/latentflow/files/crds"):
-                if _read(ROOT / place / made.name) != made.read_text():
-                    stale.append(f"{place}/{made.name}: run `make crds`")
+        for definition in sorted(Path(folder).iterdir()):
+            for target in ("crds", "charts/latentflow/files/crds"):
+                if _read(ROOT / target / definition.name) != definition.read_text():
+                    stale.append(f"{target}/{definition.name}: run `make crds`")
     if stale:
-        sys.exit("Generated files are not what their sources say:\n" + "\n".join(stale))
-    print("generated files are as their sources say")
+        sys.exit("Generated files differ from their sources:\n" + "\n".join(stale))
+    print("generated files agree with their sources")
 
 
 def _read(path: Path) -> str:

@@ -50,7 +50,7 @@ class LatentflowError(Exception):
         self,
         message: str,
         *,
-        reason: str | None = None,
+        reason: Reason | None = None,
         details: dict[str, str] | None = None,
         retry_after: float | None = None,
     ) -> None:

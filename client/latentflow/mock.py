@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from PIL import Image
 
 from latentflow.errors import LatentflowError
+from latentflow.internal import images
 from latentflow.transport import Metadata
 from latentflow.v1 import generation_pb2
 
@@ -93,13 +94,15 @@ def _responses(request: generation_pb2.GenerateRequest) -> Iterator[generation_p
         red, green, blue = colorsys.hsv_to_rgb((seed * 0.618034) % 1, 0.6, 0.9)
         stream = io.BytesIO()
         Image.new("RGB", (width, height), (int(red * 255), int(green * 255), int(blue * 255))).save(stream, "PNG")
-        yield generation_pb2.GenerateResponse(image=generation_pb2.Image(image=index, png=stream.getvalue(), seed=seed))
+        image = generation_pb2.Image(image=index, content=images.png(stream.getvalue()), seed=seed)
+        yield generation_pb2.GenerateResponse(image=image)
     yield generation_pb2.GenerateResponse(
         done=generation_pb2.Done(
             seed=request.seed,
             width=width,
             height=height,
             steps=steps,
+            requested_steps=steps,
             guidance_scale=request.guidance_scale,
             sampler=request.sampler,
         )

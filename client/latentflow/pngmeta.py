@@ -78,7 +78,7 @@ def recipe(request: generation_pb2.GenerateRequest, result: Result, ready: Image
         guidance_scale=done.guidance_scale,
         sampler=done.sampler,
         loras={lora.name: lora.weight for lora in request.loras},
-        control_images={c.model: hashlib.sha256(c.image).hexdigest() for c in request.control_images},
+        control_images={c.model: hashlib.sha256(c.image.data).hexdigest() for c in request.control_images},
         control_settings={c.model: (c.scale, c.start, c.end) for c in request.control_images},
         models={used.name: used.model for used in done.models},
         digests={used.name: used.content_digest for used in done.models},

@@ -15,7 +15,8 @@ from typing import TypeAlias, TypedDict
 from PIL import Image
 
 from latentflow.errors import InvalidRequestError
-from latentflow.v1 import generation_pb2
+from latentflow.internal import images
+from latentflow.v1 import generation_pb2, images_pb2
 
 ImageLike: TypeAlias = "Image.Image | bytes | str | PathLike[str]"
 _MAX_UINT32 = (1 << 32) - 1
@@ -133,8 +134,8 @@ def build(
     return request
 
 
-def encoded(image: ImageLike, *, what: str) -> bytes:
-    """The bytes of an image as they are sent. InvalidRequestError where a file cannot be read.
+def encoded(image: ImageLike, *, what: str) -> images_pb2.EncodedImage:
+    """An image as it is sent. InvalidRequestError where a file cannot be read or is neither PNG nor JPEG.
 
     A PIL image becomes PNG. Bytes and files are sent as they are: the gateway checks their header, and only the ControlNet
     decodes them.
@@ -144,13 +145,14 @@ def encoded(image: ImageLike, *, what: str) -> bytes:
         # The gateway refuses modes that it does not accept, with those that it does; PNG has to be able to hold them.
         picture = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16") else image.convert("RGB")
         picture.save(stream, format="PNG")
-        return stream.getvalue()
+        return images.png(stream.getvalue())
     try:
-        return image if isinstance(image, bytes) else Path(image).read_bytes()
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
     except OSError as error:
         raise InvalidRequestError(f"{what} cannot be read: {image!s}: {error.strerror}.") from None
     except (TypeError, ValueError):
         raise InvalidRequestError(f"{what} must be a PIL image, bytes or a path, not {type(image).__name__}.") from None
+    return images.of_file(data, what=what)
 
 
 def _whole(name: str, value: object, least: int, most: int) -> int:

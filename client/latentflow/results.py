@@ -161,9 +161,9 @@ def event(response: generation_pb2.GenerateResponse) -> Event | None:
         return Accepted(request_id=a.request_id, queue_position=a.queue_position, seed=a.seed, workflow=a.workflow)
     if kind == "progress":
         p = response.progress
-        return Progress(image=p.image, step=p.step, total=p.total, preview=p.preview)
+        return Progress(image=p.image, step=p.step, total=p.total, preview=p.preview.data)
     if kind == "image":
-        return ImageReady(image=response.image.image, png=response.image.png, seed=response.image.seed)
+        return ImageReady(image=response.image.image, png=response.image.content.data, seed=response.image.seed)
     if kind == "done":
         return _done(response.done)
     return None

@@ -1,9 +1,8 @@
-"""One request at work: carries a plan out over the replicas, and puts right what fails on the way.
+"""Runs a planned request on the replicas, and repeats what fails.
 
-Encode once, then for every image denoise and decode. Handles, never tensors, come back from the stages; they are kept
-alive while the request needs them and given back when it ends, however it ends. A stage that fails is tried again on
-whichever replica is ready; a tensor whose owner is lost is made again by its stage; a denoiser that dies is followed by
-another from the last checkpoint.
+It encodes once, then denoises and decodes every image. Stages return handles, not tensors; their leases are renewed while
+the request runs, and they are released when it ends, with or without an error. A failed stage is repeated on any ready
+replica, denoising from its last checkpoint; a tensor whose owner is lost is made again by its stage.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from latentflow.errors import DeadlineError, LatentflowError, OwnerLostError, Un
 from latentflow.internal import rpc, status
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
-from latentflow.v1 import generation_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
+from latentflow.v1 import generation_pb2, images_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
 
 from latentflow_gateway import retrying
 from latentflow_gateway.planning import Plan
@@ -31,7 +30,7 @@ from latentflow_gateway.replicas import Replica, Replicas
 _log = structlog.get_logger()
 _RENEW_SECONDS = 20.0
 _RELEASE_SECONDS = 5.0
-# How often one image makes lost tensors again before its request gives up.
+# How often one image makes lost tensors again before the request fails.
 _MAX_REMADE = 5
 
 T = TypeVar("T")
@@ -40,7 +39,7 @@ Emit = Callable[[generation_pb2.GenerateResponse], None]
 
 @dataclass(kw_only=True)
 class _Timing:
-    """What a stage of an image took so far."""
+    """The timing of one stage of one image."""
 
     stage: str
     image: int
@@ -57,8 +56,8 @@ class Execution:
 
     Args:
         deadline: In the event loop's time.
-        emit: Takes Progress, Image and Done events as they come.
-        token: Shared secret of the servers.
+        emit: Called with every Progress, Image and Done event.
+        token: The secret that gateways and model servers share.
     """
 
     def __init__(
@@ -85,15 +84,15 @@ class Execution:
         self._metrics = metrics
         self._checkpoint_interval = checkpoint_interval
         self._ready_seconds = ready_seconds
-        # With the way to their owners, of which some may be on their way out and in no directory any more.
+        # Handles by id, with their owners: a draining owner may no longer be in the directory.
         self._held: dict[bytes, tuple[tensors_pb2.Handle, Replica]] = {}
         self._encoding = asyncio.Lock()
         self._encoded: stage_pb2.EncodeResponse | None = None
         self._timings: list[generation_pb2.StageTiming] = []
 
     async def run(self, *, arrived: float) -> None:
-        """Emits all events up to Done. Raises what no retry could put right. `release` has to follow."""
-        began = time.perf_counter()
+        """Emits all events up to Done. Raises an error that no repetition corrects. The caller then calls `release`."""
+        started = time.perf_counter()
         renewing = asyncio.create_task(self._renew())
         try:
             await self._conditioning(None)
@@ -104,7 +103,7 @@ class Execution:
             raise _first(failures) from None
         finally:
             renewing.cancel()
-        self._emit(generation_pb2.GenerateResponse(done=self._done(arrived=arrived, began=began)))
+        self._emit(generation_pb2.GenerateResponse(done=self._done(arrived=arrived, started=started)))
 
     async def _image(self, index: int) -> None:
         timing = _Timing(stage="denoise", image=index)
@@ -135,17 +134,17 @@ class Execution:
                 self._retried(self._plan.denoiser, "denoise", Reason.OWNER_LOST)
         if decoded is None or decoding is None:
             raise UnavailableError(
-                f"Image {index} was lost {_MAX_REMADE} times; the servers keep restarting.",
+                f"Tensors of image {index} were lost {_MAX_REMADE} times; the servers restart repeatedly. See their logs.",
                 reason=Reason.STAGE_BROKEN_OFF,
             )
         self._report(timing, self._plan.denoiser)
         self._report(decoding, self._plan.vae)
         self._metrics.of("latentflow_gateway_images_total", workflow=self._plan.workflow).inc()
-        image = generation_pb2.Image(image=index, png=decoded.png, seed=self._plan.seed + index)
+        image = generation_pb2.Image(image=index, content=decoded.image, seed=self._plan.seed + index)
         self._emit(generation_pb2.GenerateResponse(image=image))
 
     async def _conditioning(self, lost: stage_pb2.EncodeResponse | None) -> stage_pb2.EncodeResponse:
-        """What the text encoder made; made anew where `lost` is what is known."""
+        """The text encoder's response; encodes again where the known response is `lost`."""
         async with self._encoding:
             if self._encoded is None or self._encoded is lost:
                 timing = _Timing(stage="encode", image=0)
@@ -156,7 +155,11 @@ class Execution:
     async def _attempts(
         self, timing: _Timing, model: str, call: Callable[[Replica], Awaitable[T]], *, near: str | None = None
     ) -> T:
-        """The result of the first attempt that works; `near` as of `Replicas.pick`, where the first attempt goes."""
+        """The result of the first attempt that succeeds.
+
+        Args:
+            near: As of `Replicas.pick`, for the first attempt.
+        """
         failures = 0
         while True:
             wait = min(self._remaining(), self._ready_seconds)
@@ -178,7 +181,7 @@ class Execution:
                 raise error
             failures = retry.failures
             self._retried(model, timing.stage, error.reason)
-            _log.info("stage failed; trying again", stage=timing.stage, at=timing.replica, reason=error.reason)
+            _log.info("stage failed and is repeated", stage=timing.stage, replica=timing.replica, reason=error.reason)
             await asyncio.sleep(min(retry.seconds, max(0.0, self._remaining())))
 
     async def _encode(self, timing: _Timing, replica: Replica) -> stage_pb2.EncodeResponse:
@@ -187,7 +190,10 @@ class Execution:
             prompt=self._plan.prompt,
             guidance=self._plan.guidance,
             strict_prompt=self._plan.strict_prompt,
-            adapters=await self._adapters(lambda component: component.startswith("text_encoder"), near=replica.address),
+            adapters=await self._adapters(
+                self._replicas.descriptions[self._plan.text_encoder].text_encoder.adapter_components,
+                near=replica.address,
+            ),
         )
         if self._plan.negative_prompt is not None:
             request.negative_prompt = self._plan.negative_prompt
@@ -207,7 +213,7 @@ class Execution:
         replica: Replica,
     ) -> tensors_pb2.Tensor:
         plan = self._plan
-        request = stage_pb2.DenoiseRequest(
+        opening = stage_pb2.DenoiseOpen(
             request_id=self._request_id,
             conditioning=encoded.conditioning,
             width=plan.width,
@@ -220,19 +226,22 @@ class Execution:
             control_nets=[
                 stage_pb2.ControlNetRef(
                     peer=await self._peer(control.model, near=replica.address),
-                    image=control.image,
+                    image=images_pb2.EncodedImage(data=control.image, media_type=control.media_type),
                     scale=control.scale,
                     start=control.start,
                     end=control.end,
                 )
                 for control in plan.controls
             ],
-            adapters=await self._adapters(lambda component: component == "unet", near=replica.address),
+            adapters=await self._adapters(
+                self._replicas.descriptions[plan.denoiser].denoiser.adapter_components, near=replica.address
+            ),
             checkpoint=progress.state,
             checkpoint_interval=self._checkpoint_interval,
             preview_interval=plan.preview_interval,
         )
-        async for event in stage_pb2_grpc.StageStub(replica.channel).Denoise(request, **self._call()):
+        requests = [stage_pb2.DenoiseRequest(open=opening)]
+        async for event in stage_pb2_grpc.StageStub(replica.channel).Denoise(requests, **self._call()):
             if event.WhichOneof("event") == "result":
                 result = event.result
                 timing.forward_ns += result.forward_ns
@@ -246,7 +255,10 @@ class Execution:
             self._emit(
                 generation_pb2.GenerateResponse(
                     progress=generation_pb2.Progress(
-                        image=index, step=step.step, total=step.total, preview=step.preview
+                        image=index,
+                        step=step.step,
+                        total=step.total,
+                        preview=step.preview if step.HasField("preview") else None,
                     )
                 )
             )
@@ -262,8 +274,9 @@ class Execution:
         timing.forward_ns += response.forward_ns
         return response
 
-    async def _adapters(self, wanted: Callable[[str], bool], *, near: str) -> list[stage_pb2.AdapterRef]:
-        chosen = [a for a in self._plan.adapters if any(wanted(component) for component in a.components)]
+    async def _adapters(self, components: Iterable[str], *, near: str) -> list[stage_pb2.AdapterRef]:
+        """The request's adapters that change one of these components."""
+        chosen = [a for a in self._plan.adapters if not set(a.components).isdisjoint(components)]
         if not chosen or self._plan.store is None:
             return []
         store = await self._peer(self._plan.store, near=near)
@@ -271,7 +284,8 @@ class Execution:
 
     async def _peer(self, model: str, *, near: str) -> stage_pb2.Peer:
         replica = await self._replicas.pick(model, seconds=min(self._remaining(), self._ready_seconds), near=near)
-        return stage_pb2.Peer(address=replica.address, model=model)
+        digest = self._replicas.descriptions[model].content_digest
+        return stage_pb2.Peer(address=replica.address, model=model, content_digest=digest)
 
     def _call(self) -> dict[str, Any]:
         return {
@@ -282,11 +296,11 @@ class Execution:
     def _remaining(self) -> float:
         seconds = self._deadline - asyncio.get_running_loop().time()
         if seconds <= 0:
-            raise DeadlineError("The request's time ran out before its images were made; give it a longer timeout.")
+            raise DeadlineError("The request's deadline passed before its images were finished; use a longer timeout.")
         return seconds
 
     def _suspect(self, error: LatentflowError, replica: Replica) -> None:
-        """Whoever did not answer is asked for its health before it gets another request."""
+        """Has the health checked of the server that did not respond, before it gets another request."""
         if error.reason == Reason.PEER_UNAVAILABLE:
             peer = self._replicas.find(error.details.get("peer", ""))
             if peer is not None:
@@ -313,18 +327,18 @@ class Execution:
             await asyncio.sleep(_RENEW_SECONDS)
             for (owner, boot_id), ids in self._owners().items():
                 request = tensors_pb2.RenewRequest(boot_id=boot_id, ids=ids)
-                # A lost owner shows where its tensor is needed; nothing to do about it here.
+                # A lost owner is handled by the stage that reads its tensor.
                 with contextlib.suppress(grpc.RpcError):
                     await tensors_pb2_grpc.TensorsStub(owner.channel).Renew(request, **self._short_call())
 
     async def release(self) -> None:
-        """Gives back all tensors. Nobody has to wait for it."""
+        """Releases all tensors. The request's events do not wait for it."""
         owners = self._owners()
         self._held.clear()
 
         async def release_of(owner: Replica, boot_id: str, ids: list[bytes]) -> None:
             request = tensors_pb2.ReleaseRequest(boot_id=boot_id, ids=ids)
-            # Leases end by themselves where the owner cannot be told.
+            # Where the owner is unreachable, the leases expire.
             with contextlib.suppress(grpc.RpcError):
                 await tensors_pb2_grpc.TensorsStub(owner.channel).Release(request, **self._short_call())
 
@@ -348,7 +362,7 @@ class Execution:
         report.wait.FromNanoseconds(timing.wait_ns)
         self._timings.append(report)
 
-    def _done(self, *, arrived: float, began: float) -> generation_pb2.Done:
+    def _done(self, *, arrived: float, started: float) -> generation_pb2.Done:
         plan = self._plan
         done = generation_pb2.Done(
             stages=self._timings,
@@ -362,6 +376,7 @@ class Execution:
             width=plan.width,
             height=plan.height,
             steps=plan.steps,
+            requested_steps=plan.steps,
             guidance_scale=plan.guidance_scale,
             sampler=plan.sampler,
         )
@@ -369,18 +384,18 @@ class Execution:
             done.truncated = self._encoded.truncated
             done.negative_truncated = self._encoded.negative_truncated
         done.total.FromNanoseconds(int((time.perf_counter() - arrived) * 1e9))
-        done.queued.FromNanoseconds(int((began - arrived) * 1e9))
+        done.queued.FromNanoseconds(int((started - arrived) * 1e9))
         return done
 
 
 @dataclass(kw_only=True)
 class _Checkpointed:
-    """The last checkpoint of an image, empty before the first."""
+    """The last checkpoint of an image; empty before the first."""
 
     state: bytes = b""
 
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Of several images' failures the first; the others follow from it or say the same."""
+    """The first of several images' failures; the others are its consequences or repeat it."""
     failure = failures.exceptions[0]
     return _first(failure) if isinstance(failure, BaseExceptionGroup) else failure

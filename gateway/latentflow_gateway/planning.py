@@ -1,7 +1,7 @@
-"""A request becomes a plan, or is refused: pure, before any model runs.
+"""Plans a request, or refuses it, before any model runs. Pure.
 
-The plan holds everything in force (defaults filled in, adapters split by component, models by identity); execution only
-carries it out. What only the weights can tell comes from what the model servers say of themselves.
+A plan holds every setting of a request with defaults filled in, and its models by identity; execution carries it out. What
+depends on the weights comes from the descriptions that the model servers return.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Role, identity
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, NotFoundError, UnimplementedError
+from latentflow.internal import images, unserved
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, generation_pb2
 from PIL import Image
 
+from latentflow_gateway import conditioning
 from latentflow_gateway.settings import Limits
 
 _MAX_SEED = (1 << 64) - 1
 _MAX_KEY = 128
+_MAX_PRIORITY = 100
 _MODES = ("RGB", "L")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlPlan:
-    """A ControlNet in use."""
+    """A ControlNet that the request uses."""
 
     name: str
     model: str
     image: bytes
+    media_type: str
     scale: float
     start: float
     end: float
@@ -38,7 +42,7 @@ class ControlPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterPlan:
-    """A LoRA in use."""
+    """A LoRA that the request uses."""
 
     name: str
     weight: float
@@ -48,7 +52,7 @@ class AdapterPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a request comes to. Models are identities; `names` has them by their names in the workflow."""
+    """Every setting of a request. Models are identities; `names` has them by their names in the workflow."""
 
     workflow: str
     names: Mapping[str, str]
@@ -74,21 +78,23 @@ class Plan:
 
 
 def find(workflows: tuple[DiffusionWorkflow, ...], name: str) -> DiffusionWorkflow:
-    """The workflow that a request names. NotFoundError lists those there are."""
+    """The workflow that a request names; without a name, the only one. NotFoundError lists those that are served."""
     known = ", ".join(workflow.full_name for workflow in workflows) or "none"
     if not name:
         if len(workflows) == 1:
             return workflows[0]
-        raise NotFoundError(f"The request names no workflow; served here: {known}.", reason=Reason.UNKNOWN_WORKFLOW)
+        raise NotFoundError(
+            f"The request names no workflow; the gateway serves {known}.", reason=Reason.UNKNOWN_WORKFLOW
+        )
     full = name if "/" in name else f"default/{name}"
     for workflow in workflows:
         if workflow.full_name == full:
             return workflow
-    raise NotFoundError(f"There is no workflow {full!r} here; served are: {known}.", reason=Reason.UNKNOWN_WORKFLOW)
+    raise NotFoundError(f"The gateway has no workflow {full!r}; it serves {known}.", reason=Reason.UNKNOWN_WORKFLOW)
 
 
 def needed(workflow: DiffusionWorkflow, request: generation_pb2.GenerateRequest) -> dict[str, str]:
-    """Models, identity by name, that the request uses and that have to be known before it can be planned."""
+    """The models that a request uses, identities by name. Their descriptions are needed to plan it."""
     named = {image.model for image in request.control_images}
     used = {}
     for model in workflow.spec.models:
@@ -110,14 +116,18 @@ def plan(
     """The plan of a request.
 
     Args:
-        descriptions: What the models of `needed` say of themselves, by identity.
-        seed: Used where the request has none.
+        descriptions: Of the models of `needed`, by identity.
+        seed: For a request without a seed.
 
-    Raises a LatentflowError that says what is wrong, where and what to do.
+    Raises:
+        LatentflowError: Names the field that is impossible, and what to do.
     """
+    unserved.refuse(request)
+    if request.media_type not in ("", images.PNG):
+        raise UnimplementedError(f"This version returns images as {images.PNG} only, not as {request.media_type!r}.")
     if workflow.spec.task != "TextToImage":
         raise UnimplementedError(
-            f"Workflow {workflow.full_name} has the task {workflow.spec.task}; this version serves TextToImage only."
+            f"Workflow {workflow.full_name} has the task {workflow.spec.task}; this version serves only TextToImage."
         )
     one = {role: identity(workflow.of_role(role)[0]) for role in (Role.TEXT_ENCODER, Role.DENOISER, Role.VAE)}
     denoiser = descriptions[one[Role.DENOISER]].denoiser
@@ -127,28 +137,34 @@ def plan(
     height = request.height if request.HasField("height") else defaults.height
     steps = request.steps if request.HasField("steps") else defaults.steps
     guidance_scale = request.guidance_scale if request.HasField("guidance_scale") else defaults.guidance_scale
-    images = request.images if request.HasField("images") else 1
+    count = request.images if request.HasField("images") else 1
     seed = request.seed if request.HasField("seed") else seed
     _check_families(workflow, descriptions)
+    _check_conditioning(workflow, descriptions)
     _check_size(width, height, factor=factor, limits=limits)
     _between("steps", steps, 1, limits.max_steps)
-    _between("images", images, 1, limits.max_images)
+    _between("images", count, 1, limits.max_images)
+    _between("priority", request.priority, 0, _MAX_PRIORITY)
+    if request.HasField("deadline") and request.deadline.ToNanoseconds() <= 0:
+        raise InvalidRequestError("deadline must be a positive duration, counted from the request's arrival.")
     if not (math.isfinite(guidance_scale) and 0 <= guidance_scale <= 100):
-        raise InvalidRequestError(f"guidance_scale has to be from 0 to 100, not {guidance_scale}.")
-    if seed + images - 1 > _MAX_SEED:
-        raise InvalidRequestError(f"seed {seed} leaves no room for {images} images below 2^64; choose a smaller one.")
+        raise InvalidRequestError(f"guidance_scale must be from 0 to 100, not {guidance_scale}.")
+    if seed + count - 1 > _MAX_SEED:
+        raise InvalidRequestError(
+            f"seed {seed} is too large for {count} images, whose seeds must be below 2^64; choose a smaller one."
+        )
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         if len(text) > limits.max_prompt_chars:
             raise InvalidRequestError(
-                f"{name} has {len(text)} characters; this gateway takes at most {limits.max_prompt_chars}."
+                f"{name} has {len(text)} characters; this gateway accepts at most {limits.max_prompt_chars}."
             )
     if len(request.idempotency_key) > _MAX_KEY:
-        raise InvalidRequestError(f"idempotency_key has over {_MAX_KEY} characters; use a UUID.")
+        raise InvalidRequestError(f"idempotency_key has more than {_MAX_KEY} characters; use a UUID.")
     sampler = request.sampler if request.HasField("sampler") else (defaults.sampler or "")
     samplers = list(denoiser.samplers)
     if sampler and sampler not in samplers:
         raise InvalidRequestError(
-            f"Sampler {sampler!r} is not known; use one of {', '.join(samplers)}.", reason=Reason.UNKNOWN_SAMPLER
+            f"Sampler {sampler!r} is unknown; use one of {', '.join(samplers)}.", reason=Reason.UNKNOWN_SAMPLER
         )
     negative = request.negative_prompt if request.HasField("negative_prompt") else defaults.negative_prompt
     stores = workflow.of_role(Role.LORA_STORE)
@@ -170,7 +186,7 @@ def plan(
         steps=steps,
         sampler=sampler or (samplers[0] if samplers else ""),
         seed=seed,
-        images=images,
+        images=count,
         controls=_controls(workflow, request, denoiser, descriptions, size=(width, height), limits=limits),
         adapters=_adapters(workflow, request, descriptions),
         preview_interval=request.preview_interval,
@@ -195,13 +211,18 @@ def _controls(
                 reason=Reason.UNKNOWN_MODEL,
             )
         if any(plan.name == given.model for plan in plans):
-            raise InvalidRequestError(f"ControlNet {given.model!r} is given two images; give one.")
+            raise InvalidRequestError(f"ControlNet {given.model!r} has two control images in the request; pass one.")
         net = descriptions[known[given.model]].control_net
-        if (net.cross_attention_dim, net.latent_channels) != (denoiser.cross_attention_dim, denoiser.latent_channels):
+        if net.latent_channels != denoiser.latent_channels:
             raise FailedPreconditionError(
-                f"ControlNet {given.model!r} takes embeddings {net.cross_attention_dim} wide and {net.latent_channels} latent "
-                f"channels, the denoiser {denoiser.cross_attention_dim} and {denoiser.latent_channels}: it belongs to "
-                "another base model. Correct the workflow's source.",
+                f"ControlNet {given.model!r} takes latents of {net.latent_channels} channels, the denoiser of "
+                f"{denoiser.latent_channels}: it was made for another base model. Correct its source in the workflow.",
+                reason=Reason.CONTROLNET_MISMATCH,
+            )
+        if problem := conditioning.mismatch(needed=net.conditioning, given=denoiser.conditioning):
+            raise FailedPreconditionError(
+                f"ControlNet {given.model!r} and the denoiser do not take the same conditioning: {problem}. The ControlNet "
+                "was made for another base model; correct its source in the workflow.",
                 reason=Reason.CONTROLNET_MISMATCH,
             )
         scale = given.scale if given.HasField("scale") else 1.0
@@ -209,13 +230,19 @@ def _controls(
         end = given.end if given.HasField("end") else 1.0
         if not math.isfinite(scale) or not 0 <= start < end <= 1:
             raise InvalidRequestError(
-                f"ControlNet {given.model!r}: scale has to be finite and 0 <= start < end <= 1; got scale {scale}, "
+                f"ControlNet {given.model!r}: scale must be finite and 0 <= start < end <= 1; got scale {scale}, "
                 f"start {start}, end {end}."
             )
         _check_image(given, size=size, limits=limits)
         plans.append(
             ControlPlan(
-                name=given.model, model=known[given.model], image=given.image, scale=scale, start=start, end=end
+                name=given.model,
+                model=known[given.model],
+                image=given.image.data,
+                media_type=given.image.media_type,
+                scale=scale,
+                start=start,
+                end=end,
             )
         )
     return tuple(plans)
@@ -237,7 +264,7 @@ def _adapters(
         adapter = known.get(lora.name)
         if adapter is None:
             raise NotFoundError(
-                f"There is no LoRA {lora.name!r} in {stores[0].name!r}; it has {', '.join(known) or 'none'}.",
+                f"LoRA store {stores[0].name!r} has no LoRA {lora.name!r}; it has {', '.join(known) or 'none'}.",
                 reason=Reason.UNKNOWN_ADAPTER,
             )
         if adapter.problem:
@@ -245,9 +272,9 @@ def _adapters(
                 f"LoRA {lora.name!r} cannot be used: {adapter.problem}", reason=Reason.ADAPTER_UNREADABLE
             )
         if not math.isfinite(lora.weight) or lora.weight == 0:
-            raise InvalidRequestError(f"LoRA {lora.name!r}: weight has to be finite and not 0, not {lora.weight}.")
+            raise InvalidRequestError(f"LoRA {lora.name!r}: weight must be finite and not 0, not {lora.weight}.")
         if any(plan.name == lora.name for plan in plans):
-            raise InvalidRequestError(f"LoRA {lora.name!r} is named twice; add the weights up.")
+            raise InvalidRequestError(f"LoRA {lora.name!r} occurs twice; pass it once, with the sum of the weights.")
         plans.append(
             AdapterPlan(name=lora.name, weight=lora.weight, digest=adapter.digest, components=tuple(adapter.components))
         )
@@ -257,50 +284,67 @@ def _adapters(
 def _check_families(workflow: DiffusionWorkflow, descriptions: Mapping[str, control_pb2.DescribeResponse]) -> None:
     denoiser = identity(workflow.of_role(Role.DENOISER)[0])
     for model in workflow.spec.models:
-        said = descriptions.get(identity(model))
-        if said is not None and said.family and said.family != descriptions[denoiser].family:
+        found = descriptions.get(identity(model))
+        if found is not None and found.family and found.family != descriptions[denoiser].family:
             raise FailedPreconditionError(
-                f"Model {model.name!r} is of the family {said.family}, the denoiser of {descriptions[denoiser].family}; "
-                "they cannot work together. Correct the workflow's sources.",
+                f"Model {model.name!r} belongs to the family {found.family}, the denoiser to {descriptions[denoiser].family}; "
+                "they cannot be used together. Correct the sources in the workflow.",
                 reason=Reason.FAMILY_MISMATCH,
             )
+
+
+def _check_conditioning(workflow: DiffusionWorkflow, descriptions: Mapping[str, control_pb2.DescribeResponse]) -> None:
+    """FailedPreconditionError where the text encoder does not make what the denoiser needs."""
+    encoder, denoiser = (workflow.of_role(role)[0] for role in (Role.TEXT_ENCODER, Role.DENOISER))
+    problem = conditioning.mismatch(
+        needed=descriptions[identity(denoiser)].denoiser.conditioning,
+        given=descriptions[identity(encoder)].text_encoder.conditioning,
+    )
+    if problem:
+        raise FailedPreconditionError(
+            f"The text encoder {encoder.name!r} does not make what the denoiser {denoiser.name!r} needs: {problem}. They "
+            "belong to different base models; correct their sources in the workflow.",
+            reason=Reason.TEXT_ENCODER_MISMATCH,
+        )
 
 
 def _check_size(width: int, height: int, *, factor: int, limits: Limits) -> None:
     for name, value in (("width", width), ("height", height)):
         if value < factor or value % factor:
             near = max(factor, round(value / factor) * factor)
-            raise InvalidRequestError(f"{name} has to be a multiple of {factor}, not {value}; {near} would do.")
+            raise InvalidRequestError(f"{name} must be a multiple of {factor}, such as {near}, not {value}.")
     if width * height > limits.max_pixels:
         raise InvalidRequestError(
-            f"{width}x{height} is {width * height} pixels; this gateway makes at most {limits.max_pixels}."
+            f"{width}x{height} is {width * height} pixels; this gateway accepts at most {limits.max_pixels}."
         )
 
 
 def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], limits: Limits) -> None:
     what = f"The control image of {given.model!r}"
-    if len(given.image) > limits.max_control_image_bytes:
+    data = given.image.data
+    if len(data) > limits.max_control_image_bytes:
         raise InvalidRequestError(
-            f"{what} has {len(given.image)} bytes; this gateway takes at most {limits.max_control_image_bytes}."
+            f"{what} has {len(data)} bytes; this gateway accepts at most {limits.max_control_image_bytes}."
         )
+    form = images.file_format(given.image, what=what)
     try:
         # The header only: the ControlNet decodes the image, once, and a size that is refused is never decoded.
-        with Image.open(io.BytesIO(given.image), formats=("PNG", "JPEG")) as image:
+        with Image.open(io.BytesIO(data), formats=(form,)) as image:
             found, mode = image.size, image.mode
     except Exception as error:
-        # Pillow raises many kinds for damaged files; all of them mean this.
-        raise InvalidRequestError(f"{what} cannot be read as PNG or JPEG: {error}") from None
+        # Pillow raises exceptions of many classes for damaged files.
+        raise InvalidRequestError(f"{what} cannot be read as {form}: {error}") from None
     if found != size:
         raise InvalidRequestError(
             f"{what} is {found[0]}x{found[1]}, the request {size[0]}x{size[1]}; resize one to the other."
         )
     if mode not in _MODES:
         raise InvalidRequestError(
-            f"{what} has the mode {mode}, but has to be RGB or L (grey). Convert it, for instance with Pillow's "
+            f"{what} has the mode {mode} instead of RGB or L (greyscale). Convert it, for instance with Pillow's "
             "image.convert('RGB')."
         )
 
 
 def _between(name: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
-        raise InvalidRequestError(f"{name} has to be from {least} to {most}, not {value}.")
+        raise InvalidRequestError(f"{name} must be from {least} to {most}, not {value}.")

@@ -25,7 +25,8 @@ def free(count: int, *, exclude: Collection[str] = ()) -> list[str]:
             if len(found) == count:
                 break
             address = f"127.0.0.1:{port}"
-            # The socket stays open until all ports are found, so that another process that searches now gets other ports.
+            # The socket stays open until all ports are found, so that another process that searches now gets other
+            # ports.
             one = stack.enter_context(socket.socket())
             with contextlib.suppress(OSError):
                 one.bind(("127.0.0.1", port))
@@ -35,7 +36,10 @@ def free(count: int, *, exclude: Collection[str] = ()) -> list[str]:
 
 
 def check_free(listen: str) -> str:
-    """The address, with a free port in place of port 0. FailedPreconditionError if it is taken, InvalidRequestError if invalid."""
+    """The address, with a free port in place of port 0.
+
+    FailedPreconditionError if it is taken, InvalidRequestError if invalid.
+    """
     host, port = serving.host_and_port(listen)
     try:
         with socket.socket() as probe:

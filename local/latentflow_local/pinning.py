@@ -1,4 +1,4 @@
-"""Resolves the revisions of `hf://` sources to commits once at start-up, so that every process started later loads the same one."""
+"""Resolves the revisions of `hf://` sources to commits once, so that every process started later loads the same weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _log = structlog.get_logger()
 def pinned(workflows: list[DiffusionWorkflow]) -> list[DiffusionWorkflow]:
     """The workflows with commits as the revisions of their hub sources. Blocks.
 
-    If the hub is unreachable, the commit comes from huggingface_hub's cache. If there is none, the source stays unchanged, and
-    its server reports why it cannot download it.
+    If the hub is unreachable, the commit comes from huggingface_hub's cache. If there is none, the source stays
+    unchanged, and its server reports why it cannot download it.
     """
     resolve = functools.cache(_resolve)
 

@@ -76,8 +76,6 @@ def models_of(workflows: list[DiffusionWorkflow]) -> dict[str, Model]:
         raise InvalidRequestError(f"Two workflows have the name {sorted(duplicates)[0]}; give them different names.")
     for workflow in workflows:
         where = f"Workflow {workflow.full_name}"
-        if workflow.spec.task != "TextToImage":
-            raise UnimplementedError(f"{where} has the task {workflow.spec.task}; this version serves TextToImage.")
         for model in workflow.spec.models:
             if model.source is None:
                 raise UnimplementedError(
@@ -163,7 +161,9 @@ def plan_gateway(*, directory: Path, listen: str, metrics: str, log_format: str)
 
 
 def capacity(model: Model, *, threads: int | None, device: str | None, cores: int) -> int | None:
-    """How many replicas of a model can compute at the same time on cores of their own, at least 1; None if cores do not limit it.
+    """How many replicas of a model can compute at the same time on cores of their own, at least 1;
+
+    None if cores do not limit it.
 
     The arguments are those of `plan_models`.
     """
@@ -185,8 +185,8 @@ def initial(model: Model) -> int:
 def bounds(model: Model, *, capacity: int | None) -> Bounds:
     """The bounds between which a model is scaled on this machine; both are equal if it is not scaled.
 
-    Replicas above the capacity would compete for the cores and complete no request sooner. `minReplicas` are started in any
-    case. An External model keeps its initial replicas, because nothing else scales processes.
+    Replicas above the capacity would compete for the cores and complete no request sooner. `minReplicas` are started in
+    any case. An External model keeps its initial replicas, because nothing else scales processes.
 
     Args:
         capacity: The result of `capacity`.

@@ -56,7 +56,7 @@ def _gateway(argv: tuple[str, ...], environment: dict[str, str]) -> None:
 
 
 def _set_up(environment: dict[str, str]) -> None:
-    """Sets the environment, ends the process with the supervisor, and leaves Ctrl-C to the supervisor, which ends all."""
+    """Sets the environment, ends the process with the supervisor, and shields it from Ctrl-C, which the supervisor handles."""
     supervisor = multiprocessing.parent_process()
     if supervisor is not None:
         threading.Thread(target=_end_with, args=(supervisor.sentinel,), name="end-with-supervisor", daemon=True).start()
@@ -65,7 +65,7 @@ def _set_up(environment: dict[str, str]) -> None:
 
 
 def _end_with(sentinel: int) -> None:
-    # The sentinel is ready when the supervisor has ended for any reason. The kernel's parent-death signal does not serve: the
-    # parent is the fork server, which lives as long as its children.
+    # The sentinel is ready when the supervisor has ended for any reason. The kernel's parent-death signal does not
+    # serve: the parent is the fork server, which lives as long as its children.
     multiprocessing.connection.wait([sentinel])
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,7 @@
-"""The replicas of every model on this machine: starts and ends their processes, and writes their addresses to the directory file.
+"""Starts and ends the replicas of every model on this machine, and writes their addresses to the directory file.
 
-The gateway follows that file. A replica to be ended is removed from the file first, and then completes its running requests.
+The gateway follows that file. A replica to be ended is removed from the file first, and then completes its running
+requests.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ class Replicas:
         return [spec for spec in self._present[model] if self._state(spec) is State.READY]
 
     def scale(self, model: str, replicas: int) -> None:
-        """Starts or ends replicas until `replicas` of them run. It ends those that are not ready first, then the newest."""
+        """Starts or ends replicas until `replicas` of them run.
+
+        It ends those that are not ready first, then the newest.
+        """
         present = self._present[model]
         # The sort is stable, so that the oldest of equals are kept.
         kept = sorted(present, key=lambda spec: self._state(spec) is not State.READY)[:replicas]

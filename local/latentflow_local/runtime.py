@@ -1,4 +1,4 @@
-"""Serves a set of workflows on this machine while its context is entered: model servers, gateway, and the models' scaling."""
+"""Serves a set of workflows on this machine: starts model servers and the gateway, and scales the models."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ async def run(
     log_level: str = "INFO",
     on_change: Callable[[Supervised], None] = lambda _: None,
 ) -> AsyncIterator[Runtime]:
-    """Starts all processes when entered and ends them when left. `Supervisor.wait_ready` waits until they accept requests.
+    """Starts all processes when entered and ends them when left.
+
+    `Supervisor.wait_ready` waits until they accept requests.
 
     Args:
         listen: host:port of the gateway; port 0 selects a free port.

@@ -1,7 +1,7 @@
-"""Scaling on one machine: reads the metrics of the model servers and the gateway, applies the policy, starts and ends replicas.
+"""Scaling on one machine: reads the processes' metrics, applies the policy, and starts and ends replicas.
 
-The policy is the cluster's. Only its times are shorter, because a process starts faster than a pod. Models whose bounds allow
-one number of replicas only are not read.
+The policy is the cluster's. Only its times are shorter, because a process starts faster than a pod. Models whose bounds
+allow one number of replicas only are not read.
 """
 
 from __future__ import annotations

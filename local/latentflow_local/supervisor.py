@@ -160,7 +160,7 @@ class Supervisor:
             await self._state_changed.wait_for(condition)
 
     async def wait_failed(self) -> None:
-        """Waits until a model cannot be served because none of its processes can be started, and raises FailedPreconditionError."""
+        """Waits until none of a model's processes can be started, and raises FailedPreconditionError."""
         async with self._state_changed:
             unserved = await self._state_changed.wait_for(self._unserved)
         raise _cannot_be_served(unserved[0])
@@ -204,7 +204,7 @@ class Supervisor:
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # The thread cannot be cancelled, so the process that it starts is ended here; nothing else would refer to it.
+            # The thread cannot be cancelled, so this ends the process that it starts. Nothing else refers to it.
             process = await starting
             process.kill()
             await asyncio.to_thread(process.join)

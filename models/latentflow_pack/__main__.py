@@ -1,4 +1,4 @@
-"""`python -m latentflow_pack train` makes the pack, `… eval` scores it."""
+"""`python -m latentflow_pack train` trains the pack, `… eval` scores it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the pack's folder (default: models/shapes)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads (default: all cores)")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train what is not finished yet, stage by stage")
+    train = commands.add_parser("train", help="train the stages that are not finished, in their order")
     train.add_argument("--only", nargs="+", metavar="STAGE", help=f"some of {' '.join(stages.names(Settings()))}")
     train.add_argument("--work", type=Path, help="checkpoints and latents (default: $LATENTFLOW_PACK_WORK)")
     score = commands.add_parser("eval", help="score the pack and draw a contact sheet")
-    score.add_argument("--sheet", type=Path, default=Path("out/pack-eval.png"), help="where the contact sheet goes")
+    score.add_argument("--sheet", type=Path, default=Path("out/pack-eval.png"), help="file of the contact sheet")
     return parser.parse_args()
 
 
@@ -43,11 +43,11 @@ def _train(settings: Settings, only: list[str] | None) -> int:
 
 
 def _table(figures: dict[str, float]) -> Table:
-    table = Table("figure", "value", "bar", "", title="The shapes pack, on prompts outside its training set")
+    table = Table("figure", "value", "at least", "", title="The shapes pack, on prompts outside its training set")
     for name, value in figures.items():
-        bar = evaluation.BARS.get(name)
-        mark = "" if bar is None else ("ok" if value >= bar else "MISSED")
-        table.add_row(name, f"{value:.3f}", "" if bar is None else f"≥ {bar:.2f}", mark)
+        minimum = evaluation.MINIMUMS.get(name)
+        mark = "" if minimum is None else ("ok" if value >= minimum else "BELOW")
+        table.add_row(name, f"{value:.3f}", "" if minimum is None else f"{minimum:.2f}", mark)
     return table
 
 
@@ -56,15 +56,15 @@ def _eval(settings: Settings, path: Path) -> int:
     if not (settings.out / "unet").exists():
         print(f"{settings.out} holds no pack; run: {export.COMMAND}", file=sys.stderr)
         return 2
-    result = evaluation.whole(settings)
+    result = evaluation.evaluate(settings)
     sheet.write(result.rows, path)
     Console(width=100).print(_table(result.figures))
     print(f"contact sheet: {path}")
-    missed = result.missed()
-    for line in missed:
-        print(f"bar missed: {line}", file=sys.stderr)
+    below_minimum = result.below_minimum()
+    for complaint in below_minimum:
+        print(f"below its minimum: {complaint}", file=sys.stderr)
     print(json.dumps({"figures": result.figures}), flush=True)
-    return 1 if missed else 0
+    return int(bool(below_minimum))
 
 
 def main() -> int:

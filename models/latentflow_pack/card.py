@@ -1,4 +1,4 @@
-"""Keeps the tables in the pack's README true: what was trained and which bytes came out, from the manifest."""
+"""Updates the tables in the pack's README from the manifest: training stages and hashes of the weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _filled(text: str, name: str, rows: list[str]) -> str:
 
 
 def update(folder: Path) -> None:
-    """Rewrites the marked tables; a folder without a README gets none."""
+    """Rewrites the marked tables of the README; does nothing in a folder without one."""
     path = folder / README
     if not path.exists():
         return

@@ -1,6 +1,6 @@
-"""Reads a picture back without any network: segmentation, colour by nearest name, shape by contour.
+"""Recognizes the objects of a picture without any network: segmentation, nearest named colour, shape by contour.
 
-It decides every score of the pack, so it must be right on the training code's own pictures and say no to blobs.
+It decides every score of the pack, so it has to be right on the training code's own pictures and reject blobs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _FARTHEST_FROM_PLACE = 8.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """One object that the checker found."""
+class Recognized:
+    """One object that the checker recognized."""
 
     color: str
     shape: str
@@ -43,12 +43,12 @@ class Seen:
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     background: str
-    things: tuple[Seen, ...]
+    things: tuple[Recognized, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Which parts of a scene a picture got right, over all of its things."""
+    """Which properties of a scene a picture shows correctly, over all of its objects."""
 
     color_shape: bool
     place: bool
@@ -76,11 +76,11 @@ def color_name(color: NDArray[np.float64]) -> str:
 
 
 def ground_color(image: Image) -> NDArray[np.float64]:
-    """The background's colour: the median of the picture's rim."""
-    rim = np.concatenate(
+    """The background's colour: the median of the picture's border."""
+    border = np.concatenate(
         [image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3), image[:, :2].reshape(-1, 3), image[:, -2:].reshape(-1, 3)]
     )
-    return np.asarray(np.median(rim, axis=0), dtype=np.float64)
+    return np.asarray(np.median(border, axis=0), dtype=np.float64)
 
 
 def foreground(image: Image) -> Mask:
@@ -91,7 +91,7 @@ def foreground(image: Image) -> Mask:
 
 
 def _signature(mask: Mask, *, x: float, y: float) -> NDArray[np.float64]:
-    """Distance from the middle to the contour along each ray, divided by its mean."""
+    """Distance from the centre of mass to the contour along each ray, divided by its mean."""
     soft = np.pad(mask.astype(np.float64), 2)
     steps = np.arange(0, SIDE * 0.6, 0.25)
     angles = np.arange(_RAYS) * 2 * math.pi / _RAYS
@@ -119,7 +119,7 @@ def _contours() -> tuple[list[str], NDArray[np.float64], dict[str, float]]:
 
 
 def shape_name(mask: Mask) -> str:
-    """The shape whose contour is nearest, or "unknown" when none is near."""
+    """The shape whose contour is nearest, or "unknown" where no contour is within the limit."""
     y, x = ndimage.center_of_mass(mask)
     names, table, _ = _contours()
     distance = np.sqrt(np.mean((table - _signature(mask, x=x, y=y)) ** 2, axis=1))
@@ -139,14 +139,14 @@ def _size_name(area: float, shape: str) -> str:
     return "small" if math.sqrt(area / areas[shape]) < sum(RADIUS.values()) / 2 else "large"
 
 
-def _see(image: Image, mask: Mask) -> Seen:
+def _recognize(image: Image, mask: Mask) -> Recognized:
     filled = np.asarray(ndimage.binary_fill_holes(mask), dtype=bool)
     core = ndimage.binary_erosion(mask)
     y, x = ndimage.center_of_mass(filled)
     shape = shape_name(filled)
     color = np.median(image[core if core.any() else mask].astype(np.float64), axis=0)
     area = float(filled.sum())
-    return Seen(
+    return Recognized(
         color=color_name(color),
         shape=shape,
         place=place_name(x, y),
@@ -160,11 +160,11 @@ def _see(image: Image, mask: Mask) -> Seen:
 def read(image: Image) -> Reading:
     labels, count = ndimage.label(foreground(image), structure=np.ones((3, 3)))
     masks = [np.asarray(labels == k + 1) for k in range(count)]
-    things = tuple(_see(image, mask) for mask in masks if mask.sum() >= _LEAST_AREA)
+    things = tuple(_recognize(image, mask) for mask in masks if mask.sum() >= _LEAST_AREA)
     return Reading(background=color_name(ground_color(image)), things=things)
 
 
-def _fits(thing: Thing, seen: Seen) -> Verdict:
+def _compare(thing: Thing, seen: Recognized) -> Verdict:
     return Verdict(
         color_shape=(seen.color, seen.shape) == thing.pair,
         place=thing.place is None or seen.place == thing.place,
@@ -174,13 +174,13 @@ def _fits(thing: Thing, seen: Seen) -> Verdict:
 
 
 def judge(image: Image, scene: Scene) -> Verdict:
-    """Compares a picture with a scene; an object too few or too many makes everything about objects wrong."""
+    """Compares a picture with a scene; with a wrong number of objects every property of objects is wrong."""
     reading = read(image)
     ground = scene.background is None or reading.background == scene.background
     if len(reading.things) != len(scene.things):
         return Verdict(color_shape=False, place=False, size=False, background=ground)
     orders = [reading.things, reading.things[::-1]]
-    tries = [[_fits(t, s) for t, s in zip(scene.things, order, strict=True)] for order in orders]
+    tries = [[_compare(t, s) for t, s in zip(scene.things, order, strict=True)] for order in orders]
     best = max(tries, key=lambda fits: sum(2 * fit.color_shape + 2 * fit.place + fit.size for fit in fits))
     return Verdict(
         color_shape=all(fit.color_shape for fit in best),

@@ -11,18 +11,18 @@ from diffusers import AutoencoderKL, ControlNetModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from . import drawing, grammar, tokens, vae
-from .denoiser import Denoiser, Pictures, noised, picked, said, scheduler, token_ids, velocity_loss
+from .denoiser import Denoiser, Pictures, add_noise, draw_batch, sampled_caption, scheduler, token_ids, velocity_loss
 from .hints import hint
 from .settings import Settings
-from .training import Loop, device, half
+from .training import Loop, device, half_precision
 
 _FREE = 0.45
 
 
 def build(settings: Settings, denoiser: Denoiser) -> ControlNetModel:
-    """Starts from the UNet, with zero convolutions, so that the first step changes nothing.
+    """A ControlNet copied from the UNet. Its output is zero before training, because its zero convolutions are.
 
-    One of the two zero layers in a row, the hint's own, is given ordinary weights: it would only delay the start.
+    The hint's own last layer gets ordinary weights: two zero layers in a row only delay the first useful gradient.
     """
     model = ControlNetModel.from_unet(denoiser.unet, conditioning_embedding_out_channels=settings.hint_channels)
     model.controlnet_cond_embedding.conv_out.reset_parameters()
@@ -30,7 +30,7 @@ def build(settings: Settings, denoiser: Denoiser) -> ControlNetModel:
 
 
 def _examples(settings: Settings, codec: AutoencoderKL, kind: str, count: int) -> tuple[Pictures, torch.Tensor]:
-    """Captions that leave much open, so that the hint has something to say."""
+    """Training data whose captions leave much open, so that the hint carries information."""
     rng = random.Random(f"{settings.seed}-hints")
     held_out = grammar.HeldOut.load()
     scenes = [grammar.sample(rng, held_out, full=_FREE) for _ in range(count)]
@@ -45,8 +45,8 @@ def train(
     denoiser: Denoiser,
     *,
     kind: str,
-    look: Callable[[ControlNetModel], str],
-    until: int | None = None,
+    inspect: Callable[[ControlNetModel], str],
+    stop_at: int | None = None,
 ) -> ControlNetModel:
     torch.manual_seed(settings.seed + 2)
     stage, tokenizer, plan = settings.controlnet, tokens.build(), scheduler()
@@ -64,11 +64,11 @@ def train(
     data, hints = _examples(settings, codec, kind, settings.hinted)
 
     def loss() -> torch.Tensor:
-        clean, scenes, chosen = picked(data, loop.rng, stage.batch)
-        ids = token_ids(tokenizer, [said(scene, loop.rng) for scene in scenes])
+        clean, scenes, chosen = draw_batch(data, loop.rng, stage.batch)
+        ids = token_ids(tokenizer, [sampled_caption(scene, loop.rng) for scene in scenes])
         shown = hints[chosen].to(device(), torch.float32) / 255
-        batch = noised(plan, clean, loop.noise)
-        with half():
+        batch = add_noise(plan, clean, loop.noise)
+        with half_precision():
             context = denoiser.text_encoder(ids)[0]
             down, middle = model(batch.noisy, batch.times, context, controlnet_cond=shown, return_dict=False)
             guess = denoiser.unet(
@@ -80,5 +80,5 @@ def train(
             ).sample
         return velocity_loss(guess, batch)
 
-    loop.run(loss, report=lambda: look(model), until=until)
+    loop.run(loss, report=lambda: inspect(model), stop_at=stop_at)
     return model.eval()

@@ -16,23 +16,23 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from . import drawing, grammar, tokens, vae
 from .settings import RESOLUTION, TOKENS, Settings
-from .training import Loop, device, half
+from .training import Loop, device, half_precision
 
-# Min-SNR weights teach the look of things fastest but leave out the noisiest steps, where it is decided what goes
-# where; so the look comes first, and after this many steps all noise levels count alike.
-_LOOK_FIRST = 2000
+# Min-SNR weights teach appearance fastest but give little weight to the noisiest steps, which decide the composition.
+# After this many training steps all noise levels have the same weight.
+_SNR_WEIGHTED_STEPS = 2000
 _SNR_LIMIT = 5.0
-# Which of two objects gets which colour and side is learned last: pictures of two count more after the restart.
-_PASS_OVER_ONE = 0.6
+# Binding colours and sides to two objects is learned last: pictures of two objects are drawn more often after the restart.
+_SKIP_SINGLE = 0.6
 _NO_CAPTION = 0.1
 _NO_WORD = 0.1
-# Words learn what they mean on their own from things whose other half has no word.
-_STRANGE = 0.15
+# A colour is learned apart from its shape, and the reverse, from objects whose other property has no word.
+_NAMELESS_SHARE = 0.15
 AVERAGE = 0.999
 
 
 class Denoiser(torch.nn.Module):
-    """What one optimizer trains: captions in, a guess at the velocity out."""
+    """The text encoder and the UNet, trained by one optimizer: token ids in, predicted velocity out."""
 
     def __init__(self, *, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -47,14 +47,14 @@ class Denoiser(torch.nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """A drawn training set: latents, the scenes they show, and (for ControlNets) the pictures."""
+    """A drawn training set: latents [n, 4, 8, 8] and the scenes that they show."""
 
     latents: torch.Tensor
     scenes: list[grammar.Scene]
 
 
 def scheduler() -> DDIMScheduler:
-    """Noises almost to nothing at the end, so that a background's colour never leaks in; converts to any sampler."""
+    """Leaves almost no signal at the last step, so that no background colour leaks in; every sampler converts from it."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -95,8 +95,8 @@ def build(settings: Settings, tokenizer: CLIPTokenizer) -> Denoiser:
     return Denoiser(text_encoder=CLIPTextModel(text), unet=unet)
 
 
-def said(scene: grammar.Scene, rng: random.Random) -> str:
-    """A caption of the scene with words left out now and then, and sometimes none at all."""
+def sampled_caption(scene: grammar.Scene, rng: random.Random) -> str:
+    """A caption of the scene, with random words left out; empty in one of ten cases, for classifier-free guidance."""
     if rng.random() < _NO_CAPTION:
         return ""
     placeless = rng.random() < _NO_WORD
@@ -117,14 +117,14 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 
 
 def pictures(settings: Settings, codec: AutoencoderKL, *, style: str = "plain", count: int) -> Pictures:
-    """Draws and encodes the training set, once: what was encoded before is read back."""
+    """Draws the training set and encodes it; reuses the latents of an earlier run."""
     rng = random.Random(f"{settings.seed}-{style}")
     held_out = grammar.HeldOut.load()
     scenes, images = [], []
     for _ in range(count):
         scene = grammar.sample(rng, held_out)
         if style == "plain":
-            scene = grammar.estranged(scene, rng, share=_STRANGE)
+            scene = grammar.with_nameless(scene, rng, share=_NAMELESS_SHARE)
         scenes.append(scene)
         images.append(drawing.draw(drawing.arrange(scene, rng), style=style))
     kept = settings.work / f"latents-{style}.pt"
@@ -149,8 +149,8 @@ def _keep(latents: torch.Tensor, path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Noised:
-    """One batch on its way to the denoiser."""
+class NoisyBatch:
+    """One training batch: noisy latents, their timesteps, the velocity to predict, and the weight of each in the loss."""
 
     noisy: torch.Tensor
     times: torch.Tensor
@@ -158,38 +158,44 @@ class Noised:
     weight: torch.Tensor
 
 
-def noised(plan: DDIMScheduler, clean: torch.Tensor, draw: torch.Generator, *, look_first: bool = False) -> Noised:
+def add_noise(
+    plan: DDIMScheduler, clean: torch.Tensor, draw: torch.Generator, *, weight_by_snr: bool = False
+) -> NoisyBatch:
     noise = torch.randn(clean.shape, generator=draw).to(clean.device)
     times = torch.randint(0, plan.config.num_train_timesteps, (len(clean),), generator=draw).to(clean.device)
     kept = plan.alphas_cumprod.to(clean.device)[times]
     snr = kept / (1 - kept)
-    return Noised(
+    return NoisyBatch(
         noisy=plan.add_noise(clean, noise, times),
         times=times,
         target=plan.get_velocity(clean, noise, times),
-        weight=torch.clamp(snr, max=_SNR_LIMIT) / (snr + 1) if look_first else torch.ones_like(snr),
+        weight=torch.clamp(snr, max=_SNR_LIMIT) / (snr + 1) if weight_by_snr else torch.ones_like(snr),
     )
 
 
-def velocity_loss(guess: torch.Tensor, batch: Noised) -> torch.Tensor:
+def velocity_loss(guess: torch.Tensor, batch: NoisyBatch) -> torch.Tensor:
     error = ((guess.float() - batch.target) ** 2).mean(dim=(1, 2, 3))
     return (batch.weight * error).mean() / batch.weight.mean()
 
 
-def picked(
-    data: Pictures, rng: random.Random, size: int, *, pass_over: float = 0.0
+def draw_batch(
+    data: Pictures, rng: random.Random, size: int, *, skip_single: float = 0.0
 ) -> tuple[torch.Tensor, list[grammar.Scene], list[int]]:
-    """A batch; a picture of one object is passed over for another draw this often."""
+    """Latents, scenes and indexes of a random batch.
+
+    Args:
+        skip_single: Probability that a picture of one object is replaced by another draw.
+    """
     chosen: list[int] = []
     while len(chosen) < size:
         k = rng.randrange(len(data.scenes))
-        if not pass_over or len(data.scenes[k].things) == 2 or rng.random() >= pass_over:
+        if not skip_single or len(data.scenes[k].things) == 2 or rng.random() >= skip_single:
             chosen.append(k)
     return data.latents[chosen], [data.scenes[k] for k in chosen], chosen
 
 
 def train(
-    settings: Settings, codec: AutoencoderKL, *, look: Callable[[Denoiser], str], until: int | None = None
+    settings: Settings, codec: AutoencoderKL, *, inspect: Callable[[Denoiser], str], stop_at: int | None = None
 ) -> Denoiser:
     torch.manual_seed(settings.seed + 1)
     tokenizer, plan = tokens.build(), scheduler()
@@ -201,12 +207,12 @@ def train(
 
     def loss() -> torch.Tensor:
         late = bool(stage.restart_at) and loop.step >= stage.restart_at
-        clean, scenes, _ = picked(data, loop.rng, stage.batch, pass_over=_PASS_OVER_ONE if late else 0.0)
-        ids = token_ids(tokenizer, [said(scene, loop.rng) for scene in scenes])
-        batch = noised(plan, clean, loop.noise, look_first=loop.step < _LOOK_FIRST)
-        with half():
+        clean, scenes, _ = draw_batch(data, loop.rng, stage.batch, skip_single=_SKIP_SINGLE if late else 0.0)
+        ids = token_ids(tokenizer, [sampled_caption(scene, loop.rng) for scene in scenes])
+        batch = add_noise(plan, clean, loop.noise, weight_by_snr=loop.step < _SNR_WEIGHTED_STEPS)
+        with half_precision():
             guess = model(batch.noisy, batch.times, ids)
         return velocity_loss(guess, batch)
 
-    loop.run(loss, report=lambda: look(model), until=until)
+    loop.run(loss, report=lambda: inspect(model), stop_at=stop_at)
     return model.eval()

@@ -1,6 +1,6 @@
 """Draws scenes as 64×64 pictures, in the plain style and in those of the LoRAs.
 
-Everything that is trained here is trained on these pictures, and the checker's reference contours come from them.
+All training data is drawn here, and so are the checker's reference contours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _GRID_Y, _GRID_X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A thing with every number decided."""
+    """An object with every number decided, in pixels."""
 
     color: tuple[float, float, float]
     shape: str
@@ -45,14 +45,14 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A picture before its pixels."""
+    """The objects and the background of a picture, before rasterization."""
 
     things: tuple[Placed, ...]
     background: tuple[float, float, float]
 
 
 def anchor(place: str) -> tuple[float, float]:
-    """Where the middle of a thing at this place belongs."""
+    """The centre of an object at this place, in pixels."""
     dx, dy = _OFFSET[place]
     return MIDDLE + REACH * dx, MIDDLE + REACH * dy
 
@@ -73,7 +73,7 @@ def _middles(scene: Scene, rng: random.Random) -> list[tuple[float, float]]:
 
 
 def arrange(scene: Scene, rng: random.Random) -> Layout:
-    """Decides what the scene leaves open, with a little jitter on what it does not."""
+    """Draws at random what the scene leaves open, and adds a little jitter to the rest."""
     colors = {**COLORS, **NAMELESS_COLORS}
     things = []
     for thing, (x, y) in zip(scene.things, _middles(scene, rng), strict=True):
@@ -128,12 +128,12 @@ def _nameless_inside(shape: str, dx: Pixels, dy: Pixels, radius: float) -> Pixel
         arm, reach = radius * 0.42, radius * 1.1
         depth = np.maximum(np.minimum(arm - across, reach - along), np.minimum(reach - across, arm - along))
     else:
-        raise ValueError(f"nothing is known of how to draw a {shape!r}")
+        raise ValueError(f"cannot draw a {shape!r}")
     return np.asarray(depth, dtype=np.float32)
 
 
 def inside(thing: Placed) -> Pixels:
-    """Signed distance of every pixel to the thing's contour, positive inside."""
+    """Signed distance of every pixel to the object's contour, [64, 64], positive inside."""
     dx, dy, radius = _GRID_X - thing.x, _GRID_Y - thing.y, thing.radius
     if thing.shape == "circle":
         return np.asarray(radius - np.hypot(dx, dy), dtype=np.float32)

@@ -21,7 +21,7 @@ from .styles import STATISTICS
 from .training import device
 
 Image = NDArray[np.uint8]
-BARS = {
+MINIMUMS = {
     "single_color_shape": 0.95,
     "single_place": 0.90,
     "two_objects": 0.75,
@@ -49,11 +49,11 @@ class Result:
     figures: dict[str, float]
     rows: list[Row] = field(default_factory=list)
 
-    def missed(self) -> list[str]:
+    def below_minimum(self) -> list[str]:
         return [
-            f"{name} is {self.figures[name]:.3f}, must be at least {bar}"
-            for name, bar in BARS.items()
-            if name in self.figures and self.figures[name] < bar
+            f"{name} is {self.figures[name]:.3f}, has to be at least {minimum}"
+            for name, minimum in MINIMUMS.items()
+            if name in self.figures and self.figures[name] < minimum
         ]
 
 
@@ -70,7 +70,7 @@ def singles(held_out: HeldOut) -> list[Scene]:
 
 
 def doubles(held_out: HeldOut, count: int = _DOUBLES) -> list[Scene]:
-    """Half with a held-out pair in them, half of pairs that training never put together."""
+    """Half with a held-out pair, half of pairs that training never drew together."""
     rng = random.Random(2)
     pairs = list(itertools.product(COLORS, SHAPES))
     couples = sorted(sorted(couple) for couple in held_out.couples)
@@ -87,8 +87,8 @@ def doubles(held_out: HeldOut, count: int = _DOUBLES) -> list[Scene]:
     return scenes
 
 
-def frees(held_out: HeldOut, count: int = _CONTROLLED) -> list[Scene]:
-    """Held-out pairs whose place and size only a hint can tell."""
+def open_scenes(held_out: HeldOut, count: int = _CONTROLLED) -> list[Scene]:
+    """Held-out pairs whose place and size only a hint gives."""
     rng = random.Random(3)
     scenes = []
     for k in range(count):
@@ -108,10 +108,10 @@ def _captions(scenes: Sequence[Scene]) -> list[str]:
     return [caption(scene) for scene in scenes]
 
 
-def text_only(pipe: StableDiffusionPipeline, held_out: HeldOut, *, few: bool = False) -> Result:
-    """What the prompt alone puts into the picture."""
+def text_only(pipe: StableDiffusionPipeline, held_out: HeldOut, *, quick: bool = False) -> Result:
+    """Scores of pictures that only the prompt controls."""
     one, two = singles(held_out), doubles(held_out)
-    if few:
+    if quick:
         one, two = one[:48], two[:40]
     first = pipelines.generate(pipe, _captions(one))
     second = pipelines.generate(pipe, _captions(two), seed=1000)
@@ -133,7 +133,7 @@ def text_only(pipe: StableDiffusionPipeline, held_out: HeldOut, *, few: bool = F
 
 
 def strongly_guided(pipe: StableDiffusionPipeline, held_out: HeldOut) -> Result:
-    """The same prompts at the guidance that larger models like, which costs small objects their shape."""
+    """The same prompts at the stronger guidance that larger models use; small objects lose their shape at it."""
     figures = {}
     for name, scenes in (("single_color_shape", singles(held_out)), ("two_objects", doubles(held_out))):
         images = pipelines.generate(pipe, _captions(scenes), guidance=pipelines.STRONG_GUIDANCE)
@@ -151,36 +151,38 @@ def control(
     kind: str,
     count: int = _CONTROLLED,
 ) -> Result:
-    """The same prompts and seeds with the hint and without it."""
-    scenes = frees(held_out, count)
+    """Scores of the same prompts and seeds with the hint and without it."""
+    scenes = open_scenes(held_out, count)
     rng = random.Random(4)
     wanted = [draw(arrange(scene, rng)) for scene in scenes]
     hints = [hint(kind, image) for image in wanted]
     texts = _captions(scenes)
-    led = pipelines.generate(pipe, texts, hints=hints, seed=2000)
+    controlled = pipelines.generate(pipe, texts, hints=hints, seed=2000)
     free = pipelines.generate(plain, texts, seed=2000)
     rows = [
         Row(title=f"{kind}: the hint", captions=texts[:10], images=hints[:10]),
-        Row(title=f"{kind}: with controlnet-{kind}", captions=texts[:10], images=led[:10]),
+        Row(title=f"{kind}: with controlnet-{kind}", captions=texts[:10], images=controlled[:10]),
         Row(title=f"{kind}: the same without it", captions=texts[:10], images=free[:10]),
     ]
-    right = _share([checker.judge(image, scene).color_shape for image, scene in zip(led, scenes, strict=True)])
+    right = _share([checker.judge(image, scene).color_shape for image, scene in zip(controlled, scenes, strict=True)])
     if kind == "edges":
-        scores = [np.mean([edge_agreement(i, w) for i, w in zip(made, wanted, strict=True)]) for made in (led, free)]
+        scores = [
+            np.mean([edge_agreement(i, w) for i, w in zip(made, wanted, strict=True)]) for made in (controlled, free)
+        ]
         figures = {"edge_f1": float(scores[0]), "edge_f1_gain": float(scores[0] - scores[1])}
     else:
-        led_cells = np.mean([cell_agreement(i, w) for i, w in zip(led, wanted, strict=True)], axis=0)
-        free_cells = np.mean([cell_agreement(i, w) for i, w in zip(free, wanted, strict=True)], axis=0)
+        controlled_cells = np.mean([cell_agreement(i, w) for i, w in zip(controlled, wanted, strict=True)], axis=0)
+        uncontrolled_cells = np.mean([cell_agreement(i, w) for i, w in zip(free, wanted, strict=True)], axis=0)
         figures = {
-            "layout_cells": float(led_cells[0]),
-            "layout_object_cells": float(led_cells[1]),
-            "layout_object_cells_without": float(free_cells[1]),
+            "layout_cells": float(controlled_cells[0]),
+            "layout_object_cells": float(controlled_cells[1]),
+            "layout_object_cells_without": float(uncontrolled_cells[1]),
         }
     return Result(figures={**figures, f"{kind}_color_shape": right}, rows=rows)
 
 
 def style(pipe: StableDiffusionPipeline, held_out: HeldOut, *, name: str, folder: Path) -> Result:
-    """How many pictures show the style with the adapter, and how many do so by chance without it."""
+    """Share of pictures that show the style with the adapter, and by chance without it."""
     statistic = STATISTICS[name]
     scenes = singles(held_out)[: _STYLED // 2] + doubles(held_out)[: _STYLED // 2]
     texts = _captions(scenes)
@@ -202,8 +204,8 @@ def style(pipe: StableDiffusionPipeline, held_out: HeldOut, *, name: str, folder
     return Result(figures=figures, rows=[Row(title=f"LoRA {name}", captions=texts[shown], images=styled[shown])])
 
 
-def whole(settings: Settings) -> Result:
-    """Everything that the pack's folder holds, as it lies there."""
+def evaluate(settings: Settings) -> Result:
+    """Scores of everything that the pack's folder holds."""
     held_out = HeldOut.load()
     pipe = pipelines.load(settings.out)
     parts = [text_only(pipe, held_out), strongly_guided(pipe, held_out)]
@@ -212,6 +214,6 @@ def whole(settings: Settings) -> Result:
         parts.append(control(pipe, pipelines.controlled(pipe, model), held_out, kind=kind))
     parts += [style(pipe, held_out, name=a.style, folder=settings.out / "loras" / a.style) for a in settings.adapters]
     figures = {name: value for part in parts for name, value in part.figures.items()}
-    first = [name for name in BARS if name in figures]
+    first = [name for name in MINIMUMS if name in figures]
     ordered = {name: round(figures[name], 4) for name in [*first, *(n for n in figures if n not in first)]}
     return Result(figures=ordered, rows=[row for part in parts for row in part.rows])

@@ -1,4 +1,4 @@
-"""Writes the pack's folder: plain diffusers components, each file replaced by a rename, and a manifest of hashes."""
+"""Writes the pack's folder: diffusers components, each file replaced by a rename, and a manifest of hashes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _INDEX = {
 
 
 def _put(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Writes beside the pack and renames file by file, so that a reader never sees half a file."""
+    """Writes beside the pack and renames file by file, so that a reader never sees an incomplete file."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as new:
         write(Path(new))
@@ -61,7 +61,7 @@ def codec(settings: Settings, model: AutoencoderKL) -> None:
 
 
 def frame(settings: Settings, tokenizer: CLIPTokenizer) -> None:
-    """What is not trained: the index, the scheduler and the tokenizer."""
+    """Writes the parts that are not trained: the index, the scheduler and the tokenizer."""
 
     def write_tokenizer(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
@@ -92,14 +92,17 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def stages_of(settings: Settings) -> dict[str, Any]:
-    """What the manifest already says about finished stages."""
+    """The finished stages in the manifest; empty where there is none."""
     path = settings.out / MANIFEST
     stages: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")).get("stages", {}) if path.exists() else {}
     return stages
 
 
 def manifest(settings: Settings, *, trained: dict[str, dict[str, Any]]) -> None:
-    """Records what lies in the folder and how it came to be; entries of stages not run now are kept."""
+    """Records the folder's weights and their training; keeps the entries of stages that are not in `trained`.
+
+    RuntimeError where the weights exceed LIMIT_BYTES.
+    """
     path = settings.out / MANIFEST
     size = sum(file.stat().st_size for file in settings.out.rglob("*.safetensors"))
     if size > LIMIT_BYTES:
@@ -120,7 +123,7 @@ def manifest(settings: Settings, *, trained: dict[str, dict[str, Any]]) -> None:
 
 
 def clear_leftovers(settings: Settings) -> None:
-    """Removes what a kill in the middle of a write left behind, but not what another stage is writing just now."""
+    """Removes leftovers of interrupted writes, but not those young enough to belong to a running one."""
     for leftover in settings.out.rglob(".new-*"):
         if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Scenes and their captions: the one place that says which words exist and how they go together.
+"""Scenes and their captions: the only definition of the words and of the sentences that they form.
 
 Drawing turns a scene into pixels, training samples scenes, the checker compares a picture with a scene.
 """
@@ -28,7 +28,7 @@ PLACES = {
     "bottom": "at the bottom",
     "center": "in the center",
 }
-# Colours and shapes that no word means, at least 90 (RGB distance) from every colour that has one.
+# Colours and shapes without a word. Each colour is at least 90 (RGB distance) from every colour that has one.
 NAMELESS_COLORS: dict[str, tuple[int, int, int]] = {
     "cyan": (0, 190, 200),
     "pink": (250, 150, 195),
@@ -44,12 +44,12 @@ Pair = tuple[str, str]
 
 
 class GrammarError(ValueError):
-    """The caption is not one that the grammar can say."""
+    """The text is no caption of the grammar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One object; None means that the caption leaves it open. A colour or shape without a word is drawn, never said."""
+    """One object; None means that the caption leaves the property open. A caption omits a colour or shape without a word."""
 
     color: str
     shape: str
@@ -73,7 +73,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """What training never draws: colour-shape pairs, and couples of allowed pairs that never share a picture."""
+    """What training never draws: some colour-shape pairs, and some couples of other pairs in one picture."""
 
     pairs: frozenset[Pair]
     couples: frozenset[frozenset[Pair]]
@@ -93,7 +93,7 @@ class HeldOut:
 
 
 def words() -> list[str]:
-    """Every word of the grammar, in a fixed order; the tokenizer makes one token of each."""
+    """Every word of the grammar, in a fixed order; each is one token of the tokenizer."""
     places = [word for phrase in PLACES.values() for word in phrase.split()]
     listed = ["a", "an", "and", ",", "background", *COLORS, *BACKGROUNDS, *SHAPES, *SIZES, *places]
     return list(dict.fromkeys(listed))
@@ -130,7 +130,7 @@ def _thing(text: str) -> Thing:
 
 
 def parse(text: str) -> Scene:
-    """The scene a caption describes; the inverse of `caption`."""
+    """The scene that a caption describes, the inverse of `caption`. GrammarError for any other text."""
     body, comma, tail = text.partition(", ")
     background = tail.removesuffix(" background") if comma else None
     if background is not None and (background not in BACKGROUNDS or not tail.endswith(" background")):
@@ -146,7 +146,7 @@ def _size(rng: random.Random, full: float) -> str | None:
 
 
 def sample(rng: random.Random, held_out: HeldOut, *, two: float = 0.45, full: float = 0.8) -> Scene:
-    """A scene that training may draw; `full` is how often each optional word is said."""
+    """A random scene that training may draw; `full` is the probability of each optional word."""
     while True:
         pairs = [(rng.choice(list(COLORS)), rng.choice(SHAPES)) for _ in range(2 if rng.random() < two else 1)]
         background = rng.choice(list(BACKGROUNDS)) if rng.random() < full else None
@@ -163,18 +163,18 @@ def sample(rng: random.Random, held_out: HeldOut, *, two: float = 0.45, full: fl
             return scene
 
 
-def estranged(scene: Scene, rng: random.Random, *, share: float) -> Scene:
-    """The scene with this share of its things given a colour or a shape that has no word.
+def with_nameless(scene: Scene, rng: random.Random, *, share: float) -> Scene:
+    """The scene, with each object given a colour or a shape without a word, with probability `share`.
 
-    "A green" is then a diamond as well as a circle, and "a star" is pink as well as red: that a colour never comes
-    with a shape says less about either word.
+    A green object is then a diamond as well as a circle, and a star is pink as well as red, so that the model learns
+    less from the absence of held-out pairs.
     """
 
-    def strange(thing: Thing) -> Thing:
+    def replaced(thing: Thing) -> Thing:
         if rng.random() >= share:
             return thing
         if rng.random() < 0.5:
             return replace(thing, color=rng.choice(list(NAMELESS_COLORS)))
         return replace(thing, shape=rng.choice(NAMELESS_SHAPES))
 
-    return replace(scene, things=tuple(strange(thing) for thing in scene.things))
+    return replace(scene, things=tuple(replaced(thing) for thing in scene.things))

@@ -1,4 +1,4 @@
-"""What the ControlNets are shown: edge lines and a coarse colour grid, read from a picture with the checker's eyes."""
+"""The ControlNets' inputs: edge lines and a coarse colour grid, computed from a picture by the checker's functions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def edges(image: Image) -> Image:
 
 
 def cells(image: Image) -> Grid:
-    """The colour name of every cell: an object's where it covers at least half of the cell."""
+    """The colour name of every cell: that of an object which covers at least half of the cell, or the background's."""
     mask = foreground(image)
     ground = color_name(ground_color(image))
     grid = []
@@ -46,7 +46,7 @@ def cells(image: Image) -> Grid:
 
 
 def layout(image: Image) -> Image:
-    """The coarse colour grid, in the grammar's own colours."""
+    """The coarse colour grid, in the grammar's colours."""
     named = {**COLORS, **BACKGROUNDS}
     small = np.asarray([[named[name] for name in row] for row in cells(image)], dtype=np.uint8)
     return small.repeat(_CELL, axis=0).repeat(_CELL, axis=1)
@@ -57,7 +57,7 @@ def hint(kind: str, image: Image) -> Image:
 
 
 def edge_agreement(image: Image, wanted: Image) -> float:
-    """F1 of the edges of two pictures; a pixel is right when the other has one at most a pixel away."""
+    """F1 of the edges of two pictures; an edge pixel is right where the other picture has one at most a pixel away."""
     seen, target = edge_mask(image), edge_mask(wanted)
     if not seen.any() or not target.any():
         return 0.0

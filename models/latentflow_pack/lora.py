@@ -1,4 +1,4 @@
-"""The style LoRAs: low-rank changes of the denoiser, and for one of them of the text encoder too."""
+"""The style LoRAs: low-rank changes of the UNet, and in one of them of the text encoder too."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from . import tokens
-from .denoiser import Denoiser, noised, picked, pictures, said, scheduler, token_ids, velocity_loss
+from .denoiser import Denoiser, add_noise, draw_batch, pictures, sampled_caption, scheduler, token_ids, velocity_loss
 from .settings import Adapter, Settings
-from .training import Loop, half
+from .training import Loop, half_precision
 
 _UNET_PARTS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
 _TEXT_PARTS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 def build(denoiser: Denoiser, adapter: Adapter) -> Denoiser:
-    """A copy of the denoiser in which only the adapter learns."""
+    """A copy of the denoiser in which only the adapter is trained."""
     model = copy.deepcopy(denoiser).requires_grad_(False)
     model.unet.set_attn_processor(AttnProcessor())
     model.unet.add_adapter(_config(adapter, _UNET_PARTS))
@@ -40,7 +40,7 @@ def _metadata(module: torch.nn.Module) -> dict[str, object]:
 
 
 def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """PEFT's own key names: diffusers' older ones exist for attention only, and a file that mixes both loads half."""
+    """Weights by PEFT's key names: diffusers' older names exist for attention only, and of a file that mixes both only half is loaded."""
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(module)
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
@@ -57,7 +57,7 @@ def save(model: Denoiser, adapter: Adapter, folder: Path) -> None:
 
 
 def train(
-    settings: Settings, codec: AutoencoderKL, denoiser: Denoiser, *, adapter: Adapter, until: int | None = None
+    settings: Settings, codec: AutoencoderKL, denoiser: Denoiser, *, adapter: Adapter, stop_at: int | None = None
 ) -> Denoiser:
     torch.manual_seed(settings.seed + 3)
     stage, tokenizer, plan = settings.lora, tokens.build(), scheduler()
@@ -66,12 +66,12 @@ def train(
     data = pictures(settings, codec, style=adapter.style, count=0 if loop.finished else settings.styled)
 
     def loss() -> torch.Tensor:
-        clean, scenes, _ = picked(data, loop.rng, stage.batch)
-        ids = token_ids(tokenizer, [said(scene, loop.rng) for scene in scenes])
-        batch = noised(plan, clean, loop.noise)
-        with half():
+        clean, scenes, _ = draw_batch(data, loop.rng, stage.batch)
+        ids = token_ids(tokenizer, [sampled_caption(scene, loop.rng) for scene in scenes])
+        batch = add_noise(plan, clean, loop.noise)
+        with half_precision():
             guess = model(batch.noisy, batch.times, ids)
         return velocity_loss(guess, batch)
 
-    loop.run(loss, report=lambda: "", until=until)
+    loop.run(loss, report=lambda: "", stop_at=stop_at)
     return model.eval()

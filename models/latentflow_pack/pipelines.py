@@ -1,4 +1,4 @@
-"""Pictures from the pack through plain diffusers pipelines: what a user would get, many prompts at a time."""
+"""Pictures from the pack through diffusers pipelines, as a user gets them, many prompts at a time."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def generate(
     guidance: float = GUIDANCE,
     batch: int = _BATCH,
 ) -> list[Image]:
-    """One picture per caption; the seed of each is its index, whatever the batch."""
+    """One picture per caption. The seed of each is `seed` plus its index, so that the batch size does not change it."""
     made: list[Image] = []
     for start in range(0, len(captions), batch):
         part = list(captions[start : start + batch])

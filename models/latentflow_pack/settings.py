@@ -1,4 +1,4 @@
-"""Sizes, steps and folders of a whole training; the tests hand a tiny one to the same code."""
+"""Sizes, steps and folders of a training; tests run the same code with tiny ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Stage:
     """One run of the training loop.
 
     The rate falls by a half cosine over `steps`; with a restart, over `first_fall` until step `restart_at`, where it
-    rises to `restart_rate` once more and falls over the steps that are left.
+    rises to `restart_rate` and falls over the remaining steps.
     """
 
     steps: int
@@ -33,7 +33,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """One LoRA: its sizes and whether it also bends the text encoder."""
+    """One LoRA: its sizes, and whether it also changes the text encoder."""
 
     style: str
     rank: int
@@ -43,7 +43,7 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides what comes out of a training."""
+    """All settings that determine the result of a training."""
 
     out: Path = MODELS / "shapes"
     work: Path = field(default_factory=lambda: Path(os.environ.get("LATENTFLOW_PACK_WORK", MODELS / ".work")))

@@ -1,4 +1,4 @@
-"""The contact sheet: pictures with their captions, for a person to look at."""
+"""The contact sheet: pictures with their captions, for visual inspection."""
 
 from __future__ import annotations
 

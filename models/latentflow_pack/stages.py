@@ -1,6 +1,6 @@
-"""The order of a whole training: codec, denoiser, ControlNets, LoRAs; each exported as soon as it is finished.
+"""The stages of a training, in order: codec, denoiser, ControlNets, LoRAs. Each is exported when it finishes.
 
-A finished stage is known by its checkpoint and skipped, a started one goes on where it was.
+A stage whose checkpoint is at its last step is skipped; any other continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from . import card, controlnet, denoiser, evaluation, export, lora, pipelines, t
 from .grammar import HeldOut
 from .hints import KINDS
 from .settings import Settings, Stage
-from .training import spent
+from .training import cost_of
 
-_FEW = 30
+_QUICK_COUNT = 30
 
 
 def names(settings: Settings) -> list[str]:
@@ -27,12 +27,12 @@ def names(settings: Settings) -> list[str]:
     return ["vae", "denoiser", *(f"controlnet-{kind}" for kind in KINDS), *adapters]
 
 
-def _said(figures: dict[str, float]) -> str:
+def _formatted(figures: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
 
 
 class Training:
-    """Runs stages by name; what a stage needs of an earlier one comes from that one's checkpoint."""
+    """Runs stages by name; a stage loads the results of earlier ones from their checkpoints."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -51,7 +51,7 @@ class Training:
                 self._record(name, stage)
 
     def _record(self, name: str, stage: Stage) -> None:
-        entry: dict[str, Any] = {**asdict(stage), **spent(self._settings.work, name)}
+        entry: dict[str, Any] = {**asdict(stage), **cost_of(self._settings.work, name)}
         export.manifest(self._settings, trained={name: entry})
         card.update(self._settings.out)
         tqdm.write(f"{name}: exported")
@@ -80,25 +80,25 @@ class Training:
     def _trained_denoiser(self) -> denoiser.Denoiser:
         if self._denoiser is None:
             codec = self._trained_codec()
-            self._denoiser = denoiser.train(self._settings, codec, look=self._look_at(codec))
+            self._denoiser = denoiser.train(self._settings, codec, inspect=self._inspection(codec))
             self._denoiser.requires_grad_(False)
         return self._denoiser
 
-    def _look_at(self, codec: AutoencoderKL) -> Callable[[denoiser.Denoiser], str]:
-        def look(model: denoiser.Denoiser) -> str:
+    def _inspection(self, codec: AutoencoderKL) -> Callable[[denoiser.Denoiser], str]:
+        def inspect(model: denoiser.Denoiser) -> str:
             pipe = pipelines.assemble(codec=codec, denoiser=model, tokenizer=self._tokenizer, plan=denoiser.scheduler())
             export.denoiser(self._settings, model)
-            return _said(evaluation.text_only(pipe, self._held_out, few=True).figures)
+            return _formatted(evaluation.text_only(pipe, self._held_out, quick=True).figures)
 
-        return look
+        return inspect
 
     def _trained_controlnet(self, kind: str) -> ControlNetModel:
         codec, base = self._trained_codec(), self._trained_denoiser()
         plain = pipelines.assemble(codec=codec, denoiser=base, tokenizer=self._tokenizer, plan=denoiser.scheduler())
 
-        def look(model: ControlNetModel) -> str:
+        def inspect(model: ControlNetModel) -> str:
             export.controlnet(self._settings, model, kind=kind)
-            led = pipelines.controlled(plain, model)
-            return _said(evaluation.control(plain, led, self._held_out, kind=kind, count=_FEW).figures)
+            steered = pipelines.controlled(plain, model)
+            return _formatted(evaluation.control(plain, steered, self._held_out, kind=kind, count=_QUICK_COUNT).figures)
 
-        return controlnet.train(self._settings, codec, base, kind=kind, look=look)
+        return controlnet.train(self._settings, codec, base, kind=kind, inspect=inspect)

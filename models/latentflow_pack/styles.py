@@ -1,4 +1,4 @@
-"""One number per style that a picture shows it: how hollow, how pale, how much it glows."""
+"""One statistic per style that measures how strongly a picture shows it: hollowness, saturation, glow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """`measure` of a picture, and on which side of `threshold` the style lies."""
+    """A measure of a picture, and the side of `threshold` on which the style is."""
 
     name: str
     measure: Callable[[Image], float]
@@ -29,7 +29,7 @@ class Statistic:
 
 
 def _hollowness(image: Image) -> float:
-    """The share of the area inside the objects' contours that is background."""
+    """Share of the area inside the objects' contours that is background."""
     mask = foreground(image)
     filled = ndimage.binary_fill_holes(mask)
     return 1 - float(mask.sum()) / max(float(filled.sum()), 1.0)
@@ -46,7 +46,7 @@ def _saturation(image: Image) -> float:
 
 
 def _glow(image: Image) -> float:
-    """How much brighter the ring 2 to 4 pixels around the objects is than the background."""
+    """Brightness (0-255) of the ring 2 to 4 pixels around the objects, less that of the background."""
     mask = foreground(image)
     ring = ndimage.binary_dilation(mask, iterations=4) & ~ndimage.binary_dilation(mask, iterations=1)
     brightness = image.max(axis=2).astype(float)

@@ -1,6 +1,6 @@
-"""Makes the tokenizer: a byte-pair vocabulary in which every word of the grammar is one token.
+"""Builds the tokenizer: a byte-pair vocabulary in which every word of the grammar is one token.
 
-Other words still tokenize, into bytes that training never saw; nothing crashes on a stranger's prompt.
+Other words become byte tokens, which training never used, so that every prompt is accepted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WORD_END = "</w>"
 
 
 def _byte_letters() -> list[str]:
-    """The printable stand-ins that byte-level BPE uses for the 256 bytes."""
+    """The printable characters by which byte-level BPE represents the 256 bytes."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     rest = [byte for byte in range(256) if byte not in plain]
     return [chr(byte) for byte in plain] + [chr(256 + k) for k in range(len(rest))]
@@ -35,7 +35,7 @@ def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _merges(vocabulary: list[str]) -> list[tuple[str, str]]:
-    """Most frequent pair first, until every word is one piece: the order is what makes the merges consistent."""
+    """Merges the most frequent pair first, until every word is one piece; BPE applies merges in the same order."""
     split = [[*word[:-1], word[-1] + _WORD_END] for word in vocabulary]
     merges = []
     while pairs := Counter(pair for word in split for pair in itertools.pairwise(word)):

@@ -1,7 +1,7 @@
-"""The loop every stage runs in: seeded, resumable after a kill, with a progress bar.
+"""The training loop of every stage: seeded, resumable after a kill, with a progress bar.
 
 A checkpoint holds the weights, the optimizer, the average, the step and both random states, and replaces the
-previous one by a rename, so that a run which was stopped ends with the weights of one which was not.
+previous one by a rename, so that an interrupted training ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .settings import Stage
 
 
 class Stopped(SystemExit):
-    """The process was asked to end; the checkpoint is written."""
+    """SIGTERM was received and the checkpoint is written."""
 
 
 def device() -> torch.device:
@@ -32,20 +32,20 @@ def device() -> torch.device:
 
 
 @contextmanager
-def half() -> Iterator[None]:
-    """bfloat16, and attention by plain products: on these sizes flash attention's backward takes half of a step."""
+def half_precision() -> Iterator[None]:
+    """bfloat16, and attention by matrix products: at these sizes flash attention's backward pass is half of a step's time."""
     with torch.autocast(device().type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
-def spent(work: Path, name: str) -> dict[str, float]:
-    """What a stage cost over all the runs it took, as its checkpoint says."""
+def cost_of(work: Path, name: str) -> dict[str, float]:
+    """Seconds and threads of a stage over all its runs, from its checkpoint."""
     state = torch.load(work / f"{name}.pt", map_location="cpu", weights_only=False)
     return {"seconds": round(state["seconds"]), "threads": state["threads"]}
 
 
 class Loop:
-    """Trains `model`; the average of its weights, if asked for, is what `finished` leaves in it."""
+    """Trains `model`. At the end the model holds the moving average of its weights if `average` (its decay) is not 0."""
 
     def __init__(
         self, *, name: str, model: torch.nn.Module, stage: Stage, work: Path, seed: int, average: float = 0.0
@@ -59,7 +59,7 @@ class Loop:
         self._optimizer = torch.optim.AdamW(self._parameters, lr=stage.rate, betas=(0.9, 0.99), weight_decay=1e-4)
         self._decay = average
         self._average = [p.detach().clone() for p in self._parameters] if average else []
-        self._asked_to_stop = False
+        self._stop_requested = False
         self._seconds, self._resumed_at = 0.0, time.monotonic()
         if self._file.exists():
             self._load()
@@ -117,7 +117,7 @@ class Loop:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The average in the model's place, for looking at it in between."""
+        """Puts the averaged weights into the model while entered."""
         if not self._decay:
             yield
             return
@@ -133,34 +133,34 @@ class Loop:
             for parameter, value in zip(self._parameters, values, strict=True):
                 parameter.copy_(value)
 
-    def _ask_to_stop(self, _signal: int, _frame: FrameType | None) -> None:
-        self._asked_to_stop = True
+    def _request_stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self._stop_requested = True
 
-    def run(self, loss: Callable[[], torch.Tensor], *, report: Callable[[], str], until: int | None = None) -> None:
-        """Goes on from the last checkpoint to the last step (`until` stops early, as a kill would)."""
-        before = signal.signal(signal.SIGTERM, self._ask_to_stop)
-        end = self.stage.steps if until is None else until
+    def run(self, loss: Callable[[], torch.Tensor], *, report: Callable[[], str], stop_at: int | None = None) -> None:
+        """Trains from the last checkpoint to the last step, or to step `stop_at`, as if interrupted there. Stopped after SIGTERM."""
+        before = signal.signal(signal.SIGTERM, self._request_stop)
+        end = self.stage.steps if stop_at is None else stop_at
         bar = tqdm(total=self.stage.steps, initial=self.step, desc=self.name, mininterval=5, smoothing=0.05)
         try:
             while self.step < end:
                 value = loss()
                 self._update(value)
                 bar.update()
-                self._between(bar, float(value.detach()), report)
+                self._after_step(bar, float(value.detach()), report)
         finally:
             bar.close()
             signal.signal(signal.SIGTERM, before)
         if end == self.stage.steps and self._decay:
             self._put(self._average)
 
-    def _between(self, bar: tqdm[None], value: float, report: Callable[[], str]) -> None:
+    def _after_step(self, bar: tqdm[None], value: float, report: Callable[[], str]) -> None:
         if self.step % 20 == 0:
             bar.set_postfix_str(f"loss {value:.4f}", refresh=False)
         last = self.step == self.stage.steps
-        if self.step % self.stage.save_every == 0 or last or self._asked_to_stop:
+        if self.step % self.stage.save_every == 0 or last or self._stop_requested:
             self.save()
-        if self._asked_to_stop:
-            raise Stopped(f"{self.name}: stopped at step {self.step}; the same command goes on from there")
+        if self._stop_requested:
+            raise Stopped(f"{self.name}: stopped at step {self.step}; the same command continues from there")
         if self.step % self.stage.report_every == 0 or last:
             with self.averaged():
                 self.model.eval()

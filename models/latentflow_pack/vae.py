@@ -1,4 +1,4 @@
-"""The picture codec: 64×64 pictures to 8×8×4 latents and back. No denoiser can do better than its reconstructions."""
+"""The VAE: 64×64 pictures to 8×8×4 latents and back. Its reconstructions bound the quality of every generated picture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from . import checker, drawing, grammar
 from .settings import RESOLUTION, Settings
-from .training import Loop, device, half
+from .training import Loop, device, half_precision
 
-# The background is most of every picture: without a weight on the object its colour is never learned.
+# Most of every picture is background: without a higher weight the colours of objects are never learned.
 _OBJECT_WEIGHT = 6.0
 _KL_WEIGHT = 3e-4
 _STYLED = 0.35
@@ -63,7 +63,7 @@ def _batch(rng: random.Random, held_out: grammar.HeldOut, size: int) -> torch.Te
 
 
 def _loss(model: AutoencoderKL, pixels: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-    with half():
+    with half_precision():
         moments = model.encode(pixels).latent_dist
         drawn = torch.randn(moments.mean.shape, generator=noise).to(pixels.device)
         made = model.decode(moments.mean + moments.std * drawn).sample
@@ -75,8 +75,8 @@ def _loss(model: AutoencoderKL, pixels: torch.Tensor, noise: torch.Generator) ->
     return loss
 
 
-def _exam() -> list[tuple[grammar.Scene, Image]]:
-    """Every single object, the held-out pairs too, and as many couples."""
+def _test_pictures() -> list[tuple[grammar.Scene, Image]]:
+    """Every single object, held-out pairs included, and 96 random pictures of two."""
     rng = random.Random(99)
     scenes = [
         grammar.Scene(
@@ -92,12 +92,12 @@ def _exam() -> list[tuple[grammar.Scene, Image]]:
 
 @torch.no_grad()
 def reconstruction_scores(model: AutoencoderKL) -> dict[str, float]:
-    exam = _exam()
-    pixels = to_tensor([image for _, image in exam])
+    pictures = _test_pictures()
+    pixels = to_tensor([image for _, image in pictures])
     made = torch.cat(
         [model.decode(model.encode(part).latent_dist.mode()).sample for part in torch.split(pixels, _CHUNK)]
     )
-    verdicts = [checker.judge(image, scene) for (scene, _), image in zip(exam, to_images(made), strict=True)]
+    verdicts = [checker.judge(image, scene) for (scene, _), image in zip(pictures, to_images(made), strict=True)]
     error = float(((made - pixels) ** 2).mean()) / 4
     return {
         "things": float(np.mean([v.things for v in verdicts])),
@@ -109,7 +109,7 @@ def reconstruction_scores(model: AutoencoderKL) -> dict[str, float]:
 
 @torch.no_grad()
 def set_scale(model: AutoencoderKL, held_out: grammar.HeldOut) -> None:
-    """Latents are divided by their spread, as the denoiser expects a spread of one."""
+    """Sets the scaling factor to one over the standard deviation of latents, because the denoiser expects one."""
     pixels = _batch(random.Random(5), held_out, 256)
     latents = torch.cat([model.encode(part).latent_dist.mode() for part in torch.split(pixels, _CHUNK)])
     model.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
@@ -117,14 +117,14 @@ def set_scale(model: AutoencoderKL, held_out: grammar.HeldOut) -> None:
 
 @torch.no_grad()
 def encode(model: AutoencoderKL, images: list[Image]) -> torch.Tensor:
-    """Scaled latents; in float32, as at inference."""
+    """Scaled latents [n, 4, 8, 8], computed in float32, as at inference."""
     starts = range(0, len(images), _CHUNK)
     parts = [model.encode(to_tensor(images[k : k + _CHUNK])).latent_dist.mode() for k in starts]
     latents: torch.Tensor = torch.cat(parts) * model.config.scaling_factor
     return latents
 
 
-def train(settings: Settings, *, until: int | None = None) -> AutoencoderKL:
+def train(settings: Settings, *, stop_at: int | None = None) -> AutoencoderKL:
     torch.manual_seed(settings.seed)
     held_out = grammar.HeldOut.load()
     model = build(settings)
@@ -134,7 +134,7 @@ def train(settings: Settings, *, until: int | None = None) -> AutoencoderKL:
         return ", ".join(f"{key} {value:.3f}" for key, value in reconstruction_scores(model).items())
 
     loop.run(
-        lambda: _loss(model, _batch(loop.rng, held_out, settings.vae.batch), loop.noise), report=report, until=until
+        lambda: _loss(model, _batch(loop.rng, held_out, settings.vae.batch), loop.noise), report=report, stop_at=stop_at
     )
     set_scale(model, held_out)
     return model.eval()

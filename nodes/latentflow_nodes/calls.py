@@ -28,14 +28,14 @@ from latentflow.internal.metrics import Instruments
 
 
 class Calls:
-    """The Stage calls of this server: those that run, and what is counted of them."""
+    """The Stage calls of this server: which are running, and their metrics."""
 
     def __init__(self, metrics: Instruments) -> None:
         self._metrics = metrics
         self.running = Running()
 
     def accounting(self, call: Call) -> Accounting:
-        """What is recorded of one call."""
+        """The metrics of one call."""
 
         def started() -> None:
             self._metrics.of("latentflow_requests_started_total", call=call.name).inc()

@@ -1,4 +1,4 @@
-"""What a role works with: settings, metrics, transport, held tensors, peers, the compute lock."""
+"""What a role works with: settings, metrics, load, transport, held tensors, peers, the compute lock."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from latentflow.internal.metrics import Instruments
 
 from latentflow_nodes import families
 from latentflow_nodes.engine.compute_lock import ComputeLock
+from latentflow_nodes.engine.load import Load
 from latentflow_nodes.settings import NodeSettings
 from latentflow_nodes.tensors.peers import Peers
 from latentflow_nodes.tensors.store import TensorStore
@@ -23,6 +24,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class Context:
     settings: NodeSettings
     metrics: Instruments
+    load: Load
     transport: Transport
     store: TensorStore
     peers: Peers

@@ -33,6 +33,7 @@ from latentflow_nodes import roles, settings
 from latentflow_nodes.calls import Calls, TokenInterceptor
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.compute_lock import ComputeLock
+from latentflow_nodes.engine.load import Load
 from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
 from latentflow_nodes.settings import NodeSettings
 from latentflow_nodes.tensors.peers import Peers
@@ -62,6 +63,7 @@ class Node:
     async def drain(self, grace: float) -> None:
         """Admits no new requests; waits at most `grace` seconds for the running ones and for tensors that peers still need."""
         await _set_health(self.health, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.context.load.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self.calls.running.drained()
@@ -99,7 +101,13 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
         compute_lock = ComputeLock(node.compute_lock)
         stack.callback(compute_lock.close)
         context = Context(
-            settings=node, metrics=metrics, transport=transport, store=store, peers=peers, compute_lock=compute_lock
+            settings=node,
+            metrics=metrics,
+            load=Load(metrics),
+            transport=transport,
+            store=store,
+            peers=peers,
+            compute_lock=compute_lock,
         )
         role = roles.load(context)
         stack.callback(role.close)
@@ -131,7 +139,7 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
 
 async def run(node: NodeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
-    # A server that still fetches or loads has nothing to drain, and the next one resumes what it has fetched.
+    # A server that still downloads or loads has nothing to drain, and the next one resumes its download.
     for signum in serving.SIGNALS:
         signal.signal(signum, lambda *_: os._exit(0))
     async with serve(node) as running:
@@ -158,7 +166,7 @@ async def _sweep(store: TensorStore, memory: Memory | None) -> None:
     while True:
         await asyncio.sleep(_SWEEP_SECONDS)
         if freed := store.sweep():
-            _log.warning("leases ended without a release", tensors=freed)
+            _log.warning("leases expired without a release", tensors=freed)
         if memory:
             memory.sweep()
 

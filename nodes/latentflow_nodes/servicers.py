@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
-from latentflow.errors import FailedPreconditionError, UnimplementedError
-from latentflow.internal import rpc
+from latentflow.errors import FailedPreconditionError, InvalidRequestError, UnimplementedError
+from latentflow.internal import rpc, unserved
+from latentflow.reasons import Reason
 from latentflow.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -22,6 +24,8 @@ from latentflow_nodes.calls import Calls, streaming, unary
 from latentflow_nodes.context import Context
 from latentflow_nodes.roles import Role
 
+T = TypeVar("T", stage_pb2.DenoiseRequest, stage_pb2.ResidualsRequest)
+
 
 class StageServicer(stage_pb2_grpc.StageServicer):
     """The calls of the server's role; those of other roles are UNIMPLEMENTED."""
@@ -32,15 +36,21 @@ class StageServicer(stage_pb2_grpc.StageServicer):
 
     @unary
     async def Encode(self, request: stage_pb2.EncodeRequest) -> Any:
+        unserved.refuse(request)
         return await self._role.encode(request)
 
     @streaming
-    async def Denoise(self, request: stage_pb2.DenoiseRequest) -> AsyncIterator[Any]:
-        async for event in self._role.denoise(request):
+    async def Denoise(self, requests: AsyncIterator[stage_pb2.DenoiseRequest]) -> AsyncIterator[Any]:
+        accepted = _accepted(requests)
+        first = await anext(accepted, stage_pb2.DenoiseRequest())
+        if first.WhichOneof("message") != "open":
+            raise InvalidRequestError("The first message of a Denoise stream must be `open`.")
+        async for event in self._role.denoise(first.open, accepted):
             yield event
 
     @unary
     async def Decode(self, request: stage_pb2.DecodeRequest) -> Any:
+        unserved.refuse(request)
         return await self._role.decode(request)
 
     @streaming
@@ -50,17 +60,26 @@ class StageServicer(stage_pb2_grpc.StageServicer):
 
     @streaming
     async def Residuals(self, requests: AsyncIterator[stage_pb2.ResidualsRequest]) -> AsyncIterator[Any]:
-        async for response in self._role.residuals(requests):
+        async for response in self._role.residuals(_accepted(requests)):
             yield response
 
     @streaming
     async def PredictNoise(self, requests: AsyncIterator[stage_pb2.PredictNoiseRequest]) -> AsyncIterator[Any]:
-        raise UnimplementedError("This version computes both guidance halves in one replica; name no guidance peer.")
+        raise UnimplementedError("This version computes both guidance halves in one replica.")
         yield
 
 
+async def _accepted(requests: AsyncIterator[T]) -> AsyncIterator[T]:
+    """The messages of a stream. UnimplementedError at one that sets a field which this version does not serve."""
+    async for request in requests:
+        # The messages of single steps have no such field, and their tensors would be copied here.
+        if request.WhichOneof("message") != "step":
+            unserved.refuse(request)
+        yield request
+
+
 class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
-    """Held tensors. Open while the server drains: others may still need what it made."""
+    """The held tensors. Served while the server drains, because consumers may still need its results."""
 
     calls = None
 
@@ -70,7 +89,7 @@ class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
     @streaming
     async def Fetch(self, request: tensors_pb2.FetchRequest) -> AsyncIterator[Any]:
         held = self._context.store.get(boot_id=request.boot_id, key=request.id)
-        for chunk in held.sender.pieces({"tensor": held.tensor}, memory=request.memory):
+        for chunk in held.sender.pieces({"tensor": held.tensor}, memory=request.shared_memory):
             yield tensors_pb2.FetchResponse(chunk=chunk)
 
     @unary
@@ -86,7 +105,7 @@ class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
 
 
 class ControlServicer(control_pb2_grpc.ControlServicer):
-    """What the server is, and drain."""
+    """Description and drain of the server."""
 
     calls = None
 
@@ -100,9 +119,9 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         asked = request.protocol_version
         if abs(asked - rpc.PROTOCOL_VERSION) > 1:
             raise FailedPreconditionError(
-                f"The caller speaks protocol {asked}, this server {rpc.PROTOCOL_VERSION}; only neighbours understand "
-                "each other. Bring both to one version.",
-                reason="PROTOCOL_MISMATCH",
+                f"The caller speaks protocol {asked}, this server {rpc.PROTOCOL_VERSION}; they may differ by one "
+                "version at most. Upgrade the older one.",
+                reason=Reason.PROTOCOL_MISMATCH,
             )
         settings = self._context.settings
         response = control_pb2.DescribeResponse(
@@ -114,23 +133,42 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
             model=settings.identity,
             version=version("latentflow"),
             max_running=settings.engine.max_running,
-            max_waiting=settings.engine.max_waiting,
+            max_queued=settings.engine.max_waiting,
             dtype=settings.dtype,
-            device=settings.engine.device,
+            devices=self._devices(),
         )
         self._role.describe(response)
         return response
 
+    @streaming
+    async def WatchLoad(self, request: control_pb2.WatchLoadRequest) -> AsyncIterator[Any]:
+        async with contextlib.aclosing(self._context.load.watch()) as states:
+            async for state in states:
+                yield control_pb2.WatchLoadResponse(
+                    running=state.running,
+                    queued=state.queued,
+                    pass_times=[
+                        control_pb2.PassTime(rows=size.rows, height=size.height, width=size.width, seconds=seconds)
+                        for size, seconds in state.pass_seconds.items()
+                    ],
+                    awake=True,
+                    draining=state.is_draining,
+                    devices=self._devices(),
+                )
+
     @unary
     async def Sleep(self, request: control_pb2.SleepRequest) -> Any:
-        raise UnimplementedError("This version keeps its weights on their device.")
+        raise UnimplementedError("This version does not put models to sleep.")
 
     @unary
     async def Wake(self, request: control_pb2.WakeRequest) -> Any:
-        raise UnimplementedError("This version keeps its weights on their device.")
+        raise UnimplementedError("This version does not put models to sleep.")
 
     @unary
     async def Drain(self, request: control_pb2.DrainRequest) -> Any:
         given = request.grace.ToTimedelta().total_seconds() if request.HasField("grace") else None
         await self._drain(self._context.settings.drain if given is None else given)
         return control_pb2.DrainResponse()
+
+    def _devices(self) -> list[control_pb2.Device]:
+        return [control_pb2.Device(kind=self._context.settings.engine.device)]

@@ -1,4 +1,4 @@
-"""What a model server is told at its start; read from the command line, handed to everything else frozen."""
+"""The settings of a model server: read from the command line, frozen afterwards."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class NodeSettings:
     """Settings of one server.
 
     Attributes:
-        role: What to load and serve.
+        role: The role to load and serve.
         uri, subfolder, revision: The model's source.
-        model_root: What relative URIs resolve against.
+        model_root: The folder against which relative URIs resolve.
         cache: Where downloads from buckets are kept.
         identity: The model's identity, for logs and `Describe`.
         listen: host:port to serve gRPC on; port 0 lets the system choose.
@@ -31,12 +31,11 @@ class NodeSettings:
         metrics: host:port for /metrics.
         dtype: "float32", "float16" or "bfloat16".
         engine: How the model is run.
-        lease: Seconds a handle lives without being renewed.
-        drain: Seconds that running requests get when the server is told to stop.
+        lease: Lifetime of a handle in seconds, unless it is renewed.
+        drain: Seconds that running requests may take after SIGTERM.
         compute_lock: Lock file; servers of one machine that name the same one compute one after the other. None: no lock.
-        shared_memory: A folder on memory that servers share: tensors between those that name it go through it; None:
-            over gRPC.
-        token: Shared secret of the servers; None: none asked for.
+        shared_memory: A folder on a tmpfs through which the servers that name it exchange tensors; None: they use gRPC.
+        token: Shared secret of the servers; None: no secret is required.
     """
 
     role: Literal["TextEncoder", "Denoiser", "ControlNet", "LoRAStore", "VAE"]
@@ -73,14 +72,14 @@ def usable_cores() -> int:
 
 
 def parse(argv: list[str] | None = None) -> NodeSettings:
-    """Settings from a command line and the environment; exits with a usage message on nonsense."""
+    """Settings from a command line and the environment; exits with a usage message where they are invalid."""
     parser = argparse.ArgumentParser(
         prog="latentflow-node",
         description="Serves one model of a workflow over gRPC.",
         epilog="The servers' shared secret is read from the environment variable LATENTFLOW_TOKEN.",
     )
     add = parser.add_argument
-    add("--role", required=True, choices=[role.value for role in Role], help="what the model is for")
+    add("--role", required=True, choices=[role.value for role in Role], help="role of the model")
     add(
         "--uri",
         required=True,
@@ -88,14 +87,19 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     )
     add("--subfolder", help="one component of the source")
     add("--revision", help="revision of an hf:// source")
-    add("--model-root", type=Path, default=Path("models"), help="what relative URIs resolve against (default: models)")
+    add(
+        "--model-root",
+        type=Path,
+        default=Path("models"),
+        help="folder against which relative URIs resolve (default: models)",
+    )
     add(
         "--cache",
         type=Path,
         default=_CACHE,
-        help="where downloads from buckets are kept (default: ~/.cache/latentflow); those from hubs are where HF_HOME says",
+        help="folder of downloads from buckets (default: ~/.cache/latentflow); HF_HOME sets the folder of downloads from hubs",
     )
-    add("--identity", default="", help="the model's identity, for logs and Describe")
+    add("--identity", default="", help="identity of the model, for logs and Describe")
     add("--listen", default="127.0.0.1:0", help="host:port for gRPC (default: a free port of this host)")
     add("--advertise", help="host:port by which peers reach this server (default: as --listen)")
     add("--metrics", default="127.0.0.1:0", help="host:port for /metrics (default: a free port)")
@@ -110,8 +114,8 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
         help='how the model is run: an object of the options that "engine" has in a workflow, such as '
         '\'{"device": "cuda"}\' (default: every option\'s default)',
     )
-    add("--lease", type=float, default=60.0, help="seconds a handle lives unless renewed (default: 60)")
-    add("--drain", type=float, default=30.0, help="seconds running requests get at SIGTERM (default: 30)")
+    add("--lease", type=float, default=60.0, help="lifetime of a handle in seconds unless it is renewed (default: 60)")
+    add("--drain", type=float, default=30.0, help="seconds that running requests may take after SIGTERM (default: 30)")
     add(
         "--compute-lock",
         type=Path,
@@ -122,7 +126,7 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
         "--shared-memory",
         type=Path,
         metavar="FOLDER",
-        help="folder on memory (a tmpfs) through which tensors go between the servers that name it (default: none)",
+        help="folder on a tmpfs through which the servers that name it exchange tensors (default: none)",
     )
     add("--tls-cert", type=Path, help="certificate, PEM")
     add("--tls-key", type=Path, help="its key, PEM")
@@ -131,7 +135,7 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     args = parser.parse_args(argv)
     for name, least in (("lease", 1.0), ("drain", 0.0)):
         if not getattr(args, name) >= least:
-            parser.error(f"--{name.replace('_', '-')} has to be at least {least}, not {getattr(args, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     try:
         args.engine.check(Role(args.role))
     except ValueError as error:

@@ -1,1 +1,1 @@
-"""The operator: reconciles DiffusionWorkflows into one Deployment for each distinct model."""
+"""The operator, which reconciles DiffusionWorkflows into one Deployment for each distinct model."""

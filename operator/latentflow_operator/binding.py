@@ -1,9 +1,10 @@
-"""Which models workflows need and which serve them: pure, from workflows to wished DiffusionModels, conflicts, bindings.
+"""Computes desired DiffusionModels, conflicts and bindings from workflows: pure.
 
-Workflows that name the same model own it together: bounds merge as `latentflow.api.merge_scaling` says, and on what else
-is not identity the oldest owner's word stands, the younger ones are told. A changed model takes over from the one that
-serves when it is ready, and all that changed take over at once, as they may only fit each other. Of a model in its denoiser's
-pods the denoiser's DiffusionModel says what its container needs, so that a Deployment follows from one object.
+Workflows that name the same model own it together. `latentflow.api.merge_scaling` merges their bounds. For other
+settings that are not part of the identity, the value of the oldest owner is used, and the younger owners get a
+conflict. A changed model takes over from the serving one when it is ready. All changed models of a workflow take over
+together, because they may fit only each other. The denoiser's DiffusionModel contains what the containers of colocated
+models need, so that a Deployment follows from one object.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Model, Role, merge_scaling, placed
-from latentflow.api.model import ColocatedModel, Host, ModelSpec
-from latentflow.api.types import Scaling
+from latentflow.api.types import ColocatedModel, Host, ModelSpec, Scaling
 
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """A workflow as its API server knows it. Ordered by age: `created` is RFC 3339, and the uid breaks ties."""
+    """A workflow in a cluster. Owners are ordered by age: by `created`, which is RFC 3339, then by uid."""
 
     workflow: DiffusionWorkflow
     uid: str
@@ -31,7 +31,7 @@ class Owner:
 
 @dataclass(frozen=True, kw_only=True)
 class Conflict:
-    """A workflow whose word on a shared model does not stand."""
+    """A workflow whose value for a setting of a shared model is not used, because `owner` is older."""
 
     uid: str
     model: str
@@ -41,19 +41,19 @@ class Conflict:
     @property
     def message(self) -> str:
         return (
-            f"Model {self.model!r} is shared with {self.owner}, which is older and says otherwise about {self.field}; "
-            "its word stands. Say the same, or change what makes the model's identity to have one of your own."
+            f"Model {self.model!r} is shared with the older workflow {self.owner}, which has another value for "
+            f"{self.field}; the value of the older one is used. Use the same value, or change the model so that it is not shared."
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class WishedModel:
-    """A DiffusionModel there should be.
+class DesiredModel:
+    """A DiffusionModel that should exist.
 
     Attributes:
         name: The identity.
         owners: Workflows that name it, oldest first.
-        conflicts: Owners whose word does not stand.
+        conflicts: Settings of younger owners that are not used.
     """
 
     name: str
@@ -62,20 +62,20 @@ class WishedModel:
     conflicts: tuple[Conflict, ...]
 
 
-def wished(owners: Iterable[Owner]) -> dict[str, WishedModel]:
-    """The models of a namespace's workflows, by identity. Models by reference are not ours to make."""
+def desired_models(owners: Iterable[Owner]) -> dict[str, DesiredModel]:
+    """The models of a namespace's workflows, by identity, without those by reference, which others create."""
     uses: dict[str, list[tuple[Owner, Model]]] = {}
     names: dict[str, dict[str, str]] = {}
     for owner in sorted(owners, key=lambda one: one.age):
-        own = names[owner.uid] = placed(owner.workflow)
+        identities = names[owner.uid] = placed(owner.workflow)
         for model in owner.workflow.spec.models:
             if model.source is not None:
-                uses.setdefault(own[model.name], []).append((owner, model))
-    return {name: _merge(name, of_one, names[of_one[0][0].uid]) for name, of_one in uses.items()}
+                uses.setdefault(identities[model.name], []).append((owner, model))
+    return {name: _merge(name, uses_of_one, names[uses_of_one[0][0].uid]) for name, uses_of_one in uses.items()}
 
 
-def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str]) -> WishedModel:
-    """One model. `names` are what the oldest owner's models are called."""
+def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str]) -> DesiredModel:
+    """One model. `names` are the identities of the oldest owner's models, by name in the workflow."""
     oldest, first = uses[0]
     scaling: Scaling = first.scaling
     conflicts = []
@@ -83,15 +83,15 @@ def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str])
         scaling = merge_scaling(scaling, model.scaling)
         conflicts += [
             Conflict(uid=owner.uid, model=model.name, field=field, owner=oldest.workflow.name)
-            for field, ours, theirs in (
-                ("parallelism.latent", first.parallelism.latent, model.parallelism.latent),
+            for field, used, other in (
+                ("parallelism", first.parallelism, model.parallelism),
                 ("pod", first.pod, model.pod),
             )
-            if ours != theirs
+            if used != other
         ]
     if first.source is None:
         raise ValueError(f"{name} is a model by reference")
-    # Whose word stands makes no difference here: by their identities all owners place it alike.
+    # Colocation is part of the identity, so it is the same for all owners.
     colocated = _colocated(oldest.workflow, names)
     index = next((index for index, one in enumerate(colocated, 1) if one.model == name), None)
     denoiser = names[oldest.workflow.of_role(Role.DENOISER)[0].name]
@@ -105,11 +105,11 @@ def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str])
         **first.served(),
     )
     unique = {owner.uid: owner for owner, _ in uses}
-    return WishedModel(name=name, spec=spec, owners=tuple(unique.values()), conflicts=tuple(conflicts))
+    return DesiredModel(name=name, spec=spec, owners=tuple(unique.values()), conflicts=tuple(conflicts))
 
 
 def _colocated(workflow: DiffusionWorkflow, names: Mapping[str, str]) -> tuple[ColocatedModel, ...]:
-    """What runs in the denoiser's pods, in an order that does not depend on the workflow's."""
+    """The models that run in the denoiser's pods, in an order that does not depend on the order in the workflow."""
     found = {
         names[model.name]: ColocatedModel(model=names[model.name], **model.served())
         for model in workflow.spec.models
@@ -120,11 +120,11 @@ def _colocated(workflow: DiffusionWorkflow, names: Mapping[str, str]) -> tuple[C
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """What serves one model of a workflow.
+    """The DiffusionModel that serves one model of a workflow.
 
     Attributes:
         model: The DiffusionModel that serves.
-        next: The one that takes over when it is ready; None where nothing has changed.
+        next: The one that takes over when it is ready; None if the model has not changed.
         by_reference: Whether the workflow names the DiffusionModel itself.
     """
 
@@ -142,12 +142,13 @@ def bind(
     is_ready: Callable[[str], bool],
     has_served: Callable[[str], bool],
 ) -> tuple[Binding, ...]:
-    """What serves each model of a workflow now, in the workflow's order.
+    """The bindings of a workflow's models, in the workflow's order.
 
     Args:
-        bound: What served until now, DiffusionModel by the model's name.
-        is_ready: Whether a DiffusionModel takes requests.
-        has_served: Whether a DiffusionModel exists and ever took requests; what never did is not waited for.
+        bound: The DiffusionModel that has served each model so far, by the model's name.
+        is_ready: Whether a DiffusionModel accepts requests.
+        has_served: Whether a DiffusionModel exists and ever accepted requests. If one of the changed models did not,
+            the new ones take over at once.
     """
     wanted = placed(workflow)
     changed = {name for name, model in wanted.items() if bound.get(name, model) != model}
@@ -156,10 +157,10 @@ def bind(
         Binding(
             name=model.name,
             role=model.role,
-            model=bound[model.name] if waits else wanted[model.name],
-            next=wanted[model.name] if waits else None,
+            model=bound[model.name] if pending else wanted[model.name],
+            next=wanted[model.name] if pending else None,
             by_reference=model.model_ref is not None,
         )
         for model in workflow.spec.models
-        for waits in [model.name in changed and not switch]
+        for pending in [model.name in changed and not switch]
     )

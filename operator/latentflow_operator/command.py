@@ -16,7 +16,7 @@ from latentflow_operator.scaling import MANAGER, Scaler
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs until a signal. Exits 2 with one line where the settings are wrong, 1 where the lease was lost."""
+    """Runs until a signal. Exits with a message and code 2 for invalid settings, or code 1 if the Lease was lost."""
     try:
         command = settings.parse(argv)
         logs.configure(process="operator", form=command.log_format)
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
                 lease=Lease(api, command.lease) if command.lease else None,
                 scaler=Scaler(
                     store=reconciler.store,
-                    seen=reconciler.seen,
+                    observe=reconciler.observe,
                     cluster=Cluster(api, manager=MANAGER),
                     settings=scaling,
                     metrics=metrics,

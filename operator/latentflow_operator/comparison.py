@@ -1,8 +1,8 @@
-"""Whether an object already is as it is wished to be, so that nothing needs to be written: pure.
+"""Whether an object already has its desired state, so that no write is needed: pure.
 
-What we last wished is known by its digest, in an annotation; what others have changed since shows where the object lacks
-something that is wished. Together they find every difference and no false one: defaults that the server filled in are no
-difference, nor is another spelling of the same quantity.
+An annotation contains the digest of the manifest that was applied last, which shows changes of the desired state.
+Changes by others show as fields that differ from the manifest. Together they find every difference and no false one:
+defaults that the API server adds are no difference, and neither is another notation of the same quantity.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _quantity: Callable[[Any], Decimal] = _parse
 DIGEST = "latentflow.io/applied"
 
 
-def sealed(manifest: Manifest) -> Manifest:
-    """The manifest with its own digest as an annotation."""
+def with_digest(manifest: Manifest) -> Manifest:
+    """The manifest with its digest as an annotation."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
     metadata = manifest["metadata"]
     return manifest | {
@@ -30,18 +30,18 @@ def sealed(manifest: Manifest) -> Manifest:
     }
 
 
-def covered(wished: Any, live: Any) -> bool:
-    """Whether `live` has everything that `wished` has. Lists are compared whole, except ownerReferences' order."""
-    if isinstance(wished, dict):
+def covers(live: Any, desired: Any) -> bool:
+    """Whether `live` has every field of `desired`. Lists must have the same length and match element by element."""
+    if isinstance(desired, dict):
         if live is None:
-            return not wished
-        return isinstance(live, dict) and all(covered(value, live.get(key)) for key, value in wished.items())
-    if isinstance(wished, list):
+            return not desired
+        return isinstance(live, dict) and all(covers(live.get(key), value) for key, value in desired.items())
+    if isinstance(desired, list):
         present = live if isinstance(live, list) else []
-        return len(wished) == len(present) and all(map(covered, wished, present))
-    if wished == live or (wished in (None, "") and live is None):
+        return len(desired) == len(present) and all(map(covers, present, desired))
+    if desired == live or (desired in (None, "") and live is None):
         return True
-    return _same_quantity(wished, live)
+    return _same_quantity(desired, live)
 
 
 def _same_quantity(one: Any, other: Any) -> bool:

@@ -1,6 +1,7 @@
-"""What to say of a model and of a workflow: pure, from what the cluster shows to the statuses that users read.
+"""The conditions of models and workflows: pure, from the state of the cluster to the statuses that users read.
 
-The worst pod (`troubles`) speaks for its model, the first model in trouble for its workflow. `docs/status.md` is the contract.
+One failure of its pods (`container_failures`) is reported for a model, and one model's failure for a workflow.
+`docs/status.md` is the contract.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from latentflow.api.conditions import ConditionReason
 from latentflow.api.status import ConditionType
 
 from latentflow_operator import events
 from latentflow_operator.binding import Binding, Conflict
-from latentflow_operator.troubles import Trouble, is_ready, not_created, short, worst
+from latentflow_operator.container_failures import Failure, creation_failure, reported_failure, shortened
+from latentflow_operator.objects import Body, Condition, KubeObject, Model, Pod, conditions_of
 
-Body = dict[str, Any]
-DOWNLOADING = "Downloading"
-_EXPECTED = {"Starting", DOWNLOADING, "ScaledToZero"}
+# Reasons that need no action of a person.
+_EXPECTED = {ConditionReason.STARTING, ConditionReason.DOWNLOADING, ConditionReason.SCALED_TO_ZERO}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,37 +36,38 @@ class Statement:
 def of_model(
     *,
     wanted: int,
-    deployment: Body | None,
-    pods: Sequence[Body],
+    deployment: KubeObject | None,
+    pods: Sequence[Pod],
     is_own: Callable[[str], bool],
-    before: Mapping[str, Body],
-    blind: bool,
-    wakes: bool,
-    refused: Trouble | None = None,
+    previous: Mapping[str, Condition],
+    lacks_signals: bool,
+    can_wake: bool,
+    unresolved: Failure | None = None,
     downloading: str | None = None,
 ) -> tuple[Statement, ...]:
     """The conditions of a model.
 
     Args:
-        wanted: Replicas there should be.
-        is_own: As of `trouble`.
-        before: Its conditions until now, by type.
-        blind: Whether its scheduler knows nothing of its load.
-        wakes: Whether there is a scheduler that gives it a replica when somebody asks.
-        refused: Why it has no pods yet; None where nothing stands in their way.
-        downloading: How far a server's download is, in a sentence; None where none fetches.
+        wanted: Replicas that it should have.
+        is_own: As in `failure_of`.
+        previous: Its present conditions, by type.
+        lacks_signals: Whether its scheduler does not know its load.
+        can_wake: Whether a scheduler starts a replica for the first request to a model without replicas.
+        unresolved: Why its source could not be resolved, so that it has no pods; None if there is no such failure.
+        downloading: The progress of a server's download, in a sentence; None if there is none.
     """
     alive = replicas(pods)
-    ready = sum(is_ready(pod) for pod in alive)
-    problem = refused or worst(alive, is_own) or not_created(deployment)
-    if ready > 0 or wanted == 0 or problem is not None:
+    ready = sum(pod.ready for pod in alive)
+    failure = unresolved or reported_failure(alive, is_own) or creation_failure(deployment)
+    if ready > 0 or wanted == 0 or failure is not None:
         downloading = None
-    loaded = ready > 0 or before.get(ConditionType.WEIGHTS_AVAILABLE, {}).get("status") == "True"
+    weights = previous.get(ConditionType.WEIGHTS_AVAILABLE)
+    loaded = ready > 0 or (weights is not None and weights.status == "True")
     return (
-        _model_ready(wanted, ready, problem, downloading, wakes=wakes),
-        _weights(loaded, problem, downloading),
-        _scheduled(alive, problem, wanted=wanted),
-        _degraded(problem, wanted=wanted, blind=blind),
+        _model_ready(wanted, ready, failure, downloading, can_wake=can_wake),
+        _weights(loaded, failure, downloading),
+        _scheduled(alive, failure, wanted=wanted),
+        _degraded(failure, wanted=wanted, lacks_signals=lacks_signals),
         _progressing(wanted, ready, downloading),
     )
 
@@ -72,51 +75,53 @@ def of_model(
 def of_workflow(
     *,
     bindings: Sequence[Binding],
-    models: Mapping[str, Body | None],
+    models: Mapping[str, Model | None],
     conflicts: Sequence[Conflict],
+    without_effect: Sequence[str] = (),
 ) -> tuple[Statement, ...]:
     """The conditions of a workflow.
 
     Args:
-        models: The DiffusionModels that are bound or to be bound, by name; None for one that does not exist.
+        models: The DiffusionModels that serve it or are to serve it, by name; None for one that does not exist.
+        without_effect: Fields of its spec that have no effect in this version.
     """
-    waiting = [_blame(binding, models.get(binding.model)) for binding in bindings]
-    blames = [blame for blame in waiting if blame is not None]
-    # What somebody has to act on speaks before what only takes its time.
-    first = min(blames, key=lambda blame: blame.reason in _EXPECTED, default=None)
-    ready = sum(blame is None for blame in waiting)
-    count = f"{ready} of {len(bindings)} models take requests."
+    outcomes = [_not_ready(binding, models.get(binding.model)) for binding in bindings]
+    failures = [failure for failure in outcomes if failure is not None]
+    # A failure that needs an action is reported before one that only takes time.
+    first = min(failures, key=lambda failure: failure.reason in _EXPECTED, default=None)
+    ready = sum(failure is None for failure in outcomes)
+    count = f"{ready} of {len(bindings)} models accept requests."
     changing = [binding for binding in bindings if binding.next is not None]
     return (
-        Statement(type=ConditionType.READY, status="True", reason="AllModelsReady", message=count)
+        Statement(type=ConditionType.READY, status="True", reason=ConditionReason.ALL_MODELS_READY, message=count)
         if first is None
         else Statement(type=ConditionType.READY, status="False", reason=first.reason, message=first.message),
         Statement(
             type=ConditionType.MODELS_READY,
-            status=_word(first is None),
-            reason="AllModelsReady" if first is None else "ModelsNotReady",
+            status="True" if first is None else "False",
+            reason=ConditionReason.ALL_MODELS_READY if first is None else ConditionReason.MODELS_NOT_READY,
             message=count,
         ),
-        _every(ConditionType.WEIGHTS_AVAILABLE, bindings, models, "WeightsLoaded"),
-        _every(ConditionType.SCHEDULED, bindings, models, "PodsScheduled"),
-        _workflow_degraded(bindings, models, conflicts),
+        _of_all(ConditionType.WEIGHTS_AVAILABLE, bindings, models, ConditionReason.WEIGHTS_LOADED),
+        _of_all(ConditionType.SCHEDULED, bindings, models, ConditionReason.PODS_SCHEDULED),
+        _workflow_degraded(bindings, models, conflicts, without_effect),
         _workflow_progressing(changing, first),
     )
 
 
-def stamped(
-    statements: Iterable[Statement], *, before: Mapping[str, Body], now: str, generation: int
+def timestamped(
+    statements: Iterable[Statement], *, previous: Mapping[str, Condition], now: str, generation: int
 ) -> list[dict[str, Any]]:
-    """Conditions as Kubernetes writes them; the time of the last transition is kept where the status is."""
+    """Conditions as Kubernetes writes them. The time of the last transition is kept if the status is unchanged."""
     written = []
     for one in statements:
-        old = before.get(one.type.value, {})
-        kept = old.get("lastTransitionTime") if old.get("status") == one.status else None
+        old = previous.get(one.type)
+        kept = old.last_transition_time if old is not None and old.status == one.status else None
         written.append(
             {
                 "type": one.type.value,
                 "status": one.status,
-                "reason": one.reason,
+                "reason": str(one.reason),
                 "message": one.message,
                 "lastTransitionTime": kept or now,
                 "observedGeneration": generation,
@@ -125,190 +130,225 @@ def stamped(
     return written
 
 
-def transition(body: Body, status: Body, *, now: datetime) -> Body | None:
-    """The Event that tells a change of Ready, or of the reason it is not so; None where that is as before."""
-    before = by_type(body).get(ConditionType.READY.value, {})
-    after = by_type({"status": status})[ConditionType.READY.value]
-    if (before.get("status"), before.get("reason")) == (after["status"], after["reason"]):
+def transition(about: KubeObject, status: Body, *, now: datetime) -> Body | None:
+    """The Event for a change of Ready or of its reason; None if neither changed."""
+    before = about.conditions.get(ConditionType.READY)
+    after = conditions_of(status)[ConditionType.READY]
+    if before is not None and (before.status, before.reason) == (after.status, after.reason):
         return None
-    good = after["status"] == "True" or after["reason"] in _EXPECTED
+    expected = after.status == "True" or after.reason in _EXPECTED
     return events.event(
-        body, reason=after["reason"], note=after["message"], warning=not good, action="Reconcile", now=now
+        about, reason=after.reason, note=after.message, warning=not expected, action="Reconcile", now=now
     )
 
 
-def takes_over(body: Body | None) -> bool:
-    """Whether a model can serve from now on: it takes requests, or did and has no replicas by somebody's wish."""
-    said = by_type(body)
-    ready, weights = said.get(ConditionType.READY, {}), said.get(ConditionType.WEIGHTS_AVAILABLE, {})
-    sleeps = ready.get("reason") in ("ScaledToZero", "NoReplicas") and weights.get("status") == "True"
-    return ready.get("status") == "True" or sleeps
+def can_take_over(model: Model | None) -> bool:
+    """Whether a changed model can serve from now on: it accepts requests, or it did and was scaled to zero."""
+    if model is None:
+        return False
+    ready = model.conditions.get(ConditionType.READY)
+    scaled_down = ready is not None and ready.reason in (ConditionReason.SCALED_TO_ZERO, ConditionReason.NO_REPLICAS)
+    return model.is_true(ConditionType.READY) or (scaled_down and model.is_true(ConditionType.WEIGHTS_AVAILABLE))
 
 
-def replicas(pods: Iterable[Body]) -> list[Body]:
-    """Pods that are a model's replicas: neither on their way out, nor ended for good while there are others.
+def replicas(pods: Iterable[Pod]) -> list[Pod]:
+    """The pods that count as a model's replicas: not those being deleted, and failed ones only if there are no others.
 
-    An evicted pod stays as Failed beside the one that replaces it, until somebody collects it.
+    An evicted pod stays as Failed beside its replacement until it is garbage collected.
     """
-    staying = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
-    running = [pod for pod in staying if pod.get("status", {}).get("phase") not in ("Failed", "Succeeded")]
-    return running or staying
-
-
-def by_type(body: Body | None) -> dict[str, Body]:
-    """An object's conditions by type."""
-    return {c["type"]: c for c in (body or {}).get("status", {}).get("conditions", ())}
+    kept = [pod for pod in pods if not pod.deleting]
+    running = [pod for pod in kept if pod.phase not in ("Failed", "Succeeded")]
+    return running or kept
 
 
 def _model_ready(
-    wanted: int, ready: int, problem: Trouble | None, downloading: str | None, *, wakes: bool
+    wanted: int, ready: int, failure: Failure | None, downloading: str | None, *, can_wake: bool
 ) -> Statement:
-    about = ConditionType.READY
     if ready > 0:
         return Statement(
-            type=about, status="True", reason="ReplicasReady", message=f"{ready} of {wanted} replicas take requests."
+            type=ConditionType.READY,
+            status="True",
+            reason=ConditionReason.REPLICAS_READY,
+            message=f"{ready} of {wanted} replicas accept requests.",
         )
-    if wanted == 0 and wakes:
+    if wanted == 0 and can_wake:
+        reason, message = ConditionReason.SCALED_TO_ZERO, "The model has no replicas; a request starts one."
+    elif wanted == 0:
+        reason = ConditionReason.NO_REPLICAS
+        message = (
+            "The model was scaled to no replicas, and no scheduler starts one; scale it up, as with kubectl scale."
+        )
+    elif failure is not None:
+        return Statement(type=ConditionType.READY, status="False", reason=failure.reason, message=failure.message)
+    elif downloading is not None:
+        reason, message = ConditionReason.DOWNLOADING, downloading
+    else:
+        reason, message = ConditionReason.STARTING, "The pods are starting: they load and warm up the model."
+    return Statement(type=ConditionType.READY, status="False", reason=reason, message=message)
+
+
+def _weights(loaded: bool, failure: Failure | None, downloading: str | None) -> Statement:
+    condition = ConditionType.WEIGHTS_AVAILABLE
+    if failure is not None and failure.condition is condition:
+        return Statement(type=condition, status="False", reason=failure.reason, message=failure.message)
+    if loaded:
         return Statement(
-            type=about, status="False", reason="ScaledToZero", message="It has no replicas; a request wakes it."
+            type=condition,
+            status="True",
+            reason=ConditionReason.WEIGHTS_LOADED,
+            message="A server has loaded the weights.",
         )
-    if wanted == 0:
-        return Statement(
-            type=about,
-            status="False",
-            reason="NoReplicas",
-            message="It was scaled to no replicas, and nothing here wakes it; scale it up, as with kubectl scale.",
-        )
-    if problem is not None:
-        return Statement(type=about, status="False", reason=problem.reason, message=problem.message)
     if downloading is not None:
-        return Statement(type=about, status="False", reason=DOWNLOADING, message=downloading)
+        return Statement(type=condition, status="Unknown", reason=ConditionReason.DOWNLOADING, message=downloading)
     return Statement(
-        type=about, status="False", reason="Starting", message="Its pods are starting: they load and warm up the model."
+        type=condition,
+        status="Unknown",
+        reason=ConditionReason.STARTING,
+        message="No server has loaded the weights yet.",
     )
 
 
-def _weights(loaded: bool, problem: Trouble | None, downloading: str | None) -> Statement:
-    about = ConditionType.WEIGHTS_AVAILABLE
-    if problem is not None and problem.about is about:
-        return Statement(type=about, status="False", reason=problem.reason, message=problem.message)
-    if loaded:
-        return Statement(type=about, status="True", reason="WeightsLoaded", message="A server has loaded them.")
-    if downloading is not None:
-        return Statement(type=about, status="Unknown", reason=DOWNLOADING, message=downloading)
-    return Statement(type=about, status="Unknown", reason="Starting", message="No server has loaded them yet.")
-
-
-def _scheduled(pods: Sequence[Body], problem: Trouble | None, *, wanted: int) -> Statement:
-    about = ConditionType.SCHEDULED
-    if problem is not None and problem.about is about:
-        return Statement(type=about, status="False", reason=problem.reason, message=problem.message)
+def _scheduled(pods: Sequence[Pod], failure: Failure | None, *, wanted: int) -> Statement:
+    condition = ConditionType.SCHEDULED
+    if failure is not None and failure.condition is condition:
+        return Statement(type=condition, status="False", reason=failure.reason, message=failure.message)
     if wanted == 0 and not pods:
-        return Statement(type=about, status="True", reason="ScaledToZero", message="There are no pods to have a node.")
-    placed = [
-        pod
-        for pod in pods
-        if any(
-            c["type"] == "PodScheduled" and c["status"] == "True" for c in pod.get("status", {}).get("conditions", ())
-        )
-    ]
-    if placed and len(placed) == len(pods):
-        return Statement(type=about, status="True", reason="PodsScheduled", message="Every pod has a node.")
-    return Statement(type=about, status="Unknown", reason="Starting", message="Its pods have no node yet.")
-
-
-def _degraded(problem: Trouble | None, *, wanted: int, blind: bool) -> Statement:
-    about = ConditionType.DEGRADED
-    if problem is not None:
-        return Statement(type=about, status="True", reason=problem.reason, message=problem.message)
-    if blind:
         return Statement(
-            type=about,
+            type=condition,
             status="True",
-            reason="SignalsMissing",
-            message=f"Nothing is known of its load, so it stays at {wanted} replicas; see that Prometheus answers and scrapes its pods.",
+            reason=ConditionReason.SCALED_TO_ZERO,
+            message="There are no pods that need a node.",
         )
-    return Statement(type=about, status="False", reason="AsExpected")
+    if pods and all(pod.scheduled for pod in pods):
+        return Statement(
+            type=condition,
+            status="True",
+            reason=ConditionReason.PODS_SCHEDULED,
+            message="Every pod has a node.",
+        )
+    return Statement(
+        type=condition, status="Unknown", reason=ConditionReason.STARTING, message="The pods have no node yet."
+    )
+
+
+def _degraded(failure: Failure | None, *, wanted: int, lacks_signals: bool) -> Statement:
+    condition = ConditionType.DEGRADED
+    if failure is not None:
+        return Statement(type=condition, status="True", reason=failure.reason, message=failure.message)
+    if lacks_signals:
+        return Statement(
+            type=condition,
+            status="True",
+            reason=ConditionReason.SIGNALS_MISSING,
+            message=f"The load of the model is unknown, so it keeps {wanted} replicas; check that Prometheus "
+            "answers and scrapes the pods.",
+        )
+    return Statement(type=condition, status="False", reason=ConditionReason.AS_EXPECTED)
 
 
 def _progressing(wanted: int, ready: int, downloading: str | None) -> Statement:
-    about = ConditionType.PROGRESSING
+    condition = ConditionType.PROGRESSING
     if downloading is not None:
-        return Statement(type=about, status="True", reason=DOWNLOADING, message=downloading)
+        return Statement(type=condition, status="True", reason=ConditionReason.DOWNLOADING, message=downloading)
     if ready < wanted:
         return Statement(
-            type=about, status="True", reason="ReplicasStarting", message=f"{ready} of {wanted} replicas take requests."
+            type=condition,
+            status="True",
+            reason=ConditionReason.REPLICAS_STARTING,
+            message=f"{ready} of {wanted} replicas accept requests.",
         )
-    return Statement(type=about, status="False", reason="AsExpected")
+    return Statement(type=condition, status="False", reason=ConditionReason.AS_EXPECTED)
 
 
-def _blame(binding: Binding, model: Body | None) -> Trouble | None:
-    """Why a model of a workflow takes no requests; None where it does."""
+def _not_ready(binding: Binding, model: Model | None) -> Failure | None:
+    """Why a model of a workflow does not accept requests; None if it does, or if a request would wake it."""
+    if model is None and binding.by_reference:
+        return Failure(
+            condition=ConditionType.READY,
+            reason=ConditionReason.MODEL_NOT_FOUND,
+            message=f"Model {binding.name!r}: DiffusionModel {binding.model} does not exist in this namespace; create "
+            "it, or give the model a source.",
+        )
     if model is None:
-        what = "does not exist in this namespace; create it, or give the model a source"
-        return Trouble(
-            about=ConditionType.READY,
-            reason="ModelNotFound" if binding.by_reference else "Starting",
-            message=f"Model {binding.name!r}: DiffusionModel {binding.model} {what if binding.by_reference else 'is being made'}.",
+        return Failure(
+            condition=ConditionType.READY,
+            reason=ConditionReason.STARTING,
+            message=f"Model {binding.name!r}: DiffusionModel {binding.model} is being created.",
         )
-    condition = by_type(model).get(ConditionType.READY)
-    if condition is None:
-        return Trouble(
-            about=ConditionType.READY, reason="Starting", message=f"Model {binding.name!r}: its pods are being made."
+    ready = model.conditions.get(ConditionType.READY)
+    if ready is None:
+        return Failure(
+            condition=ConditionType.READY,
+            reason=ConditionReason.STARTING,
+            message=f"Model {binding.name!r}: the pods are being created.",
         )
-    if condition["status"] == "True" or condition["reason"] == "ScaledToZero":
+    if ready.status == "True" or ready.reason == ConditionReason.SCALED_TO_ZERO:
         return None
-    return Trouble(
-        about=ConditionType.READY,
-        reason=condition["reason"],
-        message=short(f"Model {binding.name!r} ({binding.model}): {condition['message']}"),
+    return Failure(
+        condition=ConditionType.READY,
+        reason=ready.reason,
+        message=shortened(f"Model {binding.name!r} ({binding.model}): {ready.message}"),
     )
 
 
-def _every(
-    about: ConditionType, bindings: Sequence[Binding], models: Mapping[str, Body | None], good: str
+def _of_all(
+    condition: ConditionType,
+    bindings: Sequence[Binding],
+    models: Mapping[str, Model | None],
+    reason: ConditionReason,
 ) -> Statement:
-    """True where the condition is true of every model; else the first that says otherwise, False before Unknown."""
-    found = [(binding, by_type(models.get(binding.model)).get(about.value)) for binding in bindings]
+    """True with this reason if the condition is True of every model; otherwise that of a False or else Unknown model."""
+    missing = Condition(
+        status="Unknown",
+        reason=ConditionReason.STARTING,
+        message="the pods are being created.",
+        last_transition_time=None,
+    )
+    found = [
+        (binding, model.conditions.get(condition, missing) if (model := models.get(binding.model)) else missing)
+        for binding in bindings
+    ]
     for status in ("False", "Unknown"):
-        for binding, condition in found:
-            if (condition or {"status": "Unknown"})["status"] == status:
-                said = condition or {"reason": "Starting", "message": "its pods are being made."}
-                return Statement(
-                    type=about,
-                    status=status,
-                    reason=said["reason"],
-                    message=short(f"Model {binding.name!r}: {said['message']}"),
-                )
-    return Statement(type=about, status="True", reason=good)
+        for binding, one in found:
+            if one.status == status:
+                message = shortened(f"Model {binding.name!r}: {one.message}")
+                return Statement(type=condition, status=status, reason=one.reason, message=message)
+    return Statement(type=condition, status="True", reason=reason)
 
 
 def _workflow_degraded(
-    bindings: Sequence[Binding], models: Mapping[str, Body | None], conflicts: Sequence[Conflict]
+    bindings: Sequence[Binding],
+    models: Mapping[str, Model | None],
+    conflicts: Sequence[Conflict],
+    without_effect: Sequence[str],
 ) -> Statement:
-    about = ConditionType.DEGRADED
+    condition = ConditionType.DEGRADED
     if conflicts:
-        message = short(" ".join(conflict.message for conflict in conflicts))
-        return Statement(type=about, status="True", reason="SharedSettingsConflict", message=message)
+        return Statement(
+            type=condition,
+            status="True",
+            reason=ConditionReason.SHARED_SETTINGS_CONFLICT,
+            message=shortened(" ".join(conflict.message for conflict in conflicts)),
+        )
     for binding in bindings:
         for name in (binding.model, binding.next):
-            condition = by_type(models.get(name) if name else None).get(ConditionType.DEGRADED)
-            if condition and condition["status"] == "True":
-                message = short(f"Model {binding.name!r} ({name}): {condition['message']}")
-                return Statement(type=about, status="True", reason=condition["reason"], message=message)
-    return Statement(type=about, status="False", reason="AsExpected")
+            model = models.get(name) if name else None
+            degraded = model.conditions.get(condition) if model is not None else None
+            if degraded is not None and degraded.status == "True":
+                message = shortened(f"Model {binding.name!r} ({name}): {degraded.message}")
+                return Statement(type=condition, status="True", reason=degraded.reason, message=message)
+    if without_effect:
+        message = shortened(f"These fields have no effect in this version: {', '.join(without_effect)}.")
+        return Statement(type=condition, status="False", reason=ConditionReason.FIELDS_WITHOUT_EFFECT, message=message)
+    return Statement(type=condition, status="False", reason=ConditionReason.AS_EXPECTED)
 
 
-def _workflow_progressing(changing: Sequence[Binding], first: Trouble | None) -> Statement:
-    about = ConditionType.PROGRESSING
+def _workflow_progressing(changing: Sequence[Binding], first: Failure | None) -> Statement:
+    condition = ConditionType.PROGRESSING
     if changing:
         names = ", ".join(repr(binding.name) for binding in changing)
-        message = f"{names}: the changed model takes over when it is ready; what served until now serves on."
-        return Statement(type=about, status="True", reason="RollingOut", message=message)
+        message = f"{names}: the changed model takes over when it is ready; the previous one serves until then."
+        return Statement(type=condition, status="True", reason=ConditionReason.ROLLING_OUT, message=message)
     if first is not None:
-        return Statement(type=about, status="True", reason="ModelsStarting", message=first.message)
-    return Statement(type=about, status="False", reason="AsExpected")
-
-
-def _word(value: bool) -> str:
-    return "True" if value else "False"
+        return Statement(type=condition, status="True", reason=ConditionReason.MODELS_STARTING, message=first.message)
+    return Statement(type=condition, status="False", reason=ConditionReason.AS_EXPECTED)

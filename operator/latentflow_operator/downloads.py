@@ -1,154 +1,158 @@
-"""How far servers are that still fetch their weights: read from their metrics while that lasts, for the model's status.
+"""The progress of weight downloads, read from the metrics of the servers for the status of their models.
 
-A server's /metrics is up before its model is. Only models are looked at whose weights are downloaded and of which no replica
-takes requests yet, so a cluster that serves costs nothing.
+A server serves `/metrics` before its model is loaded. The operator reads only models whose weights are downloaded and
+that have no ready replica yet, so that a cluster in which every model is ready costs nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlparse
 
 import aiohttp
 import structlog
+from latentflow.api.conditions import ConditionReason
+from latentflow.api.status import ConditionType
 from latentflow.internal import sizes
 from prometheus_client.parser import text_string_to_metric_families
 
-from latentflow_operator import conditions
-from latentflow_operator.manifests import metrics_port
-from latentflow_operator.store import Place, Store, place_of
-from latentflow_operator.troubles import is_ready
+from latentflow_operator import manifests
+from latentflow_operator.objects import Condition, Model, ObjectKey, Pod
+from latentflow_operator.store import Store
 
-Body = dict[str, Any]
 _DOWNLOADED = ("hf", "s3")
-_SECONDS, _ANSWER_SECONDS, _AT_ONCE = 5.0, 2.0, 32
-# Of a server's /metrics, which has a few thousand.
-_MOST_BYTES = 1 << 20
+_INTERVAL_SECONDS, _TIMEOUT_SECONDS, _CONCURRENT_REQUESTS = 5.0, 2.0, 32
+# The most that is read of a server's /metrics, which has a few thousand bytes.
+_MAX_BYTES = 1 << 20
 _log = structlog.get_logger()
 
 
-class Reading(NamedTuple):
-    """Bytes that one server has, and has to have."""
+class Progress(NamedTuple):
+    """The bytes that one server has downloaded, and the bytes of its whole download."""
 
     done: float
     total: float
 
 
-def watched(uri: str, pods: Iterable[Body]) -> list[str]:
-    """Addresses of a model's pods that may be fetching; none where the model is served or its weights are no download."""
+def downloading_hosts(uri: str, pods: Iterable[Pod]) -> list[str]:
+    """IP addresses of a model's pods that may be downloading; none if a replica is ready or the source is local."""
     if urlparse(uri).scheme not in _DOWNLOADED:
         return []
-    alive = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
-    if any(map(is_ready, alive)):
+    alive = [pod for pod in pods if not pod.deleting]
+    if any(pod.ready for pod in alive):
         return []
-    statuses = [pod.get("status", {}) for pod in alive]
-    return sorted(s["podIP"] for s in statuses if s.get("phase") == "Running" and s.get("podIP"))
+    return sorted(pod.ip for pod in alive if pod.phase == "Running" and pod.ip)
 
 
-def reading(metrics: str) -> Reading:
-    """What a server's /metrics says."""
+def parse(metrics: str) -> Progress:
+    """The progress in a server's `/metrics` text."""
     values = {
         sample.name: sample.value for family in text_string_to_metric_families(metrics) for sample in family.samples
     }
-    return Reading(
+    return Progress(
         done=values.get("latentflow_download_bytes", 0.0), total=values.get("latentflow_download_total_bytes", 0.0)
     )
 
 
-def sentence(readings: Iterable[Reading]) -> str | None:
-    """What to say of a model's servers: how far the one is that will serve first; None where none fetches any more."""
-    fetching = [one for one in readings if one.done < one.total]
-    if not fetching:
+def message(progress: Iterable[Progress]) -> str | None:
+    """The message for a model: the progress of the server that is furthest; None if no server downloads."""
+    unfinished = [one for one in progress if one.done < one.total]
+    if not unfinished:
         return None
-    first = max(fetching, key=lambda one: one.done / one.total)
-    return f"A server fetches the weights: {sizes.progress(first.done, first.total)}."
+    first = max(unfinished, key=lambda one: one.done / one.total)
+    return f"A server downloads the weights: {sizes.progress(first.done, first.total)}."
 
 
 class Downloads:
-    """What is known of all models' downloads.
+    """The download progress of all models.
 
     Args:
-        changed: Called with a model of which there is something else to say.
-        port: Of every server's /metrics; None: by the model's index in its pods.
+        on_change: Called with a model whose message has changed.
+        port: Port of every server's `/metrics`; None: the port for the model's index in its pods.
     """
 
     def __init__(
         self,
         *,
         store: Store,
-        changed: Callable[[Place], None],
-        seconds: float = _SECONDS,
+        on_change: Callable[[ObjectKey], None],
+        seconds: float = _INTERVAL_SECONDS,
         port: int | None = None,
     ) -> None:
         self._store = store
-        self._changed = changed
+        self._on_change = on_change
         self._seconds = seconds
         self._port = port
-        self._said: dict[Place, str] | None = None
+        # None before the servers have been read once.
+        self._messages: dict[ObjectKey, str] | None = None
 
-    def said(self, place: Place, before: Mapping[str, Body]) -> str | None:
-        """What to say of a model's download; None where there is none.
+    def progress(self, model: ObjectKey, conditions: Mapping[str, Condition]) -> str | None:
+        """The message for a model; None if it downloads nothing.
 
         Args:
-            before: The model's conditions until now, which stand until the servers were asked.
+            conditions: Its present conditions, by type. Their message is kept until the servers have been read once.
         """
-        if self._said is not None:
-            return self._said.get(place)
-        return _told(before)
+        if self._messages is not None:
+            return self._messages.get(model)
+        return _reported(conditions)
 
     async def run(self) -> None:
-        """Asks again and again, until cancelled."""
-        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
-        connector = aiohttp.TCPConnector(limit=_AT_ONCE)
+        """Reads the servers until cancelled."""
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_SECONDS)
+        connector = aiohttp.TCPConnector(limit=_CONCURRENT_REQUESTS)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             while True:
                 try:
                     await self.step(session)
                 except Exception:
-                    # What is only told must not end what works.
-                    _log.exception("could not look at downloads")
+                    # Progress is information only; its failure must not stop the reconciliation.
+                    _log.exception("could not read the progress of downloads")
                 await asyncio.sleep(self._seconds)
 
     async def step(self, session: aiohttp.ClientSession) -> None:
-        """Asks the servers of every model that may be fetching."""
-        addresses = {place_of(body): self._addresses(body) for body in self._store.all("DiffusionModel")}
-        asked = [(place, address) for place, those in addresses.items() for address in those]
-        answers = await asyncio.gather(*(self._read(session, address) for _, address in asked))
-        before, now = self._said_before() if self._said is None else self._said, dict[Place, str]()
-        for place, those in addresses.items():
-            readings = [answer for (of, _), answer in zip(asked, answers, strict=True) if of == place and answer]
-            # Of servers that did not answer, nothing new is known.
-            told = sentence(readings) if readings or not those else before.get(place)
-            if told is not None:
-                now[place] = told
-        self._said = now
-        for place in before.keys() | now.keys():
-            if before.get(place) != now.get(place):
-                self._changed(place)
+        """Reads the servers of every model that may be downloading, once."""
+        addresses = {model.key: self._addresses(model) for model in self._store.models()}
+        requests = [(key, address) for key, of_model in addresses.items() for address in of_model]
+        answers = await asyncio.gather(*(self._read(session, address) for _, address in requests))
+        before, now = self._messages_in_status() if self._messages is None else self._messages, dict[ObjectKey, str]()
+        for key, of_model in addresses.items():
+            progress = [one for (other, _), one in zip(requests, answers, strict=True) if other == key and one]
+            # If no server answered, the last message is kept.
+            new = message(progress) if progress or not of_model else before.get(key)
+            if new is not None:
+                now[key] = new
+        self._messages = now
+        for key in before.keys() | now.keys():
+            if before.get(key) != now.get(key):
+                self._on_change(key)
 
-    def _said_before(self) -> dict[Place, str]:
-        """What statuses say since before this process."""
-        told = {place_of(body): _told(conditions.by_type(body)) for body in self._store.all("DiffusionModel")}
-        return {place: message for place, message in told.items() if message is not None}
+    def _messages_in_status(self) -> dict[ObjectKey, str]:
+        """The messages that an earlier process of the operator wrote."""
+        found = {model.key: _reported(model.conditions) for model in self._store.models()}
+        return {key: text for key, text in found.items() if text is not None}
 
-    def _addresses(self, body: Body) -> list[str]:
-        namespace, name = place_of(body)
-        host = body["spec"].get("host", {"model": name, "index": 0})
-        port = self._port or metrics_port(host["index"])
-        addresses = watched(body["spec"]["source"]["uri"], self._store.pods(namespace, host["model"]))
-        return [f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses]
+    def _addresses(self, model: Model) -> list[str]:
+        if model.spec is None:
+            return []
+        host = model.spec.host
+        port = self._port or manifests.metrics_port(host.index if host is not None else 0)
+        pods = self._store.pods(model.namespace, manifests.pods_of(model.name, model.spec))
+        hosts = downloading_hosts(model.spec.source.uri, pods)
+        return [f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in hosts]
 
-    async def _read(self, session: aiohttp.ClientSession, address: str) -> Reading | None:
+    async def _read(self, session: aiohttp.ClientSession, address: str) -> Progress | None:
         try:
             async with session.get(f"http://{address}/metrics") as response:
-                return reading((await response.content.read(_MOST_BYTES)).decode())
+                return parse((await response.content.read(_MAX_BYTES)).decode())
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError):
             return None
 
 
-def _told(said: Mapping[str, Body]) -> str | None:
-    """What conditions, by type, say of a download; None where of none."""
-    progressing = said.get("Progressing", {})
-    return progressing["message"] if progressing.get("reason") == conditions.DOWNLOADING else None
+def _reported(conditions: Mapping[str, Condition]) -> str | None:
+    """The download message in conditions, by type; None if they have none."""
+    progressing = conditions.get(ConditionType.PROGRESSING)
+    if progressing is None or progressing.reason != ConditionReason.DOWNLOADING:
+        return None
+    return progressing.message

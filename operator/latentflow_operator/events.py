@@ -1,27 +1,28 @@
-"""Events about objects, as Kubernetes has them: what changed and why, for `kubectl describe`. Pure; the cluster creates them."""
+"""Events of Kubernetes, which `kubectl describe` shows: what changed on an object, and why.
+
+Pure; `cluster` creates them.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
-Body = dict[str, Any]
+from latentflow_operator.objects import Body, KubeObject
 
 
-def event(body: Body, *, reason: str, note: str, warning: bool, action: str, now: datetime) -> Body:
+def event(about: KubeObject, *, reason: str, note: str, warning: bool, action: str, now: datetime) -> Body:
     """An Event about an object.
 
     Args:
-        action: What was done: Reconcile or Scale.
+        action: The action of the operator: Reconcile or Scale.
     """
-    metadata = body["metadata"]
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        # Named after the change itself, so that telling it twice makes one Event.
+        # The name identifies the change, so that recording it twice makes one Event.
         "metadata": {
-            "name": f"{metadata['name']}.{metadata['uid'][:8]}-{action.lower()}-{metadata['resourceVersion']}",
-            "namespace": metadata["namespace"],
+            "name": f"{about.name}.{about.uid[:8]}-{action.lower()}-{about.resource_version}",
+            "namespace": about.namespace,
         },
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": "latentflow.io/operator",
@@ -31,10 +32,10 @@ def event(body: Body, *, reason: str, note: str, warning: bool, action: str, now
         "reason": reason,
         "note": note[:1024],
         "regarding": {
-            "apiVersion": body["apiVersion"],
-            "kind": body["kind"],
-            "name": metadata["name"],
-            "namespace": metadata["namespace"],
-            "uid": metadata["uid"],
+            "apiVersion": about.api_version,
+            "kind": about.kind,
+            "name": about.name,
+            "namespace": about.namespace,
+            "uid": about.uid,
         },
     }

@@ -1,8 +1,8 @@
-"""kopf's part: watches the cluster's objects and hands them to the reconciler. Writes nothing itself.
+"""kopf's handlers, which watch the cluster's objects and pass them to the reconciler. They write nothing.
 
-Only index and event handlers are used, which add no finalizer and no annotation: deleting never waits for the operator,
-and a restart writes nothing. kopf calls event handlers only when every index is complete, that is when everything there
-is has been listed, so no pass is made on half of the facts.
+They are index and event handlers only, which add no finalizer and no annotation: a deletion never waits for the
+operator, and a restart writes nothing. kopf calls event handlers only after every index is complete, that is after all
+objects have been listed, so that no pass runs on incomplete state.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def registry(reconciler: Reconciler, *, listed: Callable[[], object]) -> kopf.Op
     """kopf's handlers for a reconciler.
 
     Args:
-        listed: Called, again and again, when everything there is has been seen.
+        listed: Called once or more after all objects have been listed.
     """
     handlers = kopf.OperatorRegistry()
 
     def index(body: kopf.Body, **_: Any) -> None:
-        # Called for every object, before the handlers of any: the store is our index.
-        reconciler.seen(dict(body))
+        # kopf calls it for every object before any event handler. The store serves as the index.
+        reconciler.observe(dict(body))
 
     async def event(type: str | None, body: kopf.Body, **_: Any) -> None:
         listed()
         if type == "DELETED":
-            reconciler.gone(dict(body))
+            reconciler.forget(dict(body))
 
     @kopf.on.login(registry=handlers)
     def login(**arguments: Any) -> kopf.ConnectionInfo | None:
@@ -72,13 +72,13 @@ async def operate(
     """Runs until a signal.
 
     Args:
-        namespaces: Where to work; empty: in all.
-        liveness: Where to answer liveness probes, as http://host:port/path.
-        scaler: Scales models; None: nobody does here.
-        lease: What to hold while writing; without one, nobody else may work in the same namespaces.
+        namespaces: The namespaces to watch; empty: all.
+        liveness: URL that answers liveness probes, http://host:port/path; None: none does.
+        lease: The Lease to hold while writing; None: no other operator may run in these namespaces.
+        scaler: Scales models; None: no model is scaled automatically.
 
     Raises:
-        LeaseLostError: Another operator may work now.
+        LeaseLostError: Another operator may write now.
     """
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
@@ -109,7 +109,7 @@ async def operate(
             clusterwide=not namespaces,
             namespaces=namespaces,
             standalone=True,
-            # Else kopf asks for the user's name, and in a container the user has none.
+            # Without an identity kopf looks up the user's name, and a container's user has none.
             identity=MANAGER,  # type: ignore[arg-type]
             liveness_endpoint=liveness,
             stop_flag=stop,
@@ -123,7 +123,7 @@ async def operate(
 
 
 def connect() -> kube.ApiClient:
-    """A client of the cluster it runs in, else of the kubeconfig's. FailedPreconditionError where there is none."""
+    """A client of the cluster of this pod, or else of the kubeconfig's. FailedPreconditionError if there is neither."""
     try:
         if "KUBERNETES_SERVICE_HOST" in os.environ:
             config.load_incluster_config()
@@ -131,7 +131,7 @@ def connect() -> kube.ApiClient:
             config.load_kube_config(config_file=os.environ.get("KUBECONFIG"))
     except config.ConfigException as error:
         raise FailedPreconditionError(
-            f"No cluster to work in: {error} Run in a cluster with a ServiceAccount, or set KUBECONFIG."
+            f"There is no cluster to connect to: {error} Run in a pod with a ServiceAccount, or set KUBECONFIG."
         ) from None
     api = kube.ApiClient()
     api.user_agent = MANAGER

@@ -1,7 +1,7 @@
-"""Which of several operators writes: the one that holds a Lease. The others watch, and are ready to go on.
+"""Leader election: of several operators only the holder of a Lease writes. The others watch and are ready to take over.
 
-The protocol is that of Kubernetes' own controllers, by the client library's election; here it only gets a rhythm that can
-be stopped. `handlers` opens the reconciler's queue when the lease is ours and ends the process when it is lost.
+The protocol is that of Kubernetes' own controllers, from the client library; this module runs it in a loop that can be
+stopped. `handlers` opens the reconciler's work queue when the Lease is acquired, and ends the process when it is lost.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from kubernetes.leaderelection.resourcelock.leaselock import LeaseLock
 from latentflow.errors import LatentflowError
 
 _log = structlog.get_logger()
-# As client-go has them: whoever cannot renew has stopped five seconds before anybody else may begin.
+# The values of client-go: a holder that cannot renew stops five seconds before another candidate may acquire the Lease.
 DURATION_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2
-_CALL_SECONDS = 5
+_TIMEOUT_SECONDS = 5
 _CALLS = ("read_namespaced_lease", "create_namespaced_lease", "replace_namespaced_lease")
 
 
 class LeaseLostError(LatentflowError):
-    """The lease could not be renewed; somebody else may write now."""
+    """The Lease could not be renewed; another operator may write now."""
 
 
 class Lease:
     """One candidate for a Lease.
 
     Args:
-        place: Namespace and name of the Lease.
+        key: Namespace and name of the Lease.
     """
 
-    def __init__(self, api: kube.ApiClient, place: tuple[str, str]) -> None:
-        namespace, name = place
-        # One line for each renewal, every two seconds.
+    def __init__(self, api: kube.ApiClient, key: tuple[str, str]) -> None:
+        namespace, name = key
+        # It logs a line for each renewal, that is every two seconds.
         logging.getLogger("leaderelection").setLevel(logging.WARNING)
         calls = kube.CoordinationV1Api(api)
         self._lock = LeaseLock(name, namespace, f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}")
         for call in _CALLS:
-            setattr(calls, call, partial(getattr(calls, call), _request_timeout=_CALL_SECONDS))
+            setattr(calls, call, partial(getattr(calls, call), _request_timeout=_TIMEOUT_SECONDS))
         self._lock.api_instance = calls
         self._election = LeaderElection(
             Config(
@@ -62,46 +62,46 @@ class Lease:
             )
         )
         self._renewed: float | None = None
-        # A call goes on in its thread when whoever awaits it is cancelled.
+        # A call continues in its thread after the task that awaits it has been cancelled.
         self._calling = threading.Lock()
         self._released = False
 
     async def acquire(self) -> None:
-        """Returns when the lease is ours."""
+        """Waits until this candidate holds the Lease."""
         waiting = False
-        while not await self._try():
+        while not await self._try_renew():
             if not waiting:
                 waiting = True
-                _log.info("another operator works; watching until it stops", lease=self._name)
+                _log.info("another operator holds the lease; watching until it ends", lease=self._name)
             await asyncio.sleep(RETRY_SECONDS)
-        _log.info("this operator works", lease=self._name, identity=self._lock.identity)
+        _log.info("this operator holds the lease", lease=self._name, identity=self._lock.identity)
 
     async def hold(self) -> None:
-        """Renews the lease, until it was not possible for ten seconds: LeaseLostError."""
+        """Renews the Lease. Raises LeaseLostError once it could not be renewed for ten seconds."""
         while self._renewed is not None and time.monotonic() - self._renewed < RENEW_SECONDS:
             await asyncio.sleep(RETRY_SECONDS)
-            await self._try()
+            await self._try_renew()
         self._renewed = None
         raise LeaseLostError(
-            f"The Lease {self._name} could not be renewed for {RENEW_SECONDS} s; another operator may work now. "
-            "This one ends, to begin anew."
+            f"The Lease {self._name} could not be renewed for {RENEW_SECONDS} s; another operator may hold it now. "
+            "This one ends, so that it is restarted as a candidate."
         )
 
     async def release(self) -> None:
-        """Lets another begin at once, where the lease is ours."""
+        """Releases the Lease, if this candidate holds it, so that another one can acquire it at once."""
         if self._renewed is None:
             return
         self._renewed = None
         try:
-            await asyncio.to_thread(self._give_back)
+            await asyncio.to_thread(self._release)
         except urllib3.exceptions.HTTPError as error:
-            _log.warning("the lease could not be given back; it runs out by itself", error=str(error))
+            _log.warning("could not release the lease; it expires by itself", error=str(error))
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         lock, now = self._lock, str(datetime.now())
         with self._calling:
             self._released = True
-            # An update replaces what was read last, so it is read first.
+            # The client library's update replaces the record that it read last, so the record is read first.
             found, record = lock.get(lock.name, lock.namespace)
             if found and record.holder_identity == lock.identity:
                 lock.update(lock.name, lock.namespace, LeaderElectionRecord(None, "1", now, now))
@@ -114,13 +114,13 @@ class Lease:
     def _name(self) -> str:
         return f"{self._lock.namespace}/{self._lock.name}"
 
-    async def _try(self) -> bool:
+    async def _try_renew(self) -> bool:
         before = time.monotonic()
         try:
-            ours = await asyncio.to_thread(self._renew)
+            held = await asyncio.to_thread(self._renew)
         except urllib3.exceptions.HTTPError as error:
-            _log.warning("the API server was not reached", lease=self._name, error=str(error))
+            _log.warning("could not reach the API server", lease=self._name, error=str(error))
             return False
-        if ours:
+        if held:
             self._renewed = before
-        return ours
+        return held

@@ -1,7 +1,7 @@
-"""The objects that serve one model: pure, from a DiffusionModel to its Deployment, Service and PodDisruptionBudget.
+"""The manifests of the objects that serve one model: pure, from a DiffusionModel.
 
-The handlers apply what is made here by server-side apply; nothing here knows the API server. Pods keep to the restricted
-Pod Security Standard. A model that runs inside another's pods has a Service only; its container stands in those pods.
+The reconciler applies them by server-side apply. Pods comply with the restricted Pod Security Standard. A colocated
+model has only a Service; its container is in the pods of its host.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from latentflow.api import API_VERSION, Role, Source
-from latentflow.api.model import ColocatedModel, ModelSpec
-from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Pod
+from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, ColocatedModel, ModelSpec, Pod
 
 from latentflow_operator.settings import OperatorSettings
 
 Manifest = dict[str, Any]
 
 
-class Owner(NamedTuple):
+class OwnerReference(NamedTuple):
     """A workflow that owns a model."""
 
     name: str
     uid: str
 
 
-class Seat(NamedTuple):
-    """Where a model's server is in its pod: its container, its ports by name and number, whether others are there."""
+class ContainerPorts(NamedTuple):
+    """The container of a model's server in its pod, its ports by name and number, and whether it shares memory."""
 
     container: str
     grpc: str
@@ -41,17 +40,18 @@ class Seat(NamedTuple):
 MANAGED = {"app.kubernetes.io/managed-by": "latentflow-operator"}
 
 GRPC_PORT, METRICS_PORT = 8500, 8501
-# A colocated model's ports are these plus its index; no other port is in these ranges, so that network policies can name them.
+# A colocated model's ports are these plus its index; no other port is in these ranges, so that network policies can
+# name them.
 _COLOCATED_GRPC, _COLOCATED_METRICS = 8510, 8610
 _MODEL_ROOT, _CACHE, _SOURCE, _MEMORY = "/models", "/cache", "/source", "/memory"
-# After the drain: time for what others still fetch, and for the process to end.
+# Seconds after the drain in which peers fetch the remaining tensors and the process ends.
 _GRACE_BEYOND_DRAIN = 30
-# A start may download weights: a day, asked every ten seconds.
+# A start may download weights, so it gets a day, in periods of ten seconds.
 _START_PROBES, _PROBE_SECONDS = 8640, 10
 
 
-def model_manifest(*, name: str, namespace: str, spec: ModelSpec, owners: Sequence[Owner]) -> Manifest:
-    """A DiffusionModel that workflows own together; without its replicas, which others write."""
+def model_manifest(*, name: str, namespace: str, spec: ModelSpec, owners: Sequence[OwnerReference]) -> Manifest:
+    """A DiffusionModel that workflows own together, without its replicas, which autoscalers write."""
     return {
         "apiVersion": API_VERSION,
         "kind": "DiffusionModel",
@@ -78,7 +78,7 @@ def model_manifest(*, name: str, namespace: str, spec: ModelSpec, owners: Sequen
 def manifests(
     *, name: str, namespace: str, uid: str, spec: ModelSpec, settings: OperatorSettings
 ) -> tuple[Manifest, ...]:
-    """Deployment, headless Service and PodDisruptionBudget of a DiffusionModel, owned by it; inside another only a Service.
+    """Deployment, Service and PodDisruptionBudget of a DiffusionModel, owned by it; for a colocated model the Service only.
 
     Args:
         name, namespace, uid: Of the DiffusionModel.
@@ -99,19 +99,19 @@ def manifests(
         ],
     }
     host = pods_of(name, spec)
-    seat = _seat(name, spec.host.index if spec.host else 0)
+    ports = _container_ports(name, spec.host.index if spec.host else 0)
     service = {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": metadata,
         "spec": {
-            # Headless: gateways and peers choose a replica, they do not want one chosen for them.
+            # Headless, because gateways choose the replica themselves.
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
             "selector": selector(host),
             "ports": [
-                {"name": "grpc", "port": seat.grpc_port, "targetPort": seat.grpc, "appProtocol": "grpc"},
-                {"name": "metrics", "port": seat.metrics_port, "targetPort": seat.metrics},
+                {"name": "grpc", "port": ports.grpc_port, "targetPort": ports.grpc, "appProtocol": "grpc"},
+                {"name": "metrics", "port": ports.metrics_port, "targetPort": ports.metrics},
             ],
         },
     }
@@ -130,17 +130,17 @@ def manifests(
 
 
 def selector(name: str) -> dict[str, str]:
-    """The labels by which a model's pods are found."""
+    """The labels that select a model's pods."""
     return {MODEL_LABEL: name}
 
 
 def pods_of(name: str, spec: ModelSpec) -> str:
-    """The model whose pods a model runs in: another, or itself."""
+    """The model in whose pods a model runs: its host, or itself."""
     return spec.host.model if spec.host is not None else name
 
 
-def is_its_container(name: str, spec: ModelSpec) -> Callable[[str], bool]:
-    """Whether a container of its pods, by name, is the model's and not another model's."""
+def is_own_container(name: str, spec: ModelSpec) -> Callable[[str], bool]:
+    """Whether a container of the model's pods, by name, belongs to it and not to a model that shares the pods."""
     if spec.host is not None:
         return lambda container: container == name
     others = {one.model for one in spec.colocated or ()}
@@ -148,7 +148,7 @@ def is_its_container(name: str, spec: ModelSpec) -> Callable[[str], bool]:
 
 
 def labels(name: str, role: Role) -> dict[str, str]:
-    """The labels of everything that serves a model."""
+    """The labels of every object that serves a model."""
     return selector(name) | {
         ROLE_LABEL: role.value,
         "app.kubernetes.io/name": "latentflow",
@@ -158,7 +158,7 @@ def labels(name: str, role: Role) -> dict[str, str]:
 
 
 def replicas(spec: ModelSpec) -> int:
-    """How many pods there should be: what was scaled to, or at first enough to serve."""
+    """The desired number of pods: the number that was scaled to, or initially enough to serve."""
     return spec.replicas if spec.replicas is not None else max(1, spec.scaling.min_replicas)
 
 
@@ -171,16 +171,17 @@ def _deployment(name: str, metadata: Manifest, spec: ModelSpec, settings: Operat
             "replicas": replicas(spec),
             "revisionHistoryLimit": 3,
             "selector": {"matchLabels": selector(name)},
-            # A new replica is ready before an old one goes, so that a new image interrupts nobody.
+            # A new replica is ready before an old one is removed, so that a new image interrupts no request.
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "template": {
                 "metadata": {
-                    "labels": labels(name, spec.role),
+                    "labels": (spec.pod.labels or {}) | labels(name, spec.role),
                     "annotations": {
                         "prometheus.io/scrape": "true",
                         "prometheus.io/port": str(METRICS_PORT),
                         "prometheus.io/path": "/metrics",
-                    },
+                    }
+                    | (spec.pod.annotations or {}),
                 },
                 "spec": _pod(name, spec, settings),
             },
@@ -189,31 +190,34 @@ def _deployment(name: str, metadata: Manifest, spec: ModelSpec, settings: Operat
 
 
 def metrics_port(index: int) -> int:
-    """The /metrics port of a pod's server: of the host at index 0, of its colocated models from 1."""
+    """The `/metrics` port of a server in a pod: of the host with index 0, of its colocated models from 1."""
     return _COLOCATED_METRICS + index if index else METRICS_PORT
 
 
-def _seat(name: str, index: int, *, memory: bool = True) -> Seat:
-    """Of the host at index 0, of its colocated models from 1."""
+def _container_ports(name: str, index: int, *, memory: bool = True) -> ContainerPorts:
+    """The container of the host with index 0, of its colocated models from 1."""
     if index == 0:
-        return Seat("node", "grpc", GRPC_PORT, "metrics", METRICS_PORT, memory)
-    return Seat(name, f"grpc-{index}", _COLOCATED_GRPC + index, f"metrics-{index}", metrics_port(index), memory)
+        return ContainerPorts("node", "grpc", GRPC_PORT, "metrics", METRICS_PORT, memory)
+    return ContainerPorts(
+        name, f"grpc-{index}", _COLOCATED_GRPC + index, f"metrics-{index}", metrics_port(index), memory
+    )
 
 
 def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
     own = spec.pod
-    passed = own.model_dump(by_alias=True, exclude_none=True, exclude={"env", "volumes", "volume_mounts"})
+    elsewhere = {"labels", "annotations", "env", "volumes", "volume_mounts"}
+    passed_through = own.model_dump(by_alias=True, exclude_none=True, exclude=elsewhere)
     volumes: list[Manifest] = []
     containers = []
     models = [(name, spec), *((one.model, _spec_of(one, own)) for one in spec.colocated or ())]
     for index, (model, served) in enumerate(models):
-        wanted, mounts, uri = _weights(served.source, settings)
-        mounts = _add(volumes, wanted, mounts, index=index)
+        needed, mounts, uri = _weights(served.source, settings)
+        mounts = _add_volumes(volumes, needed, mounts, index=index)
         if spec.colocated:
             mounts.append({"name": "memory", "mountPath": _MEMORY})
         mounts += own.volume_mounts or []
-        seat = _seat(model, index, memory=bool(spec.colocated))
-        containers.append(_container(model, served, settings, uri, mounts, seat))
+        ports = _container_ports(model, index, memory=bool(spec.colocated))
+        containers.append(_container(model, served, settings, uri, mounts, ports))
     if spec.colocated:
         volumes.append({"name": "memory", "emptyDir": {"medium": "Memory"}})
     return {
@@ -229,8 +233,8 @@ def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
         },
         "containers": containers,
         "volumes": volumes + (own.volumes or []),
-        **({"affinity": _beside(spec.preferred_host)} if spec.preferred_host is not None else {}),
-        **passed,
+        **({"affinity": _affinity_to(spec.preferred_host)} if spec.preferred_host is not None else {}),
+        **passed_through,
     }
 
 
@@ -239,20 +243,25 @@ def _spec_of(colocated: ColocatedModel, pod: Pod) -> ModelSpec:
     return ModelSpec(pod=pod, **colocated.served())
 
 
-def _add(volumes: list[Manifest], wanted: list[Manifest], mounts: list[Manifest], *, index: int) -> list[Manifest]:
-    """Adds a model's volumes to its pod's, under another name where another's has its name; its mounts then."""
+def _add_volumes(
+    volumes: list[Manifest], needed: list[Manifest], mounts: list[Manifest], *, index: int
+) -> list[Manifest]:
+    """Adds a model's volumes to those of its pod, renamed if their name is taken.
+
+    Returns the mounts with the new names.
+    """
     renamed = {}
-    for volume in wanted:
-        there = next((one for one in volumes if one["name"] == volume["name"]), None)
-        if there == volume:
+    for volume in needed:
+        same_name = next((one for one in volumes if one["name"] == volume["name"]), None)
+        if same_name == volume:
             continue
-        if there is not None:
+        if same_name is not None:
             renamed[volume["name"]] = f"{volume['name']}-{index}"
         volumes.append(volume | {"name": renamed.get(volume["name"], volume["name"])})
     return [mount | {"name": renamed.get(mount["name"], mount["name"])} for mount in mounts]
 
 
-def _beside(model: str) -> Manifest:
+def _affinity_to(model: str) -> Manifest:
     term = {"labelSelector": {"matchLabels": selector(model)}, "topologyKey": "kubernetes.io/hostname"}
     return {
         "podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": term}]}
@@ -260,27 +269,27 @@ def _beside(model: str) -> Manifest:
 
 
 def _container(
-    name: str, spec: ModelSpec, settings: OperatorSettings, uri: str, mounts: list[Manifest], seat: Seat
+    name: str, spec: ModelSpec, settings: OperatorSettings, uri: str, mounts: list[Manifest], ports: ContainerPorts
 ) -> Manifest:
-    probe = {"grpc": {"port": seat.grpc_port}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS}
+    probe = {"grpc": {"port": ports.grpc_port}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS}
     return {
-        "name": seat.container,
+        "name": ports.container,
         "image": settings.node_image,
         "imagePullPolicy": settings.pull_policy,
         "command": ["latentflow-node"],
-        "args": _arguments(name, spec, uri, settings, seat),
+        "args": _arguments(name, spec, uri, settings, ports),
         "env": _environment(spec, settings),
         **_environment_of_secret(spec.source, settings),
         "ports": [
-            {"name": seat.grpc, "containerPort": seat.grpc_port},
-            {"name": seat.metrics, "containerPort": seat.metrics_port},
+            {"name": ports.grpc, "containerPort": ports.grpc_port},
+            {"name": ports.metrics, "containerPort": ports.metrics_port},
         ],
-        # The server listens when its model is warm, so being reached is being ready.
-        # The last line of a server that cannot load its model is why; it stands in the pod's status then.
+        # The server listens once its model is warm, so a successful probe means that it is ready. The last line of a
+        # server that cannot load its model states the reason. This policy puts it into the pod's status.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "startupProbe": probe | {"periodSeconds": 1, "failureThreshold": _START_PROBES * _PROBE_SECONDS},
         "readinessProbe": probe | {"periodSeconds": 2, "failureThreshold": 2},
-        "livenessProbe": {"tcpSocket": {"port": seat.metrics}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS},
+        "livenessProbe": {"tcpSocket": {"port": ports.metrics}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS},
         "resources": spec.resources,
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -291,7 +300,7 @@ def _container(
     }
 
 
-def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings, seat: Seat) -> list[str]:
+def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings, ports: ContainerPorts) -> list[str]:
     options = {
         "role": spec.role.value,
         "uri": uri,
@@ -300,10 +309,10 @@ def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings,
         "model-root": _MODEL_ROOT,
         "cache": f"{_CACHE}/latentflow",
         "identity": name,
-        "listen": f"0.0.0.0:{seat.grpc_port}",
-        "advertise": f"$(POD_IP):{seat.grpc_port}",
-        "metrics": f"0.0.0.0:{seat.metrics_port}",
-        "shared-memory": _MEMORY if seat.shares_memory else None,
+        "listen": f"0.0.0.0:{ports.grpc_port}",
+        "advertise": f"$(POD_IP):{ports.grpc_port}",
+        "metrics": f"0.0.0.0:{ports.metrics_port}",
+        "shared-memory": _MEMORY if ports.shares_memory else None,
         "dtype": spec.dtype,
         "engine": json.dumps(engine) if (engine := spec.engine.options()) else None,
         "drain": settings.drain_seconds,
@@ -316,7 +325,7 @@ def _environment(spec: ModelSpec, settings: OperatorSettings) -> list[Manifest]:
     variables: list[Manifest] = [
         {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
         {"name": "HF_HOME", "value": f"{_CACHE}/huggingface"},
-        # Torch and transformers write nothing else; what they might, goes to the volume that is there for it.
+        # The root file system is read-only. Any other file that torch and transformers write goes to the cache volume.
         {"name": "HOME", "value": _CACHE},
         {"name": "TMPDIR", "value": _CACHE},
     ]
@@ -341,7 +350,7 @@ def _scheme(source: Source) -> str:
 
 
 def _weights(source: Source, settings: OperatorSettings) -> tuple[list[Manifest], list[Manifest], str]:
-    """Volumes, mounts, and the source's URI as the server in the pod reads it."""
+    """The volumes and mounts of a source, and its URI inside the pod."""
     volumes: list[Manifest] = [{"name": "cache", **settings.cache}]
     mounts: list[Manifest] = [{"name": "cache", "mountPath": _CACHE}]
     parsed, uri = urlparse(source.uri), source.uri

@@ -1,139 +1,156 @@
-"""Which commit an `hf://` source means: asked of the hub once for a model and then recorded in its status.
+"""Resolves the revisions of `hf://` sources to commits, once for each model, whose status records the commit.
 
-So every replica that is ever started loads the same, whatever becomes of the branch. A pass over a model asks `Pins` and
-waits for nothing: it is made again when the answer is there, and again, later and later, while there is none.
+So every replica loads the same weights, whatever happens to the branch. A pass over a model asks `Pins` and does not
+wait: the pass runs again when the answer arrives, and again with backoff while the hub refuses.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 from urllib.parse import urlparse
 
 import structlog
 from latentflow.api import Source
+from latentflow.api.conditions import ConditionReason
 
 Key = TypeVar("Key", bound=Hashable)
 _log = structlog.get_logger()
 _COMMIT = re.compile("[0-9a-f]{40}")
-_FIRST_SECONDS, _MOST_SECONDS = 1.0, 60.0
-# For so long an answer also serves those who ask later, so that the models of one workflow load one commit.
+_FIRST_SECONDS, _MAX_SECONDS = 1.0, 60.0
+# How long an answer is reused for other models, so that all models of a workflow load one commit.
 _KEPT_SECONDS = 60.0
-_ANSWER_SECONDS, _AT_ONCE = 10.0, 4
+_TIMEOUT_SECONDS, _CONCURRENT_REQUESTS = 10.0, 4
 
 
 class Refusal(Exception):
-    """The hub names no commit.
+    """The hub returned no commit.
 
     Args:
-        reason: One CamelCase word, as in a condition.
-        message: One sentence, the same as long as the trouble is the same.
+        message: One sentence, which stays the same as long as the problem is the same.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: ConditionReason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
 
 
-def recorded(source: Source, status: Mapping[str, Any]) -> Source | None:
-    """The source with its commit, as far as it is known without a hub; other schemes have none and stay as they are.
+def recorded(source: Source, resolved: Source | None) -> Source | None:
+    """The source with a commit as its revision, if it is known without the hub.
+
+    Sources of other schemes are returned unchanged.
 
     Args:
-        status: Of the model.
+        resolved: The resolved source in the model's status, if any.
     """
     if urlparse(source.uri).scheme != "hf" or (source.revision and _COMMIT.fullmatch(source.revision)):
         return source
-    known = status.get("source", {})
-    revision = known.get("revision", "")
-    if (known.get("uri"), known.get("subfolder")) != (source.uri, source.subfolder) or not _COMMIT.fullmatch(revision):
+    if resolved is None or (resolved.uri, resolved.subfolder) != (source.uri, source.subfolder):
         return None
-    return source.model_copy(update={"revision": revision})
+    if not _COMMIT.fullmatch(resolved.revision or ""):
+        return None
+    return source.model_copy(update={"revision": resolved.revision})
 
 
 @dataclass(kw_only=True)
-class _Question(Generic[Key]):
-    """What is known of one revision of one repository, and who waits for it."""
+class _Lookup(Generic[Key]):
+    """The lookup of one revision of one repository, and the keys that wait for it."""
 
     commit: str | None = None
     refusal: Refusal | None = None
     failures: int = 0
-    open: bool = False
+    pending: bool = False
     waiting: set[Key] = field(default_factory=set)
 
 
 class Pins(Generic[Key]):
-    """The commits of sources.
+    """The commits of hub sources.
 
     Args:
-        ask: The commit of a source, or a Refusal; blocks.
-        wake: Called with who asked when there is something new to know.
+        resolve: Returns the commit of a source or raises Refusal; blocks.
+        notify: Called with a waiting key when the answer of `of` has changed.
     """
 
-    def __init__(self, ask: Callable[[Source], str], *, wake: Callable[[Key], None]) -> None:
-        self._ask = ask
-        self._wake = wake
-        self._questions: dict[tuple[str, str | None], _Question[Key]] = {}
-        # Threads of their own: a hub that does not answer keeps nothing else waiting.
-        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="hub")
+    def __init__(self, resolve: Callable[[Source], str], *, notify: Callable[[Key], None]) -> None:
+        self._resolve = resolve
+        self._notify = notify
+        self._lookups: dict[tuple[str, str | None], _Lookup[Key]] = {}
+        # Own threads, so that a hub that does not answer delays nothing else.
+        self._threads = ThreadPoolExecutor(_CONCURRENT_REQUESTS, thread_name_prefix="hub")
         self._tasks: set[asyncio.Task[None]] = set()
 
     def of(self, source: Source, key: Key) -> Source | Refusal | None:
-        """The source with its commit; why there is none, while it is asked for again; None before the first answer."""
-        question = self._questions.setdefault((source.uri, source.revision), _Question())
-        if question.commit is not None:
-            return source.model_copy(update={"revision": question.commit})
-        question.waiting.add(key)
-        if not question.open:
-            question.open = True
-            task = asyncio.create_task(self._answer(source, question))
+        """The source with its commit; the last Refusal, while the lookup is retried; None before the first answer."""
+        lookup = self._lookups.setdefault((source.uri, source.revision), _Lookup())
+        if lookup.commit is not None:
+            return source.model_copy(update={"revision": lookup.commit})
+        lookup.waiting.add(key)
+        if not lookup.pending:
+            lookup.pending = True
+            task = asyncio.create_task(self._run(source, lookup))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return question.refusal
+        return lookup.refusal
 
-    async def _answer(self, source: Source, question: _Question[Key]) -> None:
+    async def _run(self, source: Source, lookup: _Lookup[Key]) -> None:
         loop = asyncio.get_running_loop()
         try:
-            question.commit = await loop.run_in_executor(self._threads, self._ask, source)
-            loop.call_later(_KEPT_SECONDS, self._questions.pop, (source.uri, source.revision), None)
-            _log.info("pinned", source=source.uri, revision=source.revision, commit=question.commit)
+            lookup.commit = await loop.run_in_executor(self._threads, self._resolve, source)
+            loop.call_later(_KEPT_SECONDS, self._lookups.pop, (source.uri, source.revision), None)
+            _log.info(
+                "resolved a revision to a commit",
+                source=source.uri,
+                revision=source.revision,
+                commit=lookup.commit,
+            )
         except Exception as error:
-            question.refusal = error if isinstance(error, Refusal) else _unexpected(source, error)
-            question.failures += 1
-            seconds = min(_MOST_SECONDS, _FIRST_SECONDS * 2 ** (question.failures - 1))
-            loop.call_later(seconds, self._reopen, question)
-            _log.warning("could not pin; trying again", source=source.uri, seconds=seconds, why=str(question.refusal))
-        self._tell(question)
+            lookup.refusal = error if isinstance(error, Refusal) else _unexpected(source, error)
+            lookup.failures += 1
+            seconds = min(_MAX_SECONDS, _FIRST_SECONDS * 2 ** (lookup.failures - 1))
+            loop.call_later(seconds, self._allow_retry, lookup)
+            _log.warning(
+                "could not resolve a revision to a commit; retrying",
+                source=source.uri,
+                seconds=seconds,
+                reason=str(lookup.refusal),
+            )
+        self._notify_waiting(lookup)
 
-    def _reopen(self, question: _Question[Key]) -> None:
-        question.open = False
-        self._tell(question)
+    def _allow_retry(self, lookup: _Lookup[Key]) -> None:
+        lookup.pending = False
+        self._notify_waiting(lookup)
 
-    def _tell(self, question: _Question[Key]) -> None:
-        waiting = frozenset(question.waiting)
-        # Of those who are told of a refusal, who still wants to know asks again when the question is open again.
-        if question.commit is not None or not question.open:
-            question.waiting.clear()
+    def _notify_waiting(self, lookup: _Lookup[Key]) -> None:
+        waiting = frozenset(lookup.waiting)
+        # Keys stay registered until a retry is allowed. A key that still needs the commit then calls `of` again.
+        if lookup.commit is not None or not lookup.pending:
+            lookup.waiting.clear()
         for key in waiting:
-            self._wake(key)
+            self._notify(key)
 
 
 def _unexpected(source: Source, error: Exception) -> Refusal:
-    said = " ".join(str(error).split())
-    return Refusal("HubUnreachable", f"Asking the hub about {source.uri} failed: {type(error).__name__}: {said}"[:500])
+    details = " ".join(str(error).split())
+    return Refusal(
+        ConditionReason.HUB_UNREACHABLE,
+        f"The request to the hub for {source.uri} failed: {type(error).__name__}: {details}"[:500],
+    )
 
 
-def ask_hub(source: Source, *, endpoint: str | None) -> str:
-    """The commit of a source's revision, or of its main branch. Refusal where the hub names none.
+def resolve_commit(source: Source, *, endpoint: str | None) -> str:
+    """Asks the hub for the commit of a source's revision, or of its main branch.
+
+    Raises Refusal if the hub returns none.
 
     Args:
-        endpoint: The hub's URL; None: as HF_ENDPOINT says, or the public one.
+        endpoint: The hub's URL; None: that of HF_ENDPOINT, or the public one.
     """
-    # Imported here: it takes time and memory that an operator without such sources need not spend.
+    # Imported here, because an operator without hub sources need not spend the time and memory.
     import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -147,40 +164,41 @@ def ask_hub(source: Source, *, endpoint: str | None) -> str:
     api = HfApi(endpoint=endpoint)
     repository = urlparse(source.uri).netloc + urlparse(source.uri).path
     try:
-        commit = api.model_info(repository, revision=source.revision, timeout=_ANSWER_SECONDS).sha
+        commit = api.model_info(repository, revision=source.revision, timeout=_TIMEOUT_SECONDS).sha
     except GatedRepoError:
         raise Refusal(
-            "RepositoryGated",
-            f"The hub gives {repository} only to those who accepted its terms: accept them, and set operator.hubSecret and "
-            "models.hubSecret of the chart to a token of that account.",
+            ConditionReason.REPOSITORY_GATED,
+            f"The hub grants access to {repository} only to accounts that accepted its terms: accept them, and set "
+            "operator.hubSecret and models.hubSecret of the chart to a token of that account.",
         ) from None
     except RepositoryNotFoundError:
         raise Refusal(
-            "RepositoryNotFound",
-            f"The hub has no repository {repository}, or shows it to others only: check the name; for a private one set "
-            "operator.hubSecret and models.hubSecret of the chart.",
+            ConditionReason.REPOSITORY_NOT_FOUND,
+            f"The hub has no repository {repository}, or does not show it to this account: check the name; for a "
+            "private repository set operator.hubSecret and models.hubSecret of the chart.",
         ) from None
     except HFValidationError:
         raise Refusal(
-            "RepositoryNotFound", f"No repository of the hub can be named {repository!r}: correct the source."
+            ConditionReason.REPOSITORY_NOT_FOUND,
+            f"{repository!r} is not a valid name of a repository of the hub: correct the source.",
         ) from None
     except RevisionNotFoundError:
         raise Refusal(
-            "RevisionNotFound",
+            ConditionReason.REVISION_NOT_FOUND,
             f"The repository {repository} has no branch, tag or commit {source.revision!r}: correct the revision.",
         ) from None
     except HfHubHTTPError as error:
-        raise _unreachable(api.endpoint, f"answered {error.response.status_code}") from None
+        raise _unreachable(api.endpoint, f"answered with status {error.response.status_code}") from None
     except (httpx2.HTTPError, OSError) as error:
         raise _unreachable(api.endpoint, f"cannot be reached ({type(error).__name__})") from None
     if commit is None or not _COMMIT.fullmatch(commit):
-        raise _unreachable(api.endpoint, f"named no commit of {repository}")
+        raise _unreachable(api.endpoint, f"returned no commit of {repository}")
     return commit
 
 
-def _unreachable(endpoint: str, what: str) -> Refusal:
+def _unreachable(endpoint: str, problem: str) -> Refusal:
     return Refusal(
-        "HubUnreachable",
-        f"The hub at {endpoint} {what}; it is asked again. Let the operator reach it, set models.hubEndpoint of the chart to "
-        "a mirror, or give the commit as the revision.",
+        ConditionReason.HUB_UNREACHABLE,
+        f"The hub at {endpoint} {problem}; the operator retries. Let the operator reach it, set models.hubEndpoint of "
+        "the chart to a mirror, or give the commit as the revision.",
     )

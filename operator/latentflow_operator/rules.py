@@ -1,7 +1,7 @@
-"""What the API server checks of the resources beyond their shape: CEL rules, by the type of `latentflow.api` they stand at.
+"""The CEL rules with which the API server validates the resources beyond their schema, by the type of `latentflow.api`.
 
-Each rule says of a type what its pydantic validators say, in the same words where words can be computed; one table of
-cases holds both to the same verdicts (`tests/kube`).
+Each rule corresponds to a pydantic validator of the type and has the same message where CEL can compute it. One table
+of cases (`tests/kube`) tests that both give the same results.
 """
 
 from __future__ import annotations
@@ -10,21 +10,34 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from latentflow.api.types import Engine, Pod, Role, option_roles
+from latentflow.api.fields import limits_of
+from latentflow.api.types import (
+    OPERATOR_LABELS,
+    ColocatedModel,
+    Engine,
+    Model,
+    ModelSpec,
+    Parallelism,
+    Pod,
+    Role,
+    Source,
+    Typed,
+    WorkflowSpec,
+)
 
 _SCHEME = "^[a-zA-Z][a-zA-Z0-9+.-]*:"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A CEL rule. `message` is a CEL expression when `computed`."""
+    """A CEL rule. `message` is a CEL expression if `computed`, and a text otherwise."""
 
     cel: str
     message: str
     computed: bool = False
 
     def schema(self) -> dict[str, str]:
-        """As an entry of x-kubernetes-validations."""
+        """The rule as an entry of x-kubernetes-validations."""
         return {"rule": self.cel, "messageExpression" if self.computed else "message": self.message}
 
 
@@ -47,21 +60,40 @@ def _colocated(cel: str, message: str) -> Rule:
 
 def _engine() -> Iterator[Rule]:
     """Rules for a type with role and engine: an option that the role does not use keeps its default."""
-    for name, field in Engine.model_fields.items():
-        roles = option_roles(name)
-        if others := [role for role in Role if role not in roles]:
+    for field in Engine.model_fields.values():
+        roles = limits_of(field).roles
+        if others := [role.value for role in Role if role not in roles]:
             option = f"self.engine.{field.alias}"
             default = "" if field.default is None else f" || {option} == {json.dumps(field.default)}"
             yield Rule(
-                cel=f"!has(self.engine) || !has({option}){default} || !(self.role in {[role.value for role in others]})",
+                cel=f"!has(self.engine) || !has({option}){default} || !(self.role in {others})",
                 message=f"'engine.{field.alias} is an option of {', '.join(roles)}, not of ' + self.role + '; remove it'",
                 computed=True,
             )
 
 
+def _served(type_: type[Typed]) -> Iterator[Rule]:
+    """Rules for the fields of a type of which this version serves only some values."""
+    for field in type_.model_fields.values():
+        limits = limits_of(field)
+        if limits.only:
+            equal = [f"self.{field.alias} == {json.dumps(value)}" for value in limits.only if value is not None]
+            yield Rule(
+                cel=" || ".join([f"!has(self.{field.alias})", *equal]), message=f"{field.alias}: {limits.refusal}"
+            )
+
+
+def _degree(name: str, most: int) -> Rule:
+    """A degree of parallelism: an integer or Auto, which a schema cannot bound."""
+    return Rule(
+        cel=f"type(self.{name}) == string ? self.{name} == 'Auto' : (self.{name} >= 1 && self.{name} <= {most})",
+        message=f"{name} is Auto or 1 to {most}",
+    )
+
+
 _NO_POD = " && ".join(f"!has(self.pod.{field.alias})" for field in Pod.model_fields.values())
 
-RULES: dict[str, tuple[Rule, ...]] = {
+_OWN: dict[str, tuple[Rule, ...]] = {
     "Source": (
         Rule(
             cel=f"!self.uri.matches('{_SCHEME}') || self.uri.matches('^(file|pvc|hf|s3|oci):')",
@@ -83,7 +115,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             cel="!self.uri.matches('^(pvc|s3|oci):') || self.uri.matches('^(pvc|s3|oci)://[^/]')",
-            message="\"'\" + self.uri + \"' lacks what comes after \" + self.uri.split(':')[0] + '://'",
+            message="\"'\" + self.uri + \"' names nothing after \" + self.uri.split(':')[0] + '://'",
             computed=True,
         ),
         Rule(
@@ -93,7 +125,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             cel="!has(self.revision) || self.uri.startsWith('hf:')",
-            message="revision goes with hf:// sources only",
+            message="only hf:// sources have a revision; remove it",
         ),
     ),
     "Scaling": (
@@ -102,10 +134,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
             message="minReplicas is above maxReplicas; swap or raise one",
         ),
     ),
-    "Parallelism": (
+    "Parallelism": (_degree("latent", 2), _degree("tensor", 16), _degree("context", 8)),
+    "Pod": (
         Rule(
-            cel="type(self.latent) == string ? self.latent == 'Auto' : (self.latent >= 1 && self.latent <= 2)",
-            message="latent is Auto, 1 or 2",
+            cel="!has(self.labels) || !self.labels.exists(key, key.startsWith('latentflow.io/') || "
+            f"key in {list(OPERATOR_LABELS)})",
+            message="labels that the operator sets cannot be passed through: latentflow.io/… and "
+            f"{', '.join(OPERATOR_LABELS)}",
         ),
     ),
     "ColocatedModel": tuple(_engine()),
@@ -183,3 +218,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
     ),
 }
+_SERVED = {
+    type_.__name__: tuple(_served(type_))
+    for type_ in (Source, Engine, Parallelism, Model, ColocatedModel, ModelSpec, WorkflowSpec)
+}
+RULES = {name: _OWN.get(name, ()) + _SERVED.get(name, ()) for name in _OWN | _SERVED}

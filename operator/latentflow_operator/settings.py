@@ -1,4 +1,4 @@
-"""What the operator is told at its start: a YAML file, which the chart writes, and the command line."""
+"""The operator's settings: a YAML file, which the chart writes, and the command line."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ruamel.yaml.error import YAMLError
 
 
 class ScalingSettings(Typed):
-    """What the scheduler reads, how often, and how it turns a load into replicas."""
+    """Settings of the scheduler: its sources of signals, its interval, and the parameters of its policy."""
 
     prometheus: str = Field(pattern="^https?://[^ ]+[^/ ]$", description="URL of the Prometheus server.")
     gateways: str | None = Field(
         default=None,
         pattern=r"^.+:\d+$",
-        description="host:port of the gateways' /metrics, a name with the address of each; absent: what they hold is known "
-        "from Prometheus only.",
+        description="host:port of the gateways' /metrics; the name resolves to every gateway. Absent: held requests are "
+        "read from Prometheus only.",
     )
-    interval_seconds: float = Field(default=10.0, gt=0, description="Between two decisions.")
+    interval_seconds: float = Field(default=10.0, gt=0, description="Time between two decisions.")
     window_seconds: int = Field(
-        default=60, ge=1, description="Over which rates are taken; at least four scrape intervals."
+        default=60, ge=1, description="Time over which rates are computed; at least four scrape intervals."
     )
     target_utilization: float = Field(
         default=policy.Settings.target_utilization,
@@ -36,22 +36,24 @@ class ScalingSettings(Typed):
         description="Share of its time that a replica should compute.",
     )
     backlog_seconds: float = Field(
-        default=policy.Settings.backlog_seconds, gt=0, description="In which those that wait should be worked off."
+        default=policy.Settings.backlog_seconds, gt=0, description="Time in which queued requests should be completed."
     )
     up_seconds: float = Field(
-        default=policy.Settings.up_seconds, ge=0, description="Least time between two additions of replicas."
+        default=policy.Settings.up_seconds, ge=0, description="Minimum time between two additions of replicas."
     )
     down_seconds: float = Field(
-        default=policy.Settings.down_seconds, ge=0, description="For how long fewer replicas have to do before some go."
+        default=policy.Settings.down_seconds,
+        ge=0,
+        description="How long fewer replicas have to be enough before some are removed.",
     )
     idle_seconds: float = Field(
         default=policy.Settings.idle_seconds,
         ge=0,
-        description="For how long nobody has asked before a model with minReplicas 0 has none.",
+        description="How long a model with minReplicas 0 has to be idle before its last replica is removed.",
     )
 
     def policy(self) -> policy.Settings:
-        """What of it the policy takes."""
+        """The parameters of the policy."""
         return policy.Settings(
             target_utilization=self.target_utilization,
             backlog_seconds=self.backlog_seconds,
@@ -62,7 +64,7 @@ class ScalingSettings(Typed):
 
 
 class OperatorSettings(Typed):
-    """How the pods are to look that the operator makes."""
+    """Settings of the operator, mostly of the pods that it creates."""
 
     node_image: str = Field(min_length=1, description="Image of the model servers.")
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
@@ -70,42 +72,41 @@ class OperatorSettings(Typed):
     )
     model_root: dict[str, Any] | None = Field(
         default=None,
-        description="A volume source, as in PodSpec.volumes without the name, that holds what relative URIs name; mounted "
+        description="A volume source, as in PodSpec.volumes without the name, with the weights of relative URIs; mounted "
         "read-only at /models. Absent: relative URIs cannot be served.",
     )
     cache: dict[str, Any] = Field(
-        default_factory=lambda: {"emptyDir": {}}, description="A volume source for what is downloaded."
+        default_factory=lambda: {"emptyDir": {}}, description="A volume source for downloaded weights."
     )
     token_secret: str | None = Field(
-        default=None, description="The Secret whose key `token` is the servers' shared secret."
+        default=None, description="The Secret whose key `token` is the shared token of the servers."
     )
     hub_secret: str | None = Field(
-        default=None, description="The Secret whose key `token` opens gated hf:// repositories."
+        default=None, description="The Secret whose key `token` grants access to private and gated hf:// repositories."
     )
     hub_endpoint: str | None = Field(
-        default=None, pattern="^https?://[^ ]+[^/ ]$", description="URL of a mirror of the hub; absent: the public one."
+        default=None, pattern="^https?://[^ ]+[^/ ]$", description="URL of a mirror of the hub; absent: the public hub."
     )
     s3_secret: str | None = Field(
         default=None, description="The Secret whose keys are the AWS_* environment of servers with s3:// sources."
     )
     endpoint: str | None = Field(
-        default=None, description="host:port of the gateways in the cluster, told in a workflow's status."
+        default=None, description="host:port of the gateways in the cluster, for the status of workflows."
     )
     drain_seconds: int = Field(
         default=600,
         ge=0,
         le=86_400,
-        description="How long a server that is told to stop may finish its requests: the longest request allowed.",
+        description="How long a server that is terminated may complete its requests: the longest request allowed.",
     )
     retire_seconds: int | None = Field(
         default=None,
         ge=0,
         le=86_400,
-        description="How long a model that was changed away from stays, for requests that have begun with it; absent: as "
-        "drainSeconds.",
+        description="How long a model that was replaced is kept for requests that began with it; absent: drainSeconds.",
     )
     scaling: ScalingSettings | None = Field(
-        default=None, description="Scaling from Prometheus. Absent: nothing is scaled by itself."
+        default=None, description="Scaling by the load in Prometheus. Absent: no model is scaled automatically."
     )
 
 
@@ -114,10 +115,10 @@ class Command:
     """The operator's command line.
 
     Attributes:
-        namespaces: Where to work; empty: in all.
-        liveness: Where to answer liveness probes, as an http:// URL; None: nowhere.
-        metrics: host:port for /metrics; None: nowhere.
-        lease: Namespace and name of the Lease to hold while writing; None: no other operator works there.
+        namespaces: The namespaces to watch; empty: all.
+        liveness: http:// URL that answers liveness probes; None: none does.
+        metrics: host:port of /metrics; None: not served.
+        lease: Namespace and name of the Lease to hold while writing; None: no other operator may run.
     """
 
     settings: OperatorSettings
@@ -129,23 +130,21 @@ class Command:
 
 
 def parse(argv: list[str] | None = None) -> Command:
-    """Settings from a command line; exits with a usage message on nonsense. InvalidRequestError for a bad file."""
+    """Parses a command line. Exits with a usage message if it is invalid; InvalidRequestError for an invalid file."""
     parser = argparse.ArgumentParser(
         prog="latentflow-operator",
-        description="Turns DiffusionWorkflows into model servers, in the cluster it runs in or that the kubeconfig names.",
+        description="Runs the model servers of DiffusionWorkflows, in the cluster of this pod or in that of the kubeconfig.",
     )
     add = parser.add_argument
-    add("--config", type=Path, required=True, help="YAML file: how the model servers' pods are to look")
-    add(
-        "--namespace", action="append", default=[], help="a namespace to work in; several times for more (default: all)"
-    )
+    add("--config", type=Path, required=True, help="YAML file with the settings")
+    add("--namespace", action="append", default=[], help="a namespace to watch; repeat for more (default: all)")
     add("--liveness", help="answer liveness probes at this URL, such as http://0.0.0.0:8080/healthz")
-    add("--metrics", help="host:port for /metrics (default: nowhere)")
+    add("--metrics", help="host:port of /metrics (default: not served)")
     add(
         "--lease",
-        type=_place,
+        type=_key,
         metavar="NAMESPACE/NAME",
-        help="the Lease to hold while writing, so that of several operators one works (default: none, there is one)",
+        help="the Lease to hold while writing, so that only one of several operators writes (default: none, for a single operator)",
     )
     add("--log-format", choices=("console", "json"), default="console")
     args = parser.parse_args(argv)
@@ -159,7 +158,7 @@ def parse(argv: list[str] | None = None) -> Command:
     )
 
 
-def _place(text: str) -> tuple[str, str]:
+def _key(text: str) -> tuple[str, str]:
     namespace, slash, name = text.partition("/")
     if not (namespace and slash and name) or "/" in name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAMESPACE/NAME")
@@ -167,15 +166,18 @@ def _place(text: str) -> tuple[str, str]:
 
 
 def read(path: Path) -> OperatorSettings:
-    """Settings from a YAML file. InvalidRequestError, with the field's name, for one that is missing or wrong."""
+    """Reads settings from a YAML file.
+
+    InvalidRequestError, with the field's name, if the file is missing or invalid.
+    """
     try:
         data = YAML(typ="safe").load(path.read_text())
     except OSError as error:
         raise InvalidRequestError(f"The configuration {path} cannot be read: {error.strerror}.") from None
     except YAMLError as error:
-        raise InvalidRequestError(f"The configuration {path} is no YAML: {error}") from None
+        raise InvalidRequestError(f"The configuration {path} is not valid YAML: {error}") from None
     try:
         return OperatorSettings.model_validate(data)
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
-        raise InvalidRequestError(f"The configuration {path} is wrong: {said}.") from None
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
+        raise InvalidRequestError(f"The configuration {path} is invalid: {problems}.") from None

@@ -1,142 +1,99 @@
-"""What the API server is known to hold: filled by the watches and by the answers to our own writes.
+"""The known state of the API server's objects, filled by the watches and by the responses to the operator's own writes.
 
-The reconcilers read only this, so that reading costs no call. An answer to a write is newer than what the watch has shown
-until the watch catches up; the higher resourceVersion wins. Not locked: everything runs on the event loop's thread.
+The passes read only this store, so that a read costs no call. The response to a write is newer than the watch until the
+watch catches up; the object with the higher resourceVersion wins. There is no lock: everything runs in the event loop's
+thread.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
-from latentflow.api import DiffusionWorkflow, placed
-from latentflow.api.types import MODEL_LABEL
-from pydantic import ValidationError
+from latentflow_operator.objects import Body, KubeObject, Model, ObjectKey, Pod, Workflow, key_of, parse
 
-from latentflow_operator.binding import Owner
-
-Body = dict[str, Any]
-Place = tuple[str, str]
-_REMEMBERED = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """A workflow: as the API server has it, and as we read it. `owner` is None where it says what we cannot read."""
-
-    body: Body
-    owner: Owner | None
-    uses: frozenset[str]
+_REMEMBERED_DELETIONS = 256
 
 
 class Store:
-    """Bodies by kind, namespace and name; workflows also by the models they use, pods by the model they serve."""
+    """Objects by kind, namespace and name; also workflows by model used, and pods by model served."""
 
     def __init__(self) -> None:
-        self._bodies: dict[str, dict[Place, Body]] = defaultdict(dict)
-        self._workflows: dict[Place, Known] = {}
-        self._users: dict[Place, set[str]] = defaultdict(set)
-        self._pods: dict[Place, dict[str, Body]] = defaultdict(dict)
-        # Deleted lately: an answer to a write of ours may come after the news that the object has gone.
-        self._gone: deque[str] = deque(maxlen=_REMEMBERED)
+        self._objects: dict[str, dict[ObjectKey, KubeObject]] = defaultdict(dict)
+        self._workflows: dict[ObjectKey, Workflow] = {}
+        self._models: dict[ObjectKey, Model] = {}
+        self._users: dict[ObjectKey, set[str]] = defaultdict(set)
+        self._pods: dict[ObjectKey, dict[str, Pod]] = defaultdict(dict)
+        # UIDs of objects deleted lately. The response to a write may arrive after the watch has reported the deletion.
+        self._deleted: deque[str] = deque(maxlen=_REMEMBERED_DELETIONS)
 
-    def put(self, body: Body) -> bool:
-        """Takes a body in; False where what is known is as new, or that the object was deleted."""
-        place, kind = place_of(body), body["kind"]
-        if _uid(body) in self._gone:
-            return False
-        known = self._bodies[kind].get(place)
-        if known is not None and _version(known) >= _version(body) and _uid(known) == _uid(body):
-            return False
-        body = _trimmed(body)
-        self._bodies[kind][place] = body
-        if kind == "DiffusionWorkflow":
-            self._index(place, _read(body))
-        if kind == "Pod":
-            self._pods[place[0], body["metadata"]["labels"][MODEL_LABEL]][place[1]] = body
-        return True
+    def put(self, body: Body) -> KubeObject | None:
+        """Adds or replaces an object and returns it; None if the stored one is as new, or if it has been deleted."""
+        if body["metadata"]["uid"] in self._deleted:
+            return None
+        stored = self._objects[body["kind"]].get(key_of(body))
+        if (
+            stored is not None
+            and stored.resource_version >= int(body["metadata"]["resourceVersion"])
+            and stored.uid == body["metadata"]["uid"]
+        ):
+            return None
+        new = parse(body)
+        self._objects[new.kind][new.key] = new
+        if isinstance(new, Workflow):
+            self._index(new.key, new)
+        elif isinstance(new, Model):
+            self._models[new.key] = new
+        elif isinstance(new, Pod):
+            self._pods[new.namespace, new.model or ""][new.name] = new
+        return new
 
-    def drop(self, body: Body) -> bool:
-        """Forgets a body that was deleted; False where it is known no more, or another has its name since."""
-        place, kind = place_of(body), body["kind"]
-        self._gone.append(_uid(body))
-        known = self._bodies[kind].get(place)
-        if known is None or _uid(known) != _uid(body):
-            return False
-        del self._bodies[kind][place]
-        if kind == "DiffusionWorkflow":
-            self._index(place, None)
-        if kind == "Pod":
-            self._pods[place[0], known["metadata"]["labels"][MODEL_LABEL]].pop(place[1], None)
-        return True
+    def drop(self, body: Body) -> KubeObject | None:
+        """Removes a deleted object and returns it; None if it is not stored, or if its name belongs to a new object."""
+        self._deleted.append(body["metadata"]["uid"])
+        stored = self._objects[body["kind"]].get(key_of(body))
+        if stored is None or stored.uid != body["metadata"]["uid"]:
+            return None
+        del self._objects[stored.kind][stored.key]
+        if isinstance(stored, Workflow):
+            self._index(stored.key, None)
+        elif isinstance(stored, Model):
+            del self._models[stored.key]
+        elif isinstance(stored, Pod):
+            self._pods[stored.namespace, stored.model or ""].pop(stored.name, None)
+        return stored
 
-    def get(self, kind: str, namespace: str, name: str) -> Body | None:
-        """What is known of an object; None where there is none."""
-        return self._bodies[kind].get((namespace, name))
+    def get(self, kind: str, namespace: str, name: str) -> KubeObject | None:
+        """An object of any kind; None if it does not exist."""
+        return self._objects[kind].get((namespace, name))
 
-    def all(self, kind: str) -> list[Body]:
-        """Every object of a kind."""
-        return list(self._bodies[kind].values())
+    def model(self, namespace: str, name: str) -> Model | None:
+        """A DiffusionModel; None if it does not exist."""
+        return self._models.get((namespace, name))
 
-    def workflow(self, namespace: str, name: str) -> Known | None:
-        """A workflow."""
+    def models(self) -> list[Model]:
+        """Every DiffusionModel."""
+        return list(self._models.values())
+
+    def workflow(self, namespace: str, name: str) -> Workflow | None:
+        """A DiffusionWorkflow; None if it does not exist."""
         return self._workflows.get((namespace, name))
 
-    def users(self, namespace: str, model: str) -> list[Known]:
-        """The workflows that name a model or are still served by it, and are not on their way out."""
-        known = [self._workflows[namespace, name] for name in sorted(self._users.get((namespace, model), ()))]
-        return [one for one in known if "deletionTimestamp" not in one.body["metadata"]]
+    def users(self, namespace: str, model: str) -> list[Workflow]:
+        """The workflows that name a model or are still served by it, without those that are being deleted."""
+        names = sorted(self._users.get((namespace, model), ()))
+        return [one for name in names if not (one := self._workflows[namespace, name]).deleting]
 
-    def pods(self, namespace: str, model: str) -> Iterable[Body]:
+    def pods(self, namespace: str, model: str) -> Iterable[Pod]:
         """The pods of a model."""
         return self._pods.get((namespace, model), {}).values()
 
-    def _index(self, place: Place, known: Known | None) -> None:
-        before = self._workflows.pop(place, None)
+    def _index(self, key: ObjectKey, new: Workflow | None) -> None:
+        namespace, name = key
+        before = self._workflows.pop(key, None)
         for model in before.uses if before else ():
-            self._users[place[0], model].discard(place[1])
-        if known is not None:
-            self._workflows[place] = known
-            for model in known.uses:
-                self._users[place[0], model].add(place[1])
-
-
-def place_of(body: Body) -> Place:
-    """Namespace and name."""
-    return body["metadata"]["namespace"], body["metadata"]["name"]
-
-
-def bound_models(body: Body) -> dict[str, str]:
-    """Which DiffusionModel serves each model of a workflow, as its status says."""
-    return {entry["name"]: entry["model"] for entry in body.get("status", {}).get("models", ())}
-
-
-def _read(body: Body) -> Known:
-    metadata = body["metadata"]
-    bound = frozenset(bound_models(body).values())
-    try:
-        workflow = DiffusionWorkflow.of_object(body)
-    except ValidationError:
-        # Of another version's schema; the API server would have refused it today. What serves it stays.
-        return Known(body=body, owner=None, uses=bound)
-    owner = Owner(workflow=workflow, uid=metadata["uid"], created=metadata["creationTimestamp"])
-    return Known(body=body, owner=owner, uses=bound | set(placed(workflow).values()))
-
-
-def _trimmed(body: Body) -> Body:
-    """Without what nobody reads, as there may be thousands."""
-    metadata = {key: value for key, value in body["metadata"].items() if key != "managedFields"}
-    kept = dict(body) | {"metadata": metadata}
-    if body["kind"] == "Pod":
-        kept.pop("spec", None)
-    return kept
-
-
-def _version(body: Body) -> int:
-    return int(body["metadata"]["resourceVersion"])
-
-
-def _uid(body: Body) -> str:
-    return str(body["metadata"]["uid"])
+            self._users[namespace, model].discard(name)
+        if new is not None:
+            self._workflows[key] = new
+            for model in new.uses:
+                self._users[namespace, model].add(name)

@@ -1,7 +1,7 @@
-"""Keys that want work: each key is worked on by one worker at a time, again when it is added meanwhile, later when it fails.
+"""A work queue as in the controllers of Kubernetes: it processes a key in one worker at a time, and retries with backoff.
 
-What controllers of Kubernetes call a work queue. Many events about one object come to one pass over its present state, and
-a second delivery of an event costs nothing.
+A key that is added while it is processed is processed again. Many events about one object lead to one pass over its
+present state, so that a second delivery of an event costs nothing.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _FIRST_SECONDS, _MOST_SECONDS = 0.2, 60.0
 
 
 class WorkQueue(Generic[Key]):
-    """Hands keys to `work`, which raises to be called again later.
+    """Calls `work` with each key, and again with backoff if it raises.
 
     Args:
-        work: What is to be done about a key, from the present state alone.
-        workers: Keys worked on at a time.
+        work: Processes a key from the present state alone.
+        workers: Keys that are processed at the same time.
     """
 
     def __init__(self, work: Callable[[Key], Awaitable[None]], *, workers: int) -> None:
         self._work = work
         self._workers = workers
         self._ready: asyncio.Queue[Key] = asyncio.Queue()
-        self._waiting: set[Key] = set()
+        self._queued: set[Key] = set()
         self._running: set[Key] = set()
         self._again: set[Key] = set()
         self._failures: dict[Key, int] = {}
@@ -39,32 +39,32 @@ class WorkQueue(Generic[Key]):
         self._settled = asyncio.Event()
 
     def add(self, key: Key) -> None:
-        """Asks for work on a key, soon."""
+        """Adds a key."""
         if key in self._running:
             self._again.add(key)
-        elif key not in self._waiting:
-            self._waiting.add(key)
+        elif key not in self._queued:
+            self._queued.add(key)
             self._ready.put_nowait(key)
 
     def add_later(self, key: Key, seconds: float) -> None:
-        """Asks for work on a key after some time, unless it is worked on before."""
+        """Adds a key after some seconds, unless it is processed before."""
         if timer := self._timers.pop(key, None):
             timer.cancel()
         self._timers[key] = asyncio.get_running_loop().call_later(seconds, self.add, key)
 
     def open(self) -> None:
-        """Lets the workers begin; until then keys are only taken in."""
+        """Starts the processing; before that, keys are only collected."""
         self._open.set()
 
     async def idle(self) -> None:
-        """Returns when there is nothing to do now; what failed and waits for its time does not count."""
-        while self._waiting or self._running:
+        """Waits until no key is queued or processed. Keys that wait for a retry do not count."""
+        while self._queued or self._running:
             self._settled.clear()
             await self._settled.wait()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Works while entered, once opened."""
+        """Runs the workers while entered."""
         tasks = [asyncio.create_task(self._run()) for _ in range(self._workers)]
         try:
             yield
@@ -79,7 +79,7 @@ class WorkQueue(Generic[Key]):
         await self._open.wait()
         while True:
             key = await self._ready.get()
-            self._waiting.discard(key)
+            self._queued.discard(key)
             self._running.add(key)
             if timer := self._timers.pop(key, None):
                 timer.cancel()
@@ -98,5 +98,5 @@ class WorkQueue(Generic[Key]):
     def _retry(self, key: Key, error: Exception) -> None:
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         seconds = min(_MOST_SECONDS, _FIRST_SECONDS * 2 ** (failures - 1))
-        _log.warning("could not reconcile; trying again", key=key, seconds=seconds, failures=failures, error=str(error))
+        _log.warning("reconciliation failed; retrying", key=key, seconds=seconds, failures=failures, error=str(error))
         self.add_later(key, seconds)

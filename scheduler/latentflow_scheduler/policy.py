@@ -1,8 +1,9 @@
 """The scaling policy: a pure function from a model's load to its number of replicas, one model at a time.
 
-The operator and the embedded runtime both act on it. The offered load of a model, in replicas, is its arrival rate times the
-computing time of a request, plus what it takes to clear the backlog in a given time. The policy adds replicas at once and
-removes them only after fewer have been enough for some time, so that a pause between two bursts causes no restarts.
+The operator and the embedded runtime both act on it. The offered load of a model, in replicas, is its arrival rate
+times the computing time of a request, plus what it takes to clear the backlog in a given time. The policy adds replicas
+at once and removes them only after fewer have been enough for some time, so that a pause between two bursts causes no
+restarts.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class Load:
     def offered(self) -> float:
         """Replicas that the arriving requests keep busy: seconds of computing per second.
 
-        This is not `busy`: replicas that clear a backlog compute all the time, so `busy` would demand ever more replicas. But
-        with an empty queue the offered load is at most `busy`, so that a rate measured from a few long requests cannot
-        exaggerate it.
+        This is not `busy`: replicas that clear a backlog compute all the time, so `busy` would demand ever more
+        replicas. But with an empty queue the offered load is at most `busy`, so that a rate measured from a few long
+        requests cannot exaggerate it.
         """
         if self.service_seconds <= _ZERO:
             return self.busy
@@ -119,7 +120,8 @@ def decide(
     has_requests = load.arrival_rate > 0 or load.queued > 0 or load.held > 0 or load.running > 0
     last_request_at = now if has_requests or state.last_request_at is None else state.last_request_at
     if load.running > 0 and load.busy <= _ZERO:
-        # A step is counted when it completes. Before the first one the figures do not show the cost of running requests.
+        # A step is counted when it completes. Before the first one the figures do not show the cost of running
+        # requests.
         return (
             Decision(
                 replicas=_clamp(current, bounds),
@@ -127,8 +129,8 @@ def decide(
             ),
             State(last_scale_up_at=state.last_scale_up_at, last_request_at=last_request_at),
         )
-    # Scale down only if the remaining replicas can do what is computed now: requests longer than the window of the rates
-    # arrive too seldom to show in the arrival rate.
+    # Scale down only if the remaining replicas can do what is computed now: requests longer than the window of the
+    # rates arrive too seldom to show in the arrival rate.
     wanted = max(_wanted(load, settings), min(current, _replicas(load.busy, settings)))
     wanted = _clamp(wanted, bounds)
     if wanted == 0 and current > 0 and now - last_request_at < settings.idle_seconds:
@@ -160,7 +162,7 @@ def decide(
 
 
 def demand(load: Load, settings: Settings) -> float:
-    """The load in fully busy replicas: the offered load, plus the backlog's computing time over the time allowed for it."""
+    """The offered load plus the backlog's computing time over the time allowed for it, in fully busy replicas."""
     return load.offered + (load.queued + load.held) * load.service_seconds / settings.backlog_seconds
 
 

@@ -1,7 +1,7 @@
 """A model's load from the `/metrics` texts of its processes: pure, from text to `policy.Load`.
 
-It serves where no Prometheus server keeps history: it remembers the counters of each replica over a window and computes rates
-from them. The embedded runtime reads its processes this way.
+It serves where no Prometheus server keeps history: it remembers the counters of each replica over a window and computes
+rates from them. The embedded runtime reads its processes this way.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def parse_replica(text: str, *, time: float) -> Scrape:
 
 
 def parse_held(text: str) -> dict[str, float]:
-    """Held requests from a gateway's `/metrics` text, by the gateway's name of the model. ValueError as `parse_replica`."""
+    """Held requests from a gateway's `/metrics` text, by the gateway's name of the model.
+
+    ValueError as `parse_replica`.
+    """
     found: dict[str, float] = {}
     for sample in _samples(text):
         if sample.name == "latentflow_gateway_held":
@@ -101,7 +104,8 @@ def load(histories: Mapping[str, History], *, ready: Collection[str], now: float
     completed = [_rate(history, [one.completed for one in history]) for history in known]
     # A step is counted when it completes. One that is longer than the history would show as more than 100% of the time.
     busy = [min(1.0, _rate(history, [one.computed for one in history])) for history in known]
-    # A replica that has not completed a request yet has already computed for some. It is left out of the cost per request.
+    # A replica that has not completed a request yet has already computed for some. It is left out of the cost per
+    # request.
     costs = [computed for computed, count in zip(busy, completed, strict=True) if count > 0]
     return Load(
         arrival_rate=sum(_arrival_rate(history) for history in known),

@@ -80,8 +80,8 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
     """Reads the present signals. UnavailableError if the Prometheus server does not answer, or answers with an error.
 
     Args:
-        url: The Prometheus server. The namespace of a target is its label `namespace`, which Prometheus' service discovery
-            and the Prometheus operator set.
+        url: The Prometheus server. The namespace of a target is its label `namespace`, which Prometheus' service
+            discovery and the Prometheus operator set.
         window: Seconds over which rates are computed; at least four times the scrape interval.
     """
     by_model = "sum by (namespace, model)"
@@ -92,7 +92,8 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
     # A step is counted when it completes. One that is longer than the window would show as more than 100% of the time.
     computing = f"clamp_max({by_replica}(rate(latentflow_step_seconds_sum[{window}s])), 1)"
     busy = await _query(session, url, f"{by_model}({computing})")
-    # A replica that has not completed a request yet has already computed for some. It is left out of the cost per request.
+    # A replica that has not completed a request yet has already computed for some. It is left out of the cost per
+    # request.
     completed = f'({by_replica}(rate(latentflow_requests_total{{{calls},code!="{scrapes.REFUSED}"}}[{window}s])) > 0)'
     service = await _query(session, url, f"{by_model}({computing} and {completed}) / {by_model}({completed})")
     queued = await _query(session, url, f"{by_model}(latentflow_queue_depth)")
@@ -119,7 +120,9 @@ async def read(session: aiohttp.ClientSession, url: str, *, window: int) -> Sign
 
 
 async def held(session: aiohttp.ClientSession, gateways: str) -> dict[ModelKey, float]:
-    """Reads the held requests from the gateways, for models that have any. A gateway that does not answer counts as none.
+    """Reads the held requests from the gateways, for models that have any.
+
+    A gateway that does not answer counts as none.
 
     Args:
         gateways: host:port of their `/metrics`; every address that the host name resolves to is read.

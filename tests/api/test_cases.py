@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
-from kube.cases import BAD, GOOD, Case
-from latentflow.api import API_VERSION, parse_workflows
-from latentflow.api.model import ModelSpec
+from kube.cases import BAD, BASE, GOOD, Case
+from latentflow.api import API_VERSION, DiffusionWorkflow, parse_workflows
+from latentflow.api.fields import without_effect
+from latentflow.api.types import PATTERNS, ModelSpec
 from latentflow.errors import InvalidRequestError
 
 
@@ -35,3 +37,27 @@ def test_an_unusual_good_spec_is_taken(case: Case) -> None:
 def test_a_renamed_field_of_a_model_is_refused_with_its_present_name(former: str, present: str) -> None:
     with pytest.raises(ValueError, match=f"the field {former} was renamed; write {present}"):
         ModelSpec.model_validate({"role": "VAE", "source": {"uri": "shapes"}, former: {}})
+
+
+def test_every_pattern_of_a_field_is_explained_in_words() -> None:
+    schema = json.dumps(DiffusionWorkflow.model_json_schema())
+    patterns = {json.loads(found) for found in re.findall(r'"pattern": ("(?:[^"\\\\]|\\\\.)*")', schema)}
+    assert patterns == PATTERNS.keys()
+
+
+def test_no_value_of_a_choice_is_another_type_in_the_yaml_of_kubectl() -> None:
+    """kubectl reads YAML 1.1, in which Off is a boolean."""
+    schema = DiffusionWorkflow.model_json_schema()
+    choices = {value for found in re.findall(r'"enum": (\[[^]]*\])', json.dumps(schema)) for value in json.loads(found)}
+    assert "Auto" in choices
+    assert not {value.lower() for value in choices} & {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~"}
+
+
+def test_fields_without_effect_are_named_by_their_paths() -> None:
+    spec = Case("", ("slo",), {"latencyScale": 2, "priority": 3}).spec() | {"editing": {}}
+    spec["models"][1]["parallelism"] = {"latent": "Auto", "tensor": 1, "context": "Auto"}
+    (found,) = parse_workflows(workflow(spec))
+    base = "models[base].parallelism"
+    assert list(without_effect(found.spec)) == [f"{base}.latent", f"{base}.context", "slo", "editing"]
+    (plain,) = parse_workflows(workflow(BASE))
+    assert not list(without_effect(plain.spec))

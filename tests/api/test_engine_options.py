@@ -1,4 +1,4 @@
-"""Engine options: declared once, in `latentflow.api.types.Engine`; everything else follows from that declaration."""
+"""Engine options: declared once, in the type Engine; everything else follows from that declaration."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentflow.api import DiffusionWorkflow, identity, load_workflows, placed
-from latentflow.api.model import ModelSpec
-from latentflow.api.types import API_VERSION, Engine, Role, option_roles
+from latentflow.api.fields import limits_of
+from latentflow.api.types import API_VERSION, Engine, ModelSpec, Role
 from latentflow_local.planning import plan_models
 from latentflow_nodes import settings as node
 from latentflow_operator.manifests import manifests
@@ -27,12 +27,18 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "threads": st.none() | st.integers(1, 1024),
     "max_running": st.integers(1, 64),
     "max_waiting": st.integers(0, 4096),
+    "compile": st.just(False),
+    "step_cache": st.just("None"),
+    "async_steps": st.just(0),
 }
 
 
 def engines(role: Role) -> st.SearchStrategy[Engine]:
     return st.fixed_dictionaries(
-        {}, optional={name: values for name, values in VALUES.items() if role in option_roles(name)}
+        {},
+        optional={
+            name: values for name, values in VALUES.items() if role in limits_of(Engine.model_fields[name]).roles
+        },
     ).map(lambda options: Engine(**options))
 
 
@@ -127,8 +133,8 @@ def identities() -> list[str]:
 
 
 DECLARATION = """
-    pause_seconds: float = _option(
-        Role.DENOISER, default=0.0, ge=0, le=9, description="Pause before a forward pass in seconds."
+    pause_seconds: float = field(
+        default=0.0, ge=0, le=9, description="Pause before a forward pass in seconds.", limits=Limits(roles=[Role.DENOISER])
     )
 
     def options("""
@@ -140,12 +146,12 @@ def pause(node: NodeSettings) -> float:
 CHECKS = """
 import json
 from tests.api import test_engine_options as here
-from latentflow.api import types
+from latentflow.api import parts
 from latentflow.api.types import Engine, Role
 from latentflow_nodes import settings as node
 from latentflow_operator.crds import crds
 
-found = {"file": types.__file__}
+found = {"file": parts.__file__}
 spec = crds()["diffusionworkflows.yaml"]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
 found["crd"] = spec["properties"]["models"]["items"]["properties"]["engine"]["properties"]["pauseSeconds"]
 found["pod"] = node.pause(node.parse(here.arguments_in_a_pod(Role.DENOISER, Engine(pause_seconds=3))))
@@ -163,8 +169,8 @@ print(json.dumps(found))
 def test_a_new_engine_option_takes_two_edits_its_declaration_and_its_use(tmp_path: Path) -> None:
     for folder in ("client", "nodes", "operator", "local", "scheduler", "tests/api", "tests/support", "examples"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    types = tmp_path / "client/latentflow/api/types.py"
-    types.write_text(types.read_text().replace("\n    def options(", DECLARATION, 1))
+    declared = tmp_path / "client/latentflow/api/parts.py"
+    declared.write_text(declared.read_text().replace("\n    def options(", DECLARATION, 1))
     with (tmp_path / "nodes/latentflow_nodes/settings.py").open("a") as settings:
         settings.write(USE)
     components = ("client", "nodes", "operator", "local", "scheduler", "tests", ".")

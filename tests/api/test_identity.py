@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from latentflow.api import (
     API_VERSION,
     DiffusionWorkflow,
-    Engine,
     Model,
     Scaling,
+    Source,
     distinct_models,
     identity,
     load_workflows,
     merge_scaling,
     placed,
 )
+from latentflow.api.types import Engine, Net, Parallelism
 from support.paths import EXAMPLES
 
 BASE: dict[str, Any] = {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}}
@@ -25,6 +26,12 @@ BASE: dict[str, Any] = {"name": "base", "role": "Denoiser", "source": {"uri": "s
 
 def model(**changes: Any) -> Model:
     return Model.model_validate(BASE | changes)
+
+
+def with_engine(of: Model | None = None, **options: Any) -> Model:
+    """With options of the engine, also those that this version refuses."""
+    of = of or model()
+    return of.model_copy(update={"engine": of.engine.model_copy(update=options)})
 
 
 def test_an_identity_is_a_dns_label_that_begins_with_the_role() -> None:
@@ -66,10 +73,16 @@ def test_names_scaling_and_spelt_out_defaults_do_not_change_the_identity() -> No
     assert identity(same) == identity(model())
 
 
+def test_defaults_that_change_results_are_those_of_every_release_of_this_version() -> None:
+    """They are not part of identities, so a changed one would change results under unchanged identities."""
+    assert (model().dtype, model().parallelism.tensor, model().nets) == ("float32", 1, None)
+    assert (Engine().compile, Engine().step_cache) == (False, "None")
+
+
 def test_an_option_that_the_role_does_not_use_does_not_change_the_identity() -> None:
     pixels = model(role="VAE")
-    with_option = pixels.model_copy(update={"engine": Engine(max_running=9)})
-    assert identity(with_option) == identity(pixels)
+    options = {"max_running": 9, "compile": True, "step_cache": "Auto", "async_steps": 3}
+    assert identity(with_engine(pixels, **options)) == identity(pixels)
     assert identity(model(engine={"maxRunning": 9})) != identity(model())
 
 
@@ -79,7 +92,10 @@ def test_what_changes_the_served_model_changes_the_identity() -> None:
         model(source={"uri": "shapes", "subfolder": "unet"}),
         model(engine={"threads": 2}),
         model(resources={"limits": {"cpu": 1}}),
-        model(parallelism={"tensor": 2}),
+        model().model_copy(update={"parallelism": Parallelism().model_copy(update={"tensor": 2})}),
+        with_engine(compile=True),
+        with_engine(step_cache="Auto"),
+        model().model_copy(update={"nets": [Net(name="a", source=Source(uri="b"))]}),
         model(role="VAE"),
     ]
     assert len({identity(one) for one in [model(), *others]}) == len(others) + 1

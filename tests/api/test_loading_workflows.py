@@ -1,4 +1,4 @@
-"""Reading DiffusionWorkflow files: what is taken, and what is refused with which words."""
+"""Loading DiffusionWorkflow files: which are accepted, and the messages with which others are refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_file_may_hold_several_workflows() -> None:
         ("spec:", "spec: [", "file.yaml:"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(old: str, new: str, message: str) -> None:
+def test_a_problem_is_reported_with_its_position(old: str, new: str, message: str) -> None:
     assert old in GOOD
     assert message in problems(GOOD.replace(old, new))
 
@@ -86,7 +86,7 @@ def test_all_problems_of_a_file_are_reported_at_once() -> None:
 
 
 def test_two_workflows_of_one_name_are_refused() -> None:
-    assert "default/shapes is already at" in problems(f"{GOOD}\n---\n{GOOD}")
+    assert "default/shapes is already defined at" in problems(f"{GOOD}\n---\n{GOOD}")
 
 
 @pytest.mark.parametrize("text", ["", "---\n", "# nothing"])

@@ -1,4 +1,4 @@
-"""The Helm chart: what it renders to, what it refuses, and what a real API server says of its objects."""
+"""The Helm chart: its rendered objects, the values that it refuses, and whether a real API server accepts the objects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from latentflow.api.model import ModelSpec
+from latentflow.api.types import ModelSpec
 from latentflow_operator.manifests import manifests
 from latentflow_operator.settings import OperatorSettings
 from support import schemas
@@ -28,18 +28,18 @@ def schema_location(api_server: ApiServer, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.stem)
-def test_helm_finds_nothing_to_complain_of(case: Path) -> None:
+def test_helm_lint_reports_nothing(case: Path) -> None:
     done = helm("lint", "--strict", str(CHART), f"--values={case}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.stem)
 def test_the_chart_renders_to_its_golden_file(case: Path) -> None:
-    assert golden(case) == (GOLDEN / case.name).read_text(), "run `make golden`, and look at the difference"
+    assert golden(case) == (GOLDEN / case.name).read_text(), "run `make golden` and review the difference"
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.stem)
-def test_every_object_is_as_its_schema_says(case: Path, schema_location: str) -> None:
+def test_every_object_conforms_to_its_schema(case: Path, schema_location: str) -> None:
     command = ["kubeconform", "-strict", "-summary", "-output=json"]
     done = subprocess.run(
         [*command, f"-schema-location={schema_location}"],
@@ -53,7 +53,7 @@ def test_every_object_is_as_its_schema_says(case: Path, schema_location: str) ->
     assert outcome["summary"]["valid"] > 15
 
 
-def test_a_schema_refuses_what_it_does_not_know(schema_location: str) -> None:
+def test_a_schema_refuses_an_unknown_field(schema_location: str) -> None:
     wrong = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "x"}, "dat": {}}
     command = ["kubeconform", "-strict", f"-schema-location={schema_location}"]
     done = subprocess.run(command, input=yaml.safe_dump(wrong), capture_output=True, text=True, check=False)
@@ -62,13 +62,13 @@ def test_a_schema_refuses_what_it_does_not_know(schema_location: str) -> None:
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.stem)
-def test_an_api_server_takes_every_object(case: Path, api_server: ApiServer) -> None:
+def test_an_api_server_accepts_every_object(case: Path, api_server: ApiServer) -> None:
     with new_namespace(api_server, "chart") as namespace:
         rendered = template(f"--values={case}", "--set=namespaces=null", namespace=namespace.name)
         api_server.apply([body for body in yaml.safe_load_all(rendered) if body], "--dry-run=server")
 
 
-def test_model_servers_are_protected_in_the_namespaces_that_are_named() -> None:
+def test_network_policies_protect_model_servers_in_the_listed_namespaces() -> None:
     found = objects("--set=networkPolicy.modelNamespaces={art,photos}", namespace="latentflow")
     places = [body["metadata"]["namespace"] for body in found if body["metadata"]["name"] == "latentflow-nodes"]
     assert sorted(places) == ["art", "latentflow", "photos"]
@@ -95,7 +95,7 @@ def test_an_api_server_refuses_a_wrong_object_of_another_project(
             api_server.apply(found, "--dry-run=server")
 
 
-def test_the_namespace_that_enforces_restricted_pod_security_takes_the_pods(api_server: ApiServer) -> None:
+def test_a_namespace_that_enforces_restricted_pod_security_accepts_the_pods(api_server: ApiServer) -> None:
     with new_namespace(api_server, "restricted") as namespace:
         _restrict(namespace)
         templates = [body for body in objects(namespace=namespace.name) if body["kind"] == "Deployment"]
@@ -111,7 +111,7 @@ def _restrict(namespace: Namespace) -> None:
     namespace.call("PATCH", f"/api/v1/namespaces/{namespace.name}", {"metadata": {"labels": label}}, merge=True)
 
 
-def test_the_definitions_are_those_of_the_repository_and_stay_when_the_chart_goes() -> None:
+def test_the_definitions_equal_those_of_the_repository_and_survive_an_uninstall() -> None:
     definitions = {body["metadata"]["name"]: body for body in objects() if body["kind"] == "CustomResourceDefinition"}
     assert len(definitions) == 2
     for path in (ROOT / "crds").glob("*.yaml"):
@@ -121,7 +121,7 @@ def test_the_definitions_are_those_of_the_repository_and_stay_when_the_chart_goe
         assert made == wanted
 
 
-def test_the_definitions_go_with_the_chart_or_are_left_out_where_that_is_wished() -> None:
+def test_values_leave_the_definitions_out_or_delete_them_with_the_chart() -> None:
     kinds = [body["kind"] for body in objects("--set=crds.install=false")]
     assert "CustomResourceDefinition" not in kinds
     for body in objects("--set=crds.keep=false"):
@@ -165,7 +165,7 @@ def test_a_wrong_value_is_refused_with_its_name(setting: str, where: str) -> Non
     assert where in done.stderr
 
 
-def test_the_schema_knows_every_value_and_no_other() -> None:
+def test_the_schema_has_exactly_the_values_of_the_chart() -> None:
     schema = json.loads((CHART / "values.schema.json").read_text())
 
     def compare(values: Any, part: Any, path: str) -> None:
@@ -180,7 +180,7 @@ def test_the_schema_knows_every_value_and_no_other() -> None:
     compare(VALUES, schema, "")
 
 
-def test_with_a_list_of_namespaces_nothing_is_allowed_beyond_them() -> None:
+def test_with_a_list_of_namespaces_the_components_have_no_rights_elsewhere() -> None:
     made = objects("--set=namespaces={art,photos}", namespace="flow")
     bindings = [body for body in made if body["kind"] in ("ClusterRoleBinding", "RoleBinding")]
     assert {body["kind"] for body in bindings} == {"RoleBinding"}
@@ -210,7 +210,7 @@ def test_network_policies_open_the_ports_of_every_model_that_may_run_in_a_pod() 
         assert metrics["port"] <= ports["metrics"] <= metrics["endPort"]
 
 
-def test_the_components_take_the_command_lines_and_the_configuration_that_the_chart_writes(tmp_path: Path) -> None:
+def test_the_components_accept_the_arguments_and_configuration_of_the_chart(tmp_path: Path) -> None:
     from latentflow_gateway import settings as gateway
     from latentflow_operator import settings as operator
 

@@ -93,13 +93,12 @@ def test_an_unreachable_gateway_is_reported_with_its_target_and_a_remedy() -> No
     assert caught.value.reason == Reason.GATEWAY_UNREACHABLE
 
 
-def test_importing_the_client_is_quick_and_brings_no_torch() -> None:
+def test_importing_the_client_imports_grpc_protobuf_and_pillow_and_no_other_library() -> None:
     program = (
-        "import sys, time; began = time.process_time(); import latentflow; "
-        "print(time.process_time() - began, *{'torch', 'kopf', 'numpy', 'diffusers'} & set(sys.modules))"
+        "import sys; before = set(sys.modules); import latentflow; "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True) for _ in range(5)
-    ]
-    assert all(len(run.stdout.split()) == 1 for run in runs)
-    assert min(float(run.stdout) for run in runs) < 0.5
+    imported = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    # gRPC imports its own other packages if they are installed, and parts that Cython compiled.
+    others = {name for name in imported.split() if not name.startswith(("grpc", "_cython"))}
+    assert others <= {"latentflow", "google", "PIL", "typing_extensions", "cython_runtime"}

@@ -12,7 +12,7 @@ from latentflow.reasons import Reason
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
     path
-    for component in ("client", "gateway", "scheduler", "operator", "local")
+    for component in ("client", "nodes", "gateway", "scheduler", "operator", "local")
     for path in (ROOT / component).rglob("*.py")
     if path.name != "reasons.py" and path.parent.name != "v1"
 )
@@ -38,6 +38,16 @@ def test_no_reason_of_an_error_is_written_as_a_string() -> None:
     assert list(literals(ast.parse("error.reason == 'GONE'"))) == [1]
     found = [f"{path.relative_to(ROOT)}:{line}" for path in SOURCES for line in literals(ast.parse(path.read_text()))]
     assert found == []
+
+
+def test_every_reason_of_the_catalogue_is_used() -> None:
+    used = {
+        node.attr
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "Reason"
+    }
+    assert set(Reason.__members__) - used == set()
 
 
 def test_a_reason_is_its_name_and_is_documented_in_whole_sentences() -> None:

@@ -34,7 +34,8 @@ def test_a_control_image_may_be_a_pil_image_bytes_or_a_path(tmp_path: Path) -> N
     data = (tmp_path / "a.png").read_bytes()
     for image in (picture, data, tmp_path / "a.png", str(tmp_path / "a.png")):
         request = build("a", control_images={"edges": ControlImage(image=image, scale=0.5)})
-        assert request.control_images[0].image[:4] == b"\x89PNG"
+        assert request.control_images[0].image.data[:4] == b"\x89PNG"
+        assert request.control_images[0].image.media_type == "image/png"
         assert request.control_images[0].scale == 0.5
 
 

@@ -16,6 +16,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 DECISIONS = sorted((ROOT / "docs/decisions").glob("[0-9]*.md"))
+FOLDERS = "client|nodes|gateway|scheduler|operator|local|protos|crds|charts|docs|tests|e2e|bench|scripts|tools"
 STATUSES = {"proposed", "accepted", "superseded"}
 HEADER = re.compile(r"# (?P<number>\d{4}): (?P<title>.+)\n\n- Status: (?P<status>\w+)\n- Date: (?P<date>\S+)\n")
 
@@ -56,6 +57,12 @@ def test_every_relative_link_of_a_document_resolves(document: Path) -> None:
         target = document.parent / file if file else document
         assert target.exists(), f"{name(document)} links to {link}, which does not exist"
         assert not anchor or anchor in anchors(target), f"{name(document)} links to {link}, which has no such heading"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_file_of_the_repository_that_a_document_names_exists(document: Path) -> None:
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]+)`", document.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), f"{name(document)} names {path}, which does not exist"
 
 
 def test_the_readme_links_to_every_document() -> None:

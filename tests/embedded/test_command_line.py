@@ -65,16 +65,16 @@ async def test_describe_and_models_list_limits_and_ready_replicas(runtime: Runti
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "x", "-w", "nope"], "There is no workflow 'default/nope' here"),
-        (["generate", "x", "--size", "65x64"], "width has to be a multiple of 8"),
+        (["generate", "x", "-w", "nope"], "The gateway has no workflow 'default/nope'"),
+        (["generate", "x", "--size", "65x64"], "width must be a multiple of 8"),
         (["generate", "x", "--size", "big"], "is not a size"),
         (["generate", "x", "--guidance", "nan"], "guidance_scale must be a finite number"),
         (["generate", "x", "--steps", "0"], "steps must be from 1"),
-        (["generate", "x", "--lora", "nope"], "There is no LoRA 'nope' in 'styles'; it has neon, outline, pastel"),
+        (["generate", "x", "--lora", "nope"], "LoRA store 'styles' has no LoRA 'nope'; it has neon, outline, pastel"),
         (["generate", "x", "--control", "edges=/absent.png"], "cannot be read: /absent.png"),
         (["generate", "a red circle " * 30, "--strict-prompt"], "would be cut off"),
         (["generate"], "There is no prompt"),
-        (["describe", "nope"], "There is no workflow"),
+        (["describe", "nope"], "The gateway has no workflow"),
         (["validate", "/absent.yaml"], "cannot be read"),
     ],
 )

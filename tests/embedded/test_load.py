@@ -61,7 +61,7 @@ async def wave(runtime: Runtime, *, retries: Retries, seed: int) -> Counter[str]
 
 
 async def settled(runtime: Runtime) -> None:
-    """Waits until no process counts a request or holds a tensor, and every started request has ended. Fails with the rest."""
+    """Waits until no process counts a request or holds a tensor and every request has ended; fails with the rest."""
 
     def left() -> dict[str, float]:
         counts: dict[str, float] = {}

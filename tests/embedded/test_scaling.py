@@ -70,7 +70,7 @@ def denoiser(runtime: Runtime) -> str:
 
 @contextlib.asynccontextmanager
 async def load(runtime: Runtime, *, clients: int) -> AsyncIterator[set[str]]:
-    """Clients that each send one request after another. Yields the addresses that have denoised; raises if a request failed."""
+    """Clients that send requests one after another. Yields the addresses that have denoised; raises if a request failed."""
     used: set[str] = set()
     stopped = asyncio.Event()
 

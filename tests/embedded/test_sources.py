@@ -50,9 +50,9 @@ def test_hub_models_are_pinned_to_one_commit_while_they_are_served(
         workflows = [DiffusionWorkflow.model_validate(shapes_from("hf://org/shapes"))]
         assert pinned(workflows) == workflows
         commit = hub.push("org/shapes", SHAPES)
-        requests = hub.asked["revision"]
+        requests = hub.requests["revision"]
         assert {model.source.revision for model in pinned(workflows)[0].spec.models if model.source} == {commit}
-        assert hub.asked["revision"] == requests + 1
+        assert hub.requests["revision"] == requests + 1
         hub.down = True
         assert {model.source.revision for model in pinned(workflows)[0].spec.models if model.source} == {commit}
 

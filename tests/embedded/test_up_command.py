@@ -1,4 +1,4 @@
-"""`latentflow up` as a user starts and ends it: the errors it reports, and that it leaves no process or shared memory."""
+"""`latentflow up` as a user starts and ends it: its errors, and that no process or shared memory remains."""
 
 from __future__ import annotations
 
@@ -37,10 +37,16 @@ def serving() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
         if "Try: latentflow generate" in line:
             break
     children = psutil.Process(up.pid).children(recursive=True)
-    yield up, children
-    up.kill()
-    up.wait()
-    up.stderr.close()
+    # Closes the pipes, too.
+    with up:
+        yield up, children
+        up.kill()
+
+
+def memory_folders(process: int) -> set[Path]:
+    """The folders of shared memory that a process holds open."""
+    opened = {Path(os.readlink(link)) for link in Path(f"/proc/{process}/fd").iterdir()}
+    return {path for path in opened if path.parent == Path("/dev/shm") and path.is_dir()}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -48,15 +54,18 @@ def test_no_process_is_left_after_any_signal(
     serving: tuple[subprocess.Popen[str], list[psutil.Process]], signum: signal.Signals
 ) -> None:
     up, children = serving
-    shared = set(os.listdir("/dev/shm"))
+    memory = memory_folders(up.pid)
+    assert len(memory) == 1
     assert len(children) >= 4
     up.send_signal(signum)
     code = up.wait(SECONDS)
-    gone, alive = psutil.wait_procs(children, timeout=30)
+    # The fork server unloads torch when it ends, which takes long on a busy machine.
+    gone, alive = psutil.wait_procs(children, timeout=120)
     assert not alive
     assert len(gone) == len(children)
     assert code == (-signal.SIGKILL if signum is signal.SIGKILL else 0)
-    assert set(os.listdir("/dev/shm")) <= shared
+    # What a killed runtime leaves there is removed by the next one.
+    assert signum is signal.SIGKILL or not any(path.exists() for path in memory)
 
 
 def refusal(*arguments: str) -> str:

@@ -1,13 +1,16 @@
-"""A request becomes a plan or is refused in words, before any model runs."""
+"""A request is planned, or refused with its cause, before any model runs."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.api import DiffusionWorkflow, Role, identity, load_workflows
@@ -18,7 +21,9 @@ from latentflow.errors import (
     NotFoundError,
     UnimplementedError,
 )
-from latentflow.v1 import control_pb2, generation_pb2
+from latentflow.internal import images
+from latentflow.reasons import Reason
+from latentflow.v1 import control_pb2, generation_pb2, images_pb2
 from latentflow_gateway import planning
 from latentflow_gateway.settings import Limits
 from PIL import Image
@@ -29,25 +34,28 @@ LIMITS = Limits(max_pixels=256 * 256, max_steps=50, max_images=4, max_control_im
 
 
 def descriptions(workflow: DiffusionWorkflow = SHAPES) -> dict[str, control_pb2.DescribeResponse]:
-    """What the model servers of a workflow would say."""
-    said = {}
+    """Descriptions as the model servers of a workflow return them."""
+    described = {}
     for model in workflow.spec.models:
         one = control_pb2.DescribeResponse(family="sd", model=identity(model))
         if model.role is Role.DENOISER:
-            one.denoiser.latent_channels, one.denoiser.cross_attention_dim = 4, 96
+            one.denoiser.latent_channels = 4
+            one.denoiser.conditioning.add(name="prompt_embeds", shape=[1, 0, 96])
             one.denoiser.samplers.extend(["ddim", "euler"])
             one.denoiser.classifier_free_guidance = True
         elif model.role is Role.VAE:
             one.vae.scale_factor = 8
         elif model.role is Role.CONTROL_NET:
-            one.control_net.latent_channels, one.control_net.cross_attention_dim = 4, 96
+            one.control_net.latent_channels = 4
+            one.control_net.conditioning.add(name="prompt_embeds", shape=[1, 0, 96])
         elif model.role is Role.LORA_STORE:
             one.lora_store.adapters.add(name="neon", components=["unet", "text_encoder"], digest="d")
             one.lora_store.adapters.add(name="broken", problem="the file is cut off")
         else:
             one.text_encoder.tokenizers.add(max_tokens=32)
-        said[identity(model)] = one
-    return said
+            one.text_encoder.conditioning.add(name="prompt_embeds", shape=[1, 32, 96])
+        described[identity(model)] = one
+    return described
 
 
 def plan(**fields: Any) -> planning.Plan:
@@ -56,7 +64,8 @@ def plan(**fields: Any) -> planning.Plan:
         if isinstance(value, list):
             getattr(request, name).extend(value)
         else:
-            setattr(request, name, value)
+            field = getattr(request, name)
+            field.CopyFrom(value) if isinstance(field, Message) else setattr(request, name, value)
     return planning.plan(workflow=SHAPES, request=request, descriptions=descriptions(), limits=LIMITS, seed=9)
 
 
@@ -67,22 +76,30 @@ def picture(size: tuple[int, int] = (64, 64), mode: str = "RGB") -> bytes:
 
 
 def control(**fields: Any) -> generation_pb2.ControlImage:
-    return generation_pb2.ControlImage(**{"model": "edges", "image": picture()} | fields)
+    given: dict[str, Any] = {"model": "edges"} | fields
+    return generation_pb2.ControlImage(**given | {"image": images.png(given.get("image", picture()))})
 
 
-def test_what_the_request_leaves_open_comes_from_the_workflow() -> None:
+def of_type(media_type: str) -> generation_pb2.ControlImage:
+    """A PNG under another media type."""
+    return generation_pb2.ControlImage(
+        model="edges", image=images_pb2.EncodedImage(data=picture(), media_type=media_type)
+    )
+
+
+def test_fields_that_a_request_omits_come_from_the_workflow() -> None:
     made = plan()
     assert (made.width, made.height, made.steps, made.guidance_scale) == (64, 64, 20, 3.0)
     assert (made.seed, made.images, made.sampler, made.guidance) == (9, 1, "ddim", True)
 
 
-def test_what_the_request_says_is_in_force() -> None:
+def test_fields_of_a_request_override_the_workflow_s_defaults() -> None:
     made = plan(width=128, steps=3, guidance_scale=1.0, seed=0, images=2, sampler="euler", negative_prompt="x")
     assert (made.width, made.steps, made.guidance, made.seed, made.images) == (128, 3, False, 0, 2)
     assert (made.sampler, made.negative_prompt) == ("euler", "x")
 
 
-def test_only_models_that_the_request_uses_have_to_be_there() -> None:
+def test_only_the_models_that_a_request_uses_are_needed() -> None:
     request = generation_pb2.GenerateRequest(prompt="x")
     assert set(planning.needed(SHAPES, request)) == {"text", "base", "pixels"}
     request.loras.add(name="neon", weight=1)
@@ -90,7 +107,7 @@ def test_only_models_that_the_request_uses_have_to_be_there() -> None:
     assert set(planning.needed(SHAPES, request)) == {"text", "base", "pixels", "styles", "edges"}
 
 
-def test_controlnets_and_loras_are_planned_with_what_the_servers_say() -> None:
+def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> None:
     made = plan(control_images=[control(scale=0.5)], loras=[generation_pb2.Lora(name="neon", weight=0.7)])
     assert [(one.name, one.scale, one.end) for one in made.controls] == [("edges", 0.5, 1.0)]
     assert [(one.name, one.digest, one.components) for one in made.adapters] == [
@@ -102,36 +119,57 @@ def test_controlnets_and_loras_are_planned_with_what_the_servers_say() -> None:
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [
-        ({"width": 65}, InvalidRequestError, "width has to be a multiple of 8, not 65; 64 would do"),
-        ({"height": 0}, InvalidRequestError, "height has to be a multiple of 8, not 0"),
+        ({"width": 65}, InvalidRequestError, "width must be a multiple of 8, such as 64, not 65"),
+        ({"height": 0}, InvalidRequestError, "height must be a multiple of 8, such as 8, not 0"),
         ({"width": 512}, InvalidRequestError, None),
-        ({"width": 2048, "height": 2048}, InvalidRequestError, "this gateway makes at most 65536"),
-        ({"steps": 0}, InvalidRequestError, "steps has to be from 1 to 50, not 0"),
-        ({"steps": 51}, InvalidRequestError, "steps has to be from 1 to 50"),
-        ({"images": 0}, InvalidRequestError, "images has to be from 1 to 4"),
-        ({"images": 5}, InvalidRequestError, "images has to be from 1 to 4"),
-        ({"guidance_scale": math.nan}, InvalidRequestError, "guidance_scale has to be from 0 to 100, not nan"),
+        ({"width": 2048, "height": 2048}, InvalidRequestError, "this gateway accepts at most 65536"),
+        ({"steps": 0}, InvalidRequestError, "steps must be from 1 to 50, not 0"),
+        ({"steps": 51}, InvalidRequestError, "steps must be from 1 to 50"),
+        ({"images": 0}, InvalidRequestError, "images must be from 1 to 4"),
+        ({"images": 5}, InvalidRequestError, "images must be from 1 to 4"),
+        ({"guidance_scale": math.nan}, InvalidRequestError, "guidance_scale must be from 0 to 100, not nan"),
         ({"guidance_scale": -1.0}, InvalidRequestError, "guidance_scale"),
-        ({"seed": (1 << 64) - 1, "images": 2}, InvalidRequestError, "leaves no room for 2 images"),
+        ({"seed": (1 << 64) - 1, "images": 2}, InvalidRequestError, "is too large for 2 images"),
         ({"sampler": "magic"}, InvalidRequestError, "use one of ddim, euler"),
         ({"prompt": "x" * 101}, InvalidRequestError, "prompt has 101 characters"),
         ({"idempotency_key": "x" * 129}, InvalidRequestError, "idempotency_key"),
+        ({"priority": 101}, InvalidRequestError, "priority must be from 0 to 100"),
+        ({"deadline": Duration()}, InvalidRequestError, "deadline must be a positive duration"),
+        ({"media_type": "image/webp"}, UnimplementedError, "as image/png only"),
+        ({"deterministic": True}, UnimplementedError, "does not serve GenerateRequest.deterministic"),
+        ({"control_images": [control(net="canny")]}, UnimplementedError, "does not serve ControlImage.net"),
+        ({"control_images": [control(guess_mode=True)]}, UnimplementedError, "does not serve ControlImage.guess_mode"),
+        (
+            {"loras": [generation_pb2.Lora(name="neon", weight=1, async_steps=2)]},
+            UnimplementedError,
+            "does not serve Lora.async_steps",
+        ),
         ({"control_images": [control(model="nets")]}, NotFoundError, "has no ControlNet 'nets'; it has edges, layout"),
-        ({"control_images": [control(), control()]}, InvalidRequestError, "given two images"),
+        ({"control_images": [control(), control()]}, InvalidRequestError, "has two control images"),
         ({"control_images": [control(image=picture((32, 64)))]}, InvalidRequestError, "is 32x64, the request 64x64"),
         ({"control_images": [control(image=picture(mode="RGBA"))]}, InvalidRequestError, "has the mode RGBA"),
-        ({"control_images": [control(image=b"no image")]}, InvalidRequestError, "cannot be read as PNG or JPEG"),
-        ({"control_images": [control(image=picture()[:20])]}, InvalidRequestError, "cannot be read as PNG or JPEG"),
-        ({"control_images": [control(image=b"x" * 20_001)]}, InvalidRequestError, "takes at most 20000"),
-        ({"control_images": [control(scale=math.inf)]}, InvalidRequestError, "scale has to be finite"),
+        ({"control_images": [control(image=b"no image")]}, InvalidRequestError, "cannot be read as PNG"),
+        ({"control_images": [control(image=picture()[:20])]}, InvalidRequestError, "cannot be read as PNG"),
+        ({"control_images": [of_type("image/jpeg")]}, InvalidRequestError, "cannot be read as JPEG"),
+        (
+            {"control_images": [of_type("image/webp")]},
+            InvalidRequestError,
+            "has the media type 'image/webp'; use image/png",
+        ),
+        ({"control_images": [control(image=b"x" * 20_001)]}, InvalidRequestError, "accepts at most 20000"),
+        ({"control_images": [control(scale=math.inf)]}, InvalidRequestError, "scale must be finite"),
         ({"control_images": [control(start=0.5, end=0.5)]}, InvalidRequestError, "0 <= start < end <= 1"),
-        ({"loras": [generation_pb2.Lora(name="x", weight=1)]}, NotFoundError, "no LoRA 'x' in 'styles'; it has neon"),
+        (
+            {"loras": [generation_pb2.Lora(name="x", weight=1)]},
+            NotFoundError,
+            "LoRA store 'styles' has no LoRA 'x'; it has neon",
+        ),
         ({"loras": [generation_pb2.Lora(name="neon")]}, InvalidRequestError, "finite and not 0"),
         ({"loras": [generation_pb2.Lora(name="broken", weight=1)]}, FailedPreconditionError, "the file is cut off"),
-        ({"loras": [generation_pb2.Lora(name="neon", weight=1)] * 2}, InvalidRequestError, "named twice"),
+        ({"loras": [generation_pb2.Lora(name="neon", weight=1)] * 2}, InvalidRequestError, "occurs twice"),
     ],
 )
-def test_an_impossible_request_is_refused_in_words(
+def test_an_impossible_request_is_refused_with_its_cause(
     fields: dict[str, Any], kind: type[LatentflowError], message: str | None
 ) -> None:
     if message is None:
@@ -141,30 +179,74 @@ def test_an_impossible_request_is_refused_in_words(
         plan(**fields)
 
 
-def test_a_controlnet_of_another_base_model_is_refused() -> None:
-    said = descriptions()
-    said[identity(SHAPES.of_role(Role.CONTROL_NET)[0])].control_net.cross_attention_dim = 768
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda net: net.conditioning[0].shape.__setitem__(2, 768),
+            r"is \[1, \.\.\., 96\], needed is \[1, \.\.\., 768\]",
+        ),
+        (lambda net: net.conditioning.add(name="pooled_prompt_embeds"), "'pooled_prompt_embeds' is missing"),
+        (lambda net: setattr(net, "latent_channels", 16), "latents of 16 channels"),
+    ],
+)
+def test_a_controlnet_of_another_base_model_is_refused(
+    change: Callable[[control_pb2.ControlNetDescription], object], message: str
+) -> None:
+    described = descriptions()
+    change(described[identity(SHAPES.of_role(Role.CONTROL_NET)[0])].control_net)
     request = generation_pb2.GenerateRequest(prompt="x", control_images=[control()])
-    with pytest.raises(FailedPreconditionError, match="belongs to another base model"):
-        planning.plan(workflow=SHAPES, request=request, descriptions=said, limits=LIMITS, seed=0)
+    with pytest.raises(FailedPreconditionError, match=f"{message}.*made for another base model"):
+        planning.plan(workflow=SHAPES, request=request, descriptions=described, limits=LIMITS, seed=0)
 
 
-def test_models_of_two_families_are_refused() -> None:
-    said = descriptions()
-    said[identity(SHAPES.of_role(Role.VAE)[0])].family = "sdxl"
-    with pytest.raises(FailedPreconditionError, match="'pixels' is of the family sdxl"):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"name": "prompt_embeds", "shape": [1, 32, 768]},
+            r"'prompt_embeds' is \[1, 32, 768\], needed is \[1, \.\.\., 96\]",
+        ),
+        ({"name": "prompt_embeds", "shape": [1, 96]}, r"'prompt_embeds' is \[1, 96\], needed"),
+        ({"name": "embeds", "shape": [1, 32, 96]}, "'prompt_embeds' is missing"),
+    ],
+)
+def test_a_text_encoder_of_another_base_model_is_refused(given: dict[str, Any], message: str) -> None:
+    described = descriptions()
+    encoder = described[identity(SHAPES.of_role(Role.TEXT_ENCODER)[0])].text_encoder
+    encoder.ClearField("conditioning")
+    encoder.conditioning.add(**given)
+    with pytest.raises(FailedPreconditionError, match=message) as caught:
         planning.plan(
             workflow=SHAPES,
             request=generation_pb2.GenerateRequest(prompt="x"),
-            descriptions=said,
+            descriptions=described,
+            limits=LIMITS,
+            seed=0,
+        )
+    assert caught.value.reason == Reason.TEXT_ENCODER_MISMATCH
+
+
+def test_fields_that_change_no_result_are_accepted_without_effect() -> None:
+    assert plan(priority=100, deadline=Duration(seconds=5), media_type="image/png") == plan()
+
+
+def test_models_of_two_families_are_refused() -> None:
+    described = descriptions()
+    described[identity(SHAPES.of_role(Role.VAE)[0])].family = "sdxl"
+    with pytest.raises(FailedPreconditionError, match="'pixels' belongs to the family sdxl"):
+        planning.plan(
+            workflow=SHAPES,
+            request=generation_pb2.GenerateRequest(prompt="x"),
+            descriptions=described,
             limits=LIMITS,
             seed=0,
         )
 
 
-def test_a_task_that_is_not_served_is_said_so() -> None:
+def test_a_task_that_is_not_served_is_refused() -> None:
     spec = SHAPES.spec.model_copy(update={"task": "Inpainting"})
-    with pytest.raises(UnimplementedError, match="TextToImage only"):
+    with pytest.raises(UnimplementedError, match="only TextToImage"):
         planning.plan(
             workflow=SHAPES.model_copy(update={"spec": spec}),
             request=generation_pb2.GenerateRequest(prompt="x"),
@@ -179,8 +261,8 @@ def test_a_workflow_is_found_by_its_name_or_by_being_the_only_one(name: str) -> 
     assert planning.find((SHAPES,), name) is SHAPES
 
 
-def test_an_unknown_workflow_is_answered_with_those_there_are() -> None:
-    with pytest.raises(NotFoundError, match="no workflow 'default/nope' here; served are: default/shapes"):
+def test_an_unknown_workflow_is_refused_with_the_names_of_those_served() -> None:
+    with pytest.raises(NotFoundError, match="no workflow 'default/nope'; it serves default/shapes"):
         planning.find((SHAPES,), "nope")
 
 
@@ -198,7 +280,11 @@ requests = st.builds(
         st.builds(
             generation_pb2.ControlImage,
             model=st.sampled_from(["edges", "base", ""]),
-            image=st.binary(max_size=40) | st.just(picture()),
+            image=st.builds(
+                images_pb2.EncodedImage,
+                data=st.binary(max_size=40) | st.just(picture()),
+                media_type=st.sampled_from(["image/png", "image/jpeg", ""]),
+            ),
             scale=st.floats(),
             start=st.floats(),
             end=st.floats(),
@@ -212,7 +298,7 @@ requests = st.builds(
 
 
 @given(requests)
-def test_any_request_is_planned_or_refused_with_a_word_of_ours(request: generation_pb2.GenerateRequest) -> None:
+def test_any_request_is_planned_or_refused_with_a_latentflow_error(request: generation_pb2.GenerateRequest) -> None:
     with contextlib.suppress(LatentflowError):
         made = planning.plan(workflow=SHAPES, request=request, descriptions=descriptions(), limits=LIMITS, seed=0)
         assert made.width * made.height <= LIMITS.max_pixels

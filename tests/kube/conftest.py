@@ -23,7 +23,7 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
 
 @pytest.fixture(scope="session")
 def accounts(api_server: ApiServer) -> Iterator[dict[str, Path]]:
-    """Kubeconfigs of the chart's ServiceAccounts, which may do what its RBAC says: "operator" and "gateway"."""
+    """Kubeconfigs of the chart's ServiceAccounts "operator" and "gateway", with the permissions of its RBAC."""
     with new_namespace(api_server, "accounts") as namespace:
         install_accounts(api_server, namespace.name)
         yield {
@@ -50,14 +50,14 @@ def operator(
 
 @pytest.fixture
 def namespace(api_server: ApiServer, request: pytest.FixtureRequest) -> Iterator[Namespace]:
-    with new_namespace(api_server, request.node.originalname) as place:
-        yield place
+    with new_namespace(api_server, request.node.originalname) as created:
+        yield created
 
 
 @pytest.fixture
 def elsewhere(api_server: ApiServer) -> Iterator[Namespace]:
-    with new_namespace(api_server, "elsewhere") as place:
-        yield place
+    with new_namespace(api_server, "elsewhere") as created:
+        yield created
 
 
 def install_crds(server: ApiServer, folder: Path = ROOT / "crds") -> None:
@@ -69,11 +69,11 @@ def install_crds(server: ApiServer, folder: Path = ROOT / "crds") -> None:
         extensions.create_custom_resource_definition(definition)
         names.append(definition["metadata"]["name"])
     for name in names:
-        watched(extensions, name)
+        wait_established(extensions, name)
 
 
-def watched(extensions: kube.ApiextensionsV1Api, name: str) -> None:
-    """Returns when a definition is established."""
+def wait_established(extensions: kube.ApiextensionsV1Api, name: str) -> None:
+    """Waits until a definition is established."""
     from kubernetes import watch
 
     for event in watch.Watch().stream(

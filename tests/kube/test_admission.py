@@ -1,4 +1,4 @@
-"""What the API server itself says of a spec: the same verdicts and words as `latentflow validate`."""
+"""The API server's validation of a spec, which has the same results and messages as `latentflow validate`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refusal(caught: pytest.ExceptionInfo[kube.ApiException]) -> str:
 
 
 @pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
-def test_a_bad_spec_is_refused_with_the_words_of_the_table(api_server: ApiServer, case: Case) -> None:
+def test_an_invalid_spec_is_refused_with_the_message_in_the_table(api_server: ApiServer, case: Case) -> None:
     with pytest.raises(kube.ApiException) as caught:
         create(api_server, workflow(case.spec()), dry=True)
     assert caught.value.status in (400, 422)
@@ -40,11 +40,11 @@ def test_a_bad_spec_is_refused_with_the_words_of_the_table(api_server: ApiServer
 
 
 @pytest.mark.parametrize("case", GOOD, ids=lambda case: case.name)
-def test_an_unusual_good_spec_is_taken(api_server: ApiServer, case: Case) -> None:
+def test_an_unusual_valid_spec_is_accepted(api_server: ApiServer, case: Case) -> None:
     create(api_server, workflow(case.spec()), dry=True)
 
 
-def test_defaults_are_filled_in_by_the_server(api_server: ApiServer) -> None:
+def test_the_server_adds_the_defaults(api_server: ApiServer) -> None:
     spec = create(api_server, workflow(BASE), dry=True)["spec"]
     assert spec["defaults"] == {"steps": 20, "guidanceScale": 5.0, "width": 512, "height": 512}
     assert spec["models"][0]["scaling"] == {"minReplicas": 1, "maxReplicas": 1, "mode": "Managed"}
@@ -58,7 +58,7 @@ def test_a_name_longer_than_a_label_s_value_is_refused(api_server: ApiServer) ->
     assert "metadata.name" in refusal(caught)
 
 
-def test_a_model_s_role_cannot_change_but_everything_else_may(api_server: ApiServer) -> None:
+def test_the_role_of_a_model_cannot_change_but_its_source_may(api_server: ApiServer) -> None:
     api = kube.CustomObjectsApi(api_server.client())
     create(api_server, workflow(BASE, name="changing"))
 
@@ -89,7 +89,7 @@ MODEL = {"role": "VAE", "source": {"uri": "shapes"}, "resources": {"limits": {"c
         ("colocated", [{"model": "controlnet-1", "role": "ControlNet", "source": {"uri": "shapes"}}]),
     ],
 )
-def test_what_makes_a_model_s_identity_cannot_change(api_server: ApiServer, field: str, value: Any) -> None:
+def test_the_fields_of_a_model_s_identity_cannot_change(api_server: ApiServer, field: str, value: Any) -> None:
     api = kube.CustomObjectsApi(api_server.client())
     name = f"vae-{field}"
     body = {"apiVersion": API_VERSION, "kind": "DiffusionModel", "metadata": {"name": name}, "spec": MODEL}
@@ -103,9 +103,9 @@ def test_replicas_have_no_default_and_are_written_through_scale(api_server: ApiS
     api = kube.CustomObjectsApi(api_server.client())
     body = {"apiVersion": API_VERSION, "kind": "DiffusionModel", "metadata": {"name": "vae-scaled"}, "spec": MODEL}
     assert "replicas" not in create(api_server, body, plural="diffusionmodels")["spec"]
-    place = (GROUP, VERSION, "default", "diffusionmodels", "vae-scaled")
-    api.patch_namespaced_custom_object_scale(*place, {"spec": {"replicas": 3}})
-    scaled: Any = api.get_namespaced_custom_object(*place)
+    path = (GROUP, VERSION, "default", "diffusionmodels", "vae-scaled")
+    api.patch_namespaced_custom_object_scale(*path, {"spec": {"replicas": 3}})
+    scaled: Any = api.get_namespaced_custom_object(*path)
     assert scaled["spec"]["replicas"] == 3
 
 
@@ -115,15 +115,15 @@ def test_server_side_apply_merges_models_by_name(api_server: ApiServer) -> None:
     theirs = workflow({"models": [{"name": "base", "role": "Denoiser", "scaling": {"maxReplicas": 5}}]}, name="merged")
     theirs["metadata"]["namespace"] = "default"
     Cluster(api, manager="them").apply(theirs)
-    place = (GROUP, VERSION, "default", "diffusionworkflows", "merged")
-    merged: Any = kube.CustomObjectsApi(api).get_namespaced_custom_object(*place)
+    path = (GROUP, VERSION, "default", "diffusionworkflows", "merged")
+    merged: Any = kube.CustomObjectsApi(api).get_namespaced_custom_object(*path)
     models = merged["spec"]["models"]
     assert len(models) == len(BASE["models"])
     assert models[1]["scaling"]["maxReplicas"] == 5
     assert models[1]["source"] == {"uri": "shapes"}
 
 
-def test_every_field_is_explained(api_server: ApiServer) -> None:
+def test_every_field_has_a_description(api_server: ApiServer) -> None:
     """`kubectl explain` is the reference, so no field is without a description."""
     extensions = kube.ApiextensionsV1Api(api_server.client())
 

@@ -1,4 +1,4 @@
-"""A denoiser and its companions in one pod, over a real API server that enforces the restricted Pod Security Standard."""
+"""A denoiser and its colocated models in one pod, on a real API server with the restricted Pod Security Standard."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kube.acting import KINDS, bound, ready, report
-from kube.acting import workflow as spread
+from kube.simulated_kubelet import KINDS, bound, ready, report
+from kube.simulated_kubelet import workflow as separate
 from latentflow.api import DiffusionWorkflow, placed
 from latentflow.internal.metrics import SCHEDULER, Instruments
 from latentflow_gateway import cluster as gateway
@@ -40,13 +40,13 @@ def operator(
 
 @pytest.fixture
 def namespace(api_server: ApiServer) -> Iterator[Namespace]:
-    with new_namespace(api_server, "together", labels=RESTRICTED) as place:
-        yield place
+    with new_namespace(api_server, "colocated", labels=RESTRICTED) as created:
+        yield created
 
 
 def workflow(*, edges: str = "controlnet-edges", **base: Any) -> Body:
     """A workflow whose ControlNet and VAE run in the denoiser's pods."""
-    body = spread(**base)
+    body = separate(**base)
     _, _, controlnet, pixels = body["spec"]["models"]
     controlnet["source"]["subfolder"] = edges
     controlnet["placement"] = pixels["placement"] = "Colocated"
@@ -60,7 +60,7 @@ def names_of(body: Body) -> dict[str, str]:
 
 
 def serve(namespace: Namespace, *models: str) -> None:
-    """Acts the kubelet: the pods of these models run and are ready."""
+    """Writes that the pods of these models run and are ready."""
     for model in models:
         pods = namespace.until("Pod", functools.partial(_any_of, model=model))
         for name, pod in pods.items():
@@ -76,7 +76,7 @@ def _any_of(pods: Mapping[str, Body], *, model: str) -> bool:
     return any(_of(pod, model) for pod in pods.values())
 
 
-def test_companions_are_containers_of_their_denoiser_s_pods_and_are_reached_there(
+def test_colocated_models_are_containers_in_their_host_s_pods_and_reachable_there(
     operator: Operator, namespace: Namespace
 ) -> None:
     namespace.create(workflow())
@@ -95,7 +95,7 @@ def test_companions_are_containers_of_their_denoiser_s_pods_and_are_reached_ther
         "EndpointSlice",
         lambda found: len(_addresses(namespace, found)) == 4 and all(map(len, _addresses(namespace, found).values())),
     )
-    # What the Services come to is what the containers listen on.
+    # The Services route to the ports on which the containers listen.
     (pod,) = (pod for pod in namespace.list("Pod").values() if _of(pod, names["base"]))
     listens = {container["name"]: container["ports"][0]["containerPort"] for container in pod["spec"]["containers"]}
     assert listens.keys() == {"node", names["edges"], names["pixels"]}
@@ -114,7 +114,7 @@ def _addresses(namespace: Namespace, slices: dict[str, Body]) -> dict[str, tuple
     return {name.removeprefix(f"{namespace.name}/"): model.replicas for name, model in models.items()}
 
 
-def test_the_containers_of_a_pod_may_share_a_device_by_a_claim(operator: Operator, namespace: Namespace) -> None:
+def test_the_containers_of_a_pod_may_share_a_device_through_a_claim(operator: Operator, namespace: Namespace) -> None:
     claim = {"claims": [{"name": "gpu"}]}
     claims = [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
     body = workflow(pod={"resourceClaims": claims}, resources=claim)
@@ -128,7 +128,7 @@ def test_the_containers_of_a_pod_may_share_a_device_by_a_claim(operator: Operato
     assert claiming == {"node", names["edges"]}
 
 
-def test_replicas_of_companions_are_their_denoiser_s(operator: Operator, namespace: Namespace) -> None:
+def test_a_colocated_model_has_the_replicas_of_its_host(operator: Operator, namespace: Namespace) -> None:
     namespace.create(workflow())
     names = names_of(workflow())
     serve(namespace, names["text"], names["base"])
@@ -144,7 +144,7 @@ def test_replicas_of_companions_are_their_denoiser_s(operator: Operator, namespa
     namespace.until("DiffusionModel", lambda found: found[names["edges"]]["status"]["replicas"] == 2)
 
 
-def test_the_trouble_of_a_companion_s_container_is_told_of_it_and_of_no_other(
+def test_the_failure_of_a_colocated_model_s_container_is_reported_on_that_model_only(
     operator: Operator, namespace: Namespace
 ) -> None:
     namespace.create(workflow())
@@ -170,7 +170,7 @@ def test_the_trouble_of_a_companion_s_container_is_told_of_it_and_of_no_other(
     assert degraded == {names["edges"]}
 
 
-def test_a_changed_companion_takes_over_with_its_whole_pod_and_something_serves_all_the_time(
+def test_a_changed_colocated_model_takes_over_with_its_pod_without_interruption(
     operator: Operator, namespace: Namespace
 ) -> None:
     namespace.create(workflow())
@@ -193,14 +193,14 @@ def test_a_changed_companion_takes_over_with_its_whole_pod_and_something_serves_
     assert not switched(rolling)
     serve(namespace, after["base"])
     namespace.until("DiffusionWorkflow", switched)
-    # Never half of one pod and half of the other, and at each moment all of it ready.
+    # The bindings never mix the two pods, and the workflow is always ready.
     assert all(serves and models in (before, after) for serves, models in states)
     assert namespace.until("DiffusionModel", lambda found: len(found) == 4).keys() == set(after.values())
     assert namespace.until("Deployment", lambda found: len(found) == 2).keys() == {after["text"], after["base"]}
     assert namespace.until("Service", lambda found: len(found) == 4).keys() == set(after.values())
 
 
-async def test_a_companion_s_waiting_requests_wake_its_denoiser_and_its_load_scales_it(
+async def test_held_requests_of_a_colocated_model_wake_its_host_and_its_load_scales_it(
     operator: Operator, api_server: ApiServer, namespace: Namespace
 ) -> None:
     namespace.create(workflow(scaling={"minReplicas": 0, "maxReplicas": 2}))
@@ -214,7 +214,7 @@ async def test_a_companion_s_waiting_requests_wake_its_denoiser_and_its_load_sca
     scaler = Scaler(
         clock=lambda: now,
         store=store,
-        seen=store.put,
+        observe=store.put,
         cluster=Cluster(api_server.client()),
         settings=ScalingSettings(prometheus="http://127.0.0.1:9"),
         metrics=Instruments(SCHEDULER),
@@ -223,10 +223,10 @@ async def test_a_companion_s_waiting_requests_wake_its_denoiser_and_its_load_sca
     replicas = {name: body["spec"].get("replicas") for name, body in namespace.list("DiffusionModel").items()}
     assert replicas == dict.fromkeys(names.values(), None) | {names["base"]: 1}
     now = ScalingSettings(prometheus="http://127.0.0.1:9").up_seconds
-    asked = Load(arrival_rate=3.0, service_seconds=0.33, busy=1.0, queued=0.0, held=0.0)
+    busy = Load(arrival_rate=3.0, service_seconds=0.33, busy=1.0, queued=0.0, held=0.0)
     idle = Load(arrival_rate=3.0, service_seconds=0.03, busy=0.1, queued=0.0, held=0.0)
     for body in namespace.list("DiffusionModel").values():
         store.put(body)
-    loads = {(namespace.name, names["base"]): idle, (namespace.name, names["edges"]): asked}
+    loads = {(namespace.name, names["base"]): idle, (namespace.name, names["edges"]): busy}
     await scaler.step(Signals(loads=loads, replicas=dict.fromkeys(loads, 1), held={}), {})
     assert namespace.list("DiffusionModel")[names["base"]]["spec"]["replicas"] == 2

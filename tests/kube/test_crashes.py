@@ -1,4 +1,4 @@
-"""The operator may die between any two writes: the next one ends in the same objects."""
+"""The operator may be killed between any two writes: the next one produces the same objects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from kube.acting import KINDS, report, workflow
+from kube.simulated_kubelet import KINDS, report, workflow
 from kube.test_colocated import workflow as colocated
 from latentflow_operator.cluster import Cluster
 from latentflow_operator.reconcile import Reconciler
@@ -17,36 +17,38 @@ from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, new_namespace
 
 SETTINGS = OperatorSettings(node_image="latentflow-node:test", model_root={"emptyDir": {}}, retire_seconds=0)
-SEEN = ("DiffusionWorkflow", *KINDS, "Pod")
+WATCHED = ("DiffusionWorkflow", *KINDS, "Pod")
 
 
-class Mortal(Cluster):
-    """Dies at its n-th write: before that has reached the server, or after, without having heard of it."""
+class CrashingCluster(Cluster):
+    """Fails at its n-th write: before the write reaches the server, or after it, without the response."""
 
-    def __init__(self, server: ApiServer, *, dies_at: int | None = None, heard: bool = False) -> None:
+    def __init__(self, server: ApiServer, *, fails_at: int | None = None, delivered: bool = False) -> None:
         super().__init__(server.client())
         self.writes = 0
-        self._dies_at = dies_at
-        self._heard = heard
+        self._fails_at = fails_at
+        self._delivered = delivered
 
     def _call(self, method: str, path: str, body: Any, query: list[tuple[str, str]], **kind: Any) -> Any:
         self.writes += 1
-        if self._dies_at is not None and self.writes >= self._dies_at:
-            if self._heard and self.writes == self._dies_at:
+        if self._fails_at is not None and self.writes >= self._fails_at:
+            if self._delivered and self.writes == self._fails_at:
                 super()._call(method, path, body, query, **kind)
-            raise ConnectionError("dead")
+            raise ConnectionError("crashed")
         return super()._call(method, path, body, query, **kind)
 
 
-def live(namespace: Namespace, cluster: Mortal, *, twice: bool = False, settings: OperatorSettings = SETTINGS) -> int:
-    """One life of an operator: it lists what is there, and works until there is nothing to do. How much it wrote."""
+def run_operator(
+    namespace: Namespace, cluster: CrashingCluster, *, twice: bool = False, settings: OperatorSettings = SETTINGS
+) -> int:
+    """Runs an operator until its queue is idle, from the objects that exist. Returns the number of writes."""
 
     async def run() -> None:
         reconciler = Reconciler(cluster=cluster, settings=settings, clock=lambda: datetime(2026, 1, 1, tzinfo=UTC))
-        for kind in SEEN:
+        for kind in WATCHED:
             for body in namespace.list(kind).values():
                 for _ in range(2 if twice else 1):
-                    reconciler.seen(body)
+                    reconciler.observe(body)
         async with reconciler.queue.running():
             reconciler.queue.open()
             await reconciler.queue.idle()
@@ -56,26 +58,26 @@ def live(namespace: Namespace, cluster: Mortal, *, twice: bool = False, settings
 
 
 def settle(server: ApiServer, namespace: Namespace, settings: OperatorSettings = SETTINGS) -> None:
-    """Lives of operators until one finds nothing to do."""
+    """Runs operators until one writes nothing."""
     for _ in range(10):
-        if live(namespace, Mortal(server), settings=settings) == 0:
+        if run_operator(namespace, CrashingCluster(server), settings=settings) == 0:
             return
-    raise AssertionError("ten operators have not come to an end")
+    raise AssertionError("the tenth operator still wrote something")
 
 
 def outcome(namespace: Namespace) -> str:
-    """Everything that users and controllers read, without what differs from one namespace to another."""
-    said: dict[str, Any] = {}
+    """Everything that users and controllers read, without the fields that differ between namespaces."""
+    found: dict[str, Any] = {}
     for kind in ("DiffusionWorkflow", *KINDS):
         for name, body in namespace.list(kind).items():
             metadata = body["metadata"]
-            said[f"{kind}/{name}"] = {
+            found[f"{kind}/{name}"] = {
                 "spec": {k: v for k, v in body["spec"].items() if k not in ("clusterIP", "clusterIPs")},
                 "status": _plain(body),
                 "labels": metadata.get("labels"),
                 "owners": [(o["kind"], o["name"]) for o in metadata.get("ownerReferences", ())],
             }
-    return json.dumps(said, indent=1, sort_keys=True)
+    return json.dumps(found, indent=1, sort_keys=True)
 
 
 def _plain(body: Body) -> Body:
@@ -93,7 +95,7 @@ def create_colocated(server: ApiServer, namespace: Namespace) -> None:
 
 
 def change(server: ApiServer, namespace: Namespace) -> None:
-    """A workflow that serves, and whose denoiser was changed to one that is ready."""
+    """A workflow that serves, with a changed denoiser that is ready."""
     create(server, namespace)
     settle(server, namespace)
     first = namespace.list("DiffusionModel")
@@ -115,33 +117,35 @@ def _pod(namespace: Namespace, model: str) -> None:
 
 
 @pytest.mark.parametrize("scenario", [create, create_colocated, change])
-@pytest.mark.parametrize("heard", [False, True], ids=["before", "after"])
-def test_dying_at_any_write_changes_nothing_in_the_outcome(api_server: ApiServer, scenario: Any, heard: bool) -> None:
+@pytest.mark.parametrize("delivered", [False, True], ids=["before", "after"])
+def test_a_crash_at_any_write_does_not_change_the_outcome(
+    api_server: ApiServer, scenario: Any, delivered: bool
+) -> None:
     with new_namespace(api_server, "undisturbed") as namespace:
         scenario(api_server, namespace)
-        writes = live(namespace, Mortal(api_server))
+        writes = run_operator(namespace, CrashingCluster(api_server))
         settle(api_server, namespace)
         wanted = outcome(namespace)
     assert writes > 3
-    for dies_at in range(1, writes + 1):
-        with new_namespace(api_server, f"dies-at-{dies_at}") as namespace:
+    for fails_at in range(1, writes + 1):
+        with new_namespace(api_server, f"fails-at-{fails_at}") as namespace:
             scenario(api_server, namespace)
-            live(namespace, Mortal(api_server, dies_at=dies_at, heard=heard))
+            run_operator(namespace, CrashingCluster(api_server, fails_at=fails_at, delivered=delivered))
             settle(api_server, namespace)
             assert outcome(namespace) == wanted
 
 
-def test_every_object_delivered_twice_or_late_changes_nothing_in_the_outcome(api_server: ApiServer) -> None:
+def test_a_second_delivery_of_every_object_does_not_change_the_outcome(api_server: ApiServer) -> None:
     with new_namespace(api_server, "once") as namespace:
         create(api_server, namespace)
         settle(api_server, namespace)
         wanted = outcome(namespace)
-        # Late: what was known before comes again, by an operator that has written since.
-        assert live(namespace, Mortal(api_server), twice=True) == 0
+        # An operator that starts later gets every object twice.
+        assert run_operator(namespace, CrashingCluster(api_server), twice=True) == 0
         assert outcome(namespace) == wanted
 
 
-def test_a_model_that_was_changed_away_from_stays_for_the_requests_that_have_begun_with_it(
+def test_a_replaced_model_is_kept_for_the_requests_that_began_with_it(
     api_server: ApiServer,
 ) -> None:
     with new_namespace(api_server, "retiring") as namespace:

@@ -1,4 +1,4 @@
-"""The gateway over a cluster's objects: what it learns by watching, and that it serves from it."""
+"""The gateway in a cluster: what it learns from watches, and that it serves with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from gateway.test_servers import PROMPT, WORKFLOW, served
-from kube.acting import workflow
+from kube.simulated_kubelet import workflow
 from latentflow import AsyncClient
 from latentflow.api import Role, identity
 from latentflow.api.types import Engine
@@ -29,12 +29,12 @@ from support.packs import MODELS
 @pytest.fixture
 def namespace(api_server: ApiServer, accounts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
     monkeypatch.setenv("KUBECONFIG", str(accounts["gateway"]))
-    with new_namespace(api_server, "gateway") as place:
-        yield place
+    with new_namespace(api_server, "gateway") as created:
+        yield created
 
 
 def endpoints(model: str, role: str, address: str) -> Body:
-    """As Kubernetes makes them of a model's Service."""
+    """An EndpointSlice as Kubernetes creates it for a model's Service."""
     host, _, port = address.rpartition(":")
     return {
         "apiVersion": "discovery.k8s.io/v1",
@@ -50,7 +50,7 @@ def endpoints(model: str, role: str, address: str) -> Body:
 
 
 def bind(namespace: Namespace, **models: str) -> None:
-    """Writes a workflow's bindings as the operator does."""
+    """Writes a workflow's bindings in the form of the operator."""
     roles = {model["name"]: model["role"] for model in workflow()["spec"]["models"]}
     entries = [{"name": name, "role": roles[name], "model": model} for name, model in models.items()]
     namespace.patch("DiffusionWorkflow", "shapes", {"status": {"models": entries}}, subresource="status")
@@ -60,7 +60,7 @@ def bind(namespace: Namespace, **models: str) -> None:
 async def following(
     namespace: Namespace,
 ) -> AsyncIterator[Callable[[Callable[[Directory], bool]], Awaitable[Directory]]]:
-    """Waits for a state of the directory, as the gateway sees it."""
+    """Yields a function that waits for a state of the gateway's directory."""
     async with contextlib.aclosing(cluster.follow((namespace.name,))) as states:
 
         async def until(condition: Callable[[Directory], bool]) -> Directory:
@@ -73,7 +73,7 @@ async def following(
         yield until
 
 
-async def test_workflows_bindings_and_replicas_are_known_as_they_come_change_and_go(namespace: Namespace) -> None:
+async def test_the_directory_follows_changes_of_workflows_bindings_and_replicas(namespace: Namespace) -> None:
     async with following(namespace) as until:
         assert (await until(lambda state: True)).workflows == ()
         await asyncio.to_thread(namespace.create, workflow())
@@ -81,7 +81,7 @@ async def test_workflows_bindings_and_replicas_are_known_as_they_come_change_and
         named = {model.name: identity(model) for model in state.workflows[0].spec.models}
         assert named["base"].startswith(f"{namespace.name}/denoiser-")
         old = f"{namespace.name}/denoiser-old"
-        # What a changed workflow names serves only once its status says so.
+        # A changed model serves only after the workflow's status names it.
         await asyncio.to_thread(bind, namespace, base="denoiser-old")
         await until(lambda state: identity(state.workflows[0].of_role(Role.DENOISER)[0]) == old)
         await asyncio.to_thread(namespace.create, endpoints("denoiser-old", "Denoiser", "192.0.2.9:8500"))
@@ -93,13 +93,13 @@ async def test_workflows_bindings_and_replicas_are_known_as_they_come_change_and
         await until(lambda state: not state.workflows)
 
 
-def test_models_of_one_name_in_two_namespaces_are_two() -> None:
-    """A relative URI means another claim's folder in another namespace."""
+def test_models_with_one_name_in_two_namespaces_are_different() -> None:
+    """The same relative URI is a folder of another claim in another namespace."""
     slices = [
         endpoints("denoiser-1", "Denoiser", f"192.0.2.{number}:8500") for number, _ in enumerate(("art", "photos"))
     ]
-    for body, place in zip(slices, ("art", "photos"), strict=True):
-        body["metadata"]["namespace"] = place
+    for body, name in zip(slices, ("art", "photos"), strict=True):
+        body["metadata"]["namespace"] = name
     found = cluster.directory([], slices).models
     assert {name: model.replicas for name, model in found.items()} == {
         "art/denoiser-1": ("192.0.2.0:8500",),
@@ -107,7 +107,7 @@ def test_models_of_one_name_in_two_namespaces_are_two() -> None:
     }
 
 
-async def test_a_gateway_serves_a_cluster_s_workflow_with_the_pixels_of_the_embedded_one(
+async def test_a_gateway_in_a_cluster_returns_the_pixels_of_the_embedded_runtime(
     namespace: Namespace, tmp_path: Path
 ) -> None:
     async with served(tmp_path) as servers, AsyncClient(servers.gateway.address) as client:
@@ -138,7 +138,7 @@ async def test_a_gateway_serves_a_cluster_s_workflow_with_the_pixels_of_the_embe
 
 
 def _own_address() -> str:
-    """One of this machine's that an EndpointSlice may name, which those of the loopback may not."""
+    """An address of this machine that an EndpointSlice may contain; it may not contain loopback addresses."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))
         return str(probe.getsockname()[0])

@@ -1,4 +1,4 @@
-"""What of `e2e/kind.py` can be tried without Docker: kind's configuration, and the way into a cluster by its kubeconfig."""
+"""The parts of `e2e/kind.py` that need no Docker: kind's configuration, and access to a cluster by its kubeconfig."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from support.apiserver import ApiServer
 from support.kubectl import new_namespace
 
 
-def test_folders_of_this_machine_are_at_their_own_paths_in_the_node() -> None:
+def test_folders_of_this_machine_have_the_same_paths_in_the_node() -> None:
     (node,) = kind.configuration(Path("/clone/models"), Path("/tmp/run"))["nodes"]
     assert [(mount["hostPath"], mount["containerPath"]) for mount in node["extraMounts"]] == [
         ("/clone/models", "/clone/models"),
@@ -17,7 +17,7 @@ def test_folders_of_this_machine_are_at_their_own_paths_in_the_node() -> None:
     ]
 
 
-def test_a_kubeconfig_is_all_that_an_administrator_of_a_cluster_needs(api_server: ApiServer, tmp_path: Path) -> None:
+def test_a_kubeconfig_is_enough_to_administer_a_cluster(api_server: ApiServer, tmp_path: Path) -> None:
     server = kind.administered(tmp_path, api_server.kubeconfig)
     assert server.url == api_server.url
     assert server.token != api_server.token

@@ -1,18 +1,19 @@
-"""Of several operators one writes; another goes on when it stops, dies, or cannot renew its lease."""
+"""Of several operators one writes; another takes over when it stops, is killed, or cannot renew its lease."""
 
 from __future__ import annotations
 
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
-from kube.acting import KINDS, workflow
+from kube.simulated_kubelet import KINDS, workflow
 from latentflow_operator import leadership
 from support.apiserver import ApiServer
 from support.chart import install_accounts
-from support.kubectl import Namespace, new_namespace
+from support.kubectl import Body, Namespace, new_namespace
 from support.operating import Operator
 
 LEASE = "latentflow-operator"
@@ -20,13 +21,13 @@ LEASE = "latentflow-operator"
 
 @pytest.fixture
 def namespace(api_server: ApiServer) -> Iterator[Namespace]:
-    with new_namespace(api_server, "leadership") as place:
-        yield place
+    with new_namespace(api_server, "leadership") as created:
+        yield created
 
 
 @pytest.fixture
 def operators(api_server: ApiServer, namespace: Namespace, tmp_path: Path) -> Iterator[tuple[Operator, Operator]]:
-    """Two operators that may work in one namespace alone: the first has served a workflow, the second has started since."""
+    """Two operators for one namespace: the first has reconciled a workflow, the second has started after it."""
     install_accounts(api_server, namespace.name, f"--set=namespaces={{{namespace.name}}}")
     kubeconfig = api_server.kubeconfig_of(namespace.name, "latentflow-operator")
     options = (f"--namespace={namespace.name}", f"--lease={namespace.name}/{LEASE}")
@@ -45,25 +46,22 @@ def holder(namespace: Namespace) -> str:
     return str(found[LEASE]["spec"]["holderIdentity"])
 
 
-def another(namespace: Namespace, before: str, *, seconds: int) -> None:
-    """Waits for somebody else to hold the lease, and to serve a second workflow."""
-    namespace.until(
-        "Lease",
-        lambda found: found[LEASE]["spec"].get("holderIdentity") not in (None, "", before),
-        seconds=seconds,
-    )
+def takeover(namespace: Namespace, before: str) -> Body:
+    """Returns the lease once another operator holds it and has reconciled a second workflow."""
+    found = namespace.until("Lease", lambda found: found[LEASE]["spec"].get("holderIdentity") not in (None, "", before))
     namespace.create(workflow("second", source={"uri": "other"}))
     for kind in KINDS:
         namespace.until(kind, lambda found: len(found) == 5)
+    return found[LEASE]
 
 
-def test_while_one_operator_works_another_only_watches(
+def test_while_one_operator_holds_the_lease_another_only_watches(
     operators: tuple[Operator, Operator], namespace: Namespace, api_server: ApiServer
 ) -> None:
-    operators[1].says("another operator works")
+    operators[1].wait_for_log("another operator holds the lease")
     namespace.create(workflow("second", source={"uri": "other"}))
     namespace.until("PodDisruptionBudget", lambda found: len(found) == 5)
-    # A later write of the same operator, so that the audit log has everything before it.
+    # A later write of the same operator, so that the audit log contains all earlier ones.
     namespace.create(workflow("third", source={"uri": "third"}))
     namespace.until("PodDisruptionBudget", lambda found: len(found) == 6)
     made = Counter(
@@ -75,25 +73,29 @@ def test_while_one_operator_works_another_only_watches(
     assert set(made.values()) == {1}
 
 
-def test_an_operator_that_stops_lets_the_next_begin_at_once(
+def test_an_operator_that_stops_releases_the_lease_at_once(
     operators: tuple[Operator, Operator], namespace: Namespace
 ) -> None:
-    operators[1].says("another operator works")
+    operators[1].wait_for_log("another operator holds the lease")
     before = holder(namespace)
     assert operators[0].stop() == 0
-    another(namespace, before, seconds=leadership.RETRY_SECONDS + 3)
+    # It has released the lease: the next operator does not wait until it expires.
+    assert namespace.list("Lease")[LEASE]["spec"].get("holderIdentity") != before
+    takeover(namespace, before)
 
 
-def test_an_operator_that_was_killed_is_followed_when_its_lease_has_run_out(
+def test_another_operator_takes_over_when_the_lease_of_a_killed_one_expires(
     operators: tuple[Operator, Operator], namespace: Namespace
 ) -> None:
-    operators[1].says("another operator works")
+    operators[1].wait_for_log("another operator holds the lease")
     before = holder(namespace)
     operators[0].stop(signal.SIGKILL)
-    another(namespace, before, seconds=leadership.DURATION_SECONDS + 10)
+    renewed = datetime.fromisoformat(namespace.list("Lease")[LEASE]["spec"]["renewTime"])
+    acquired = datetime.fromisoformat(takeover(namespace, before)["spec"]["acquireTime"])
+    assert (acquired - renewed).total_seconds() >= leadership.DURATION_SECONDS
 
 
-def test_an_operator_that_lost_its_lease_ends_and_says_so(
+def test_an_operator_that_lost_its_lease_ends_with_a_message(
     operators: tuple[Operator, Operator], namespace: Namespace
 ) -> None:
     operators[1].stop(signal.SIGKILL)
@@ -104,7 +106,7 @@ def test_an_operator_that_lost_its_lease_ends_and_says_so(
 
 
 @pytest.mark.parametrize("lease", ["latentflow-operator", "a/b/c", "/b", "a/"])
-def test_a_lease_that_is_no_namespace_and_name_is_refused_at_the_start(
+def test_a_lease_that_is_not_namespace_and_name_is_refused_at_start_up(
     lease: str, api_server: ApiServer, tmp_path: Path
 ) -> None:
     operator = Operator(api_server.kubeconfig, tmp_path, f"--lease={lease}")

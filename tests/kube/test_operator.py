@@ -1,4 +1,4 @@
-"""The operator over a real API server, with Kubernetes' own controllers; the tests act the scheduler's and kubelet's part."""
+"""The operator on a real API server with Kubernetes' own controllers; the tests write the pod statuses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import Counter
 from datetime import UTC, datetime
 
 import pytest
-from kube.acting import KINDS, bound, ready, report, serve, workflow
+from kube.simulated_kubelet import KINDS, bound, ready, report, serve, workflow
 from latentflow.api import API_VERSION
 from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, condition, is_ready
 from support.operating import Operator
 
 
-def test_a_workflow_becomes_one_set_of_objects_for_each_model_and_is_ready_when_they_are(
+def test_a_workflow_has_one_set_of_objects_per_model_and_is_ready_when_they_are(
     operator: Operator, namespace: Namespace
 ) -> None:
     namespace.create(workflow())
@@ -30,7 +30,7 @@ def test_a_workflow_becomes_one_set_of_objects_for_each_model_and_is_ready_when_
     assert status["observedGeneration"] == 1
 
 
-def test_a_controlnet_s_pods_would_stand_beside_its_denoiser_s(operator: Operator, namespace: Namespace) -> None:
+def test_a_controlnet_s_pods_prefer_the_nodes_of_its_denoiser_s_pods(operator: Operator, namespace: Namespace) -> None:
     namespace.create(workflow())
     models = namespace.until("DiffusionModel", lambda found: len(found) == 4)
     by_role = {model["spec"]["role"]: model for model in models.values()}
@@ -45,7 +45,7 @@ def test_a_controlnet_s_pods_would_stand_beside_its_denoiser_s(operator: Operato
     assert term["podAffinityTerm"]["labelSelector"]["matchLabels"] == {"latentflow.io/model": denoiser}
 
 
-def test_a_second_workflow_adds_only_what_is_new_and_takes_only_that_with_it(
+def test_a_second_workflow_adds_only_new_models_and_its_deletion_removes_only_those(
     operator: Operator, namespace: Namespace
 ) -> None:
     namespace.create(workflow("one"))
@@ -70,7 +70,7 @@ def test_a_second_workflow_adds_only_what_is_new_and_takes_only_that_with_it(
         namespace.until(kind, lambda found: not found)
 
 
-def test_a_changed_model_takes_over_when_it_is_ready_and_then_the_old_one_goes(
+def test_a_changed_model_takes_over_when_ready_and_the_previous_one_is_deleted(
     operator: Operator, namespace: Namespace
 ) -> None:
     namespace.create(workflow())
@@ -92,7 +92,7 @@ def test_a_changed_model_takes_over_when_it_is_ready_and_then_the_old_one_goes(
     assert len(gone) == 4
 
 
-def test_a_model_that_never_served_is_not_waited_for_when_it_is_changed(
+def test_a_changed_model_whose_predecessor_never_served_takes_over_at_once(
     operator: Operator, namespace: Namespace
 ) -> None:
     namespace.create(workflow(source={"uri": "mistyped"}))
@@ -103,13 +103,13 @@ def test_a_model_that_never_served_is_not_waited_for_when_it_is_changed(
     assert len(after.keys() - before.keys()) == 1
 
 
-def test_what_others_change_or_delete_of_a_model_s_objects_is_put_back(
+def test_changes_and_deletions_of_a_model_s_objects_by_others_are_reverted(
     operator: Operator, namespace: Namespace
 ) -> None:
     namespace.create(workflow())
     name = next(iter(namespace.until("Deployment", lambda found: len(found) == 4)))
-    theirs = {"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 1}}}}
-    namespace.patch("Deployment", name, theirs)
+    change = {"spec": {"template": {"spec": {"terminationGracePeriodSeconds": 1}}}}
+    namespace.patch("Deployment", name, change)
     namespace.until(
         "Deployment", lambda found: found[name]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 31
     )
@@ -117,7 +117,7 @@ def test_what_others_change_or_delete_of_a_model_s_objects_is_put_back(
     namespace.until("Service", lambda found: name in found)
 
 
-def test_replicas_are_whose_writes_scale_and_reach_the_deployment(operator: Operator, namespace: Namespace) -> None:
+def test_replicas_written_through_scale_reach_the_deployment(operator: Operator, namespace: Namespace) -> None:
     namespace.create(workflow())
     models = namespace.until("DiffusionModel", lambda found: len(found) == 4)
     name = next(iter(models))
@@ -129,7 +129,7 @@ def test_replicas_are_whose_writes_scale_and_reach_the_deployment(operator: Oper
             assert "f:replicas" not in entry["fieldsV1"].get("f:spec", {})
 
 
-def test_each_field_has_the_writer_that_the_design_names(operator: Operator, namespace: Namespace) -> None:
+def test_each_field_has_its_single_writer(operator: Operator, namespace: Namespace) -> None:
     namespace.create(workflow())
     serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
     ready(namespace)
@@ -153,7 +153,7 @@ def test_each_field_has_the_writer_that_the_design_names(operator: Operator, nam
             assert ("latentflow-operator", "spec") in writers(body)
 
 
-def test_restarted_the_operator_writes_nothing(
+def test_the_operator_writes_nothing_after_a_restart(
     operator: Operator, namespace: Namespace, elsewhere: Namespace, api_server: ApiServer
 ) -> None:
     namespace.create(workflow())
@@ -162,7 +162,7 @@ def test_restarted_the_operator_writes_nothing(
     assert operator.stop(signal.SIGKILL) == -signal.SIGKILL
     restarted = datetime.now(UTC)
     operator.start()
-    # What is asked for after the start is done after whatever the start does.
+    # Passes of this workflow run after every pass that the start caused.
     elsewhere.create(workflow())
     serve(elsewhere, elsewhere.until("DiffusionModel", lambda found: len(found) == 4).keys())
     ready(elsewhere)
@@ -171,7 +171,7 @@ def test_restarted_the_operator_writes_nothing(
     assert [write for write in after if write[1] != elsewhere.name] == []
 
 
-def test_a_pod_that_flaps_costs_one_write_of_each_object_it_concerns(
+def test_a_pod_that_flaps_causes_one_status_write_per_object_and_change(
     operator: Operator, namespace: Namespace, api_server: ApiServer
 ) -> None:
     namespace.create(workflow())
@@ -183,14 +183,14 @@ def test_a_pod_that_flaps_costs_one_write_of_each_object_it_concerns(
     namespace.until("DiffusionWorkflow", lambda found: not is_ready(found["shapes"]))
     report(namespace, name, ready=True)
     ready(namespace)
-    # Another change of the same objects, so that the log has everything that came before.
+    # A later write to the same objects, so that the audit log contains all earlier ones.
     namespace.create(workflow("later"))
     namespace.until(
         "DiffusionModel", lambda found: all(len(m["metadata"]["ownerReferences"]) == 2 for m in found.values())
     )
     model = pod["metadata"]["labels"]["latentflow.io/model"]
     made = Counter(write[1:] for write in api_server.writes("latentflow-operator", "kopf", since=flapped))
-    # Down and up again.
+    # One for each direction.
     assert made[namespace.name, "diffusionmodels/status", model] == 2
     assert made[namespace.name, "diffusionworkflows/status", "shapes"] == 2
     others = {write for write in made if write[0] == namespace.name and write[2] not in (model, "shapes", "later")}
@@ -210,7 +210,7 @@ def test_with_the_operator_down_a_deletion_still_completes(operator: Operator, n
 
 
 @pytest.mark.parametrize("up", [True, False], ids=["operator up", "operator down"])
-def test_a_namespace_goes_with_all_that_is_in_it(operator: Operator, namespace: Namespace, up: bool) -> None:
+def test_a_namespace_with_all_its_objects_can_be_deleted(operator: Operator, namespace: Namespace, up: bool) -> None:
     namespace.create(workflow())
     namespace.until("PodDisruptionBudget", lambda found: len(found) == 4)
     if not up:
@@ -226,7 +226,7 @@ def test_a_namespace_goes_with_all_that_is_in_it(operator: Operator, namespace: 
 
 
 @pytest.mark.parametrize("up", [True, False], ids=["operator up", "operator down"])
-def test_a_model_that_somebody_deletes_while_it_is_in_use_is_made_again(
+def test_a_model_that_is_deleted_while_in_use_is_created_again(
     operator: Operator, namespace: Namespace, up: bool
 ) -> None:
     namespace.create(workflow())
@@ -275,14 +275,14 @@ def test_a_model_by_reference_is_served_once_it_exists_and_outlives_its_workflow
     assert "theirs" in namespace.until("Deployment", lambda found: len(found) == 1)
 
 
-def test_a_change_of_readiness_is_told_once_as_an_event(operator: Operator, namespace: Namespace) -> None:
+def test_a_change_of_readiness_is_recorded_as_one_event(operator: Operator, namespace: Namespace) -> None:
     namespace.create(workflow())
     serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
     ready(namespace)
 
-    def told(found: dict[str, Body]) -> list[str]:
+    def reasons(found: dict[str, Body]) -> list[str]:
         about = [event for event in found.values() if event.get("regarding", {}).get("kind") == "DiffusionWorkflow"]
         return [event["reason"] for event in sorted(about, key=lambda event: event["eventTime"])]
 
-    found = namespace.until("Event", lambda found: "AllModelsReady" in told(found))
-    assert told(found) == ["Starting", "AllModelsReady"]
+    found = namespace.until("Event", lambda found: "AllModelsReady" in reasons(found))
+    assert reasons(found) == ["Starting", "AllModelsReady"]

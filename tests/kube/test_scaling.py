@@ -1,4 +1,4 @@
-"""Scaling from a real Prometheus, over a real API server; the model servers' metrics are moved by hand."""
+"""Scaling from a real Prometheus on a real API server; the tests set the metrics of the model servers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from kube.acting import workflow
+from kube.simulated_kubelet import workflow
 from latentflow.errors import UnavailableError
 from latentflow.internal.metrics import GATEWAY, NODE, Instruments
 from latentflow_scheduler import signals
@@ -30,7 +30,7 @@ SCALE = "diffusionmodels/scale"
 
 
 class Servers:
-    """The metrics of a model's servers, all of which together do some requests per second."""
+    """The metrics of a model's servers, which together serve a number of requests per second."""
 
     def __init__(self, model: str) -> None:
         self._nodes = [Instruments(NODE, model=model, role="Denoiser") for _ in range(MOST)]
@@ -61,7 +61,7 @@ class Servers:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled:
-    """A workflow whose denoiser may have up to five replicas, and what it is scaled by."""
+    """A workflow whose denoiser may have up to five replicas, and its sources of signals."""
 
     namespace: Namespace
     servers: Servers
@@ -70,17 +70,17 @@ class Scaled:
     model: str
 
     def until(self, replicas: int) -> Body:
-        """The denoiser once it shall have so many."""
+        """Waits until the denoiser should have this number of replicas, and returns it."""
         return self.namespace.until(
             "DiffusionModel", lambda found: found[self.model]["spec"].get("replicas", 1) == replicas
         )[self.model]
 
-    def says(self, words: str) -> Body:
-        """The denoiser once its scheduler says this."""
-        return self.namespace.until("DiffusionModel", lambda found: words in _said(found[self.model]))[self.model]
+    def reported(self, words: str) -> Body:
+        """Waits until the denoiser's status contains this reason of a decision, and returns it."""
+        return self.namespace.until("DiffusionModel", lambda found: words in _reason(found[self.model]))[self.model]
 
 
-def _said(body: Body) -> str:
+def _reason(body: Body) -> str:
     return str(body.get("status", {}).get("scheduling", {}).get("reason", ""))
 
 
@@ -89,7 +89,7 @@ def _degraded(body: Body) -> str:
 
 
 def expected(scaled: Scaled) -> int:
-    """What rate × service time says."""
+    """Arrival rate × service time over the target utilization."""
     return math.ceil(scaled.servers.rate * scaled.servers.seconds / 0.7)
 
 
@@ -124,24 +124,24 @@ def scaled(
         servers.close()
 
 
-def test_a_model_gets_the_replicas_that_rate_times_service_time_asks_for_and_loses_them_afterwards(
+def test_replicas_follow_arrival_rate_times_service_time_up_and_down(
     scaled: Scaled,
 ) -> None:
     scaled.servers.rate = 3.4
     scaled.until(expected(scaled))
-    # On the way up it may have said two before.
-    body = scaled.says("up to 3")
+    # It may have decided on two replicas first.
+    body = scaled.reported("up to 3")
     assert body["status"]["scheduling"]["replicas"] == 3
-    assert re.match(r"up to 3: \d\.\d\d/s × 0\.50 s, \d\.\d\d replicas' work", _said(body))
+    assert re.match(r"up to 3: \d\.\d\d/s × 0\.50 s, load \d\.\d\d", _reason(body))
     scaled.servers.rate = 0.4
     assert scaled.until(1)
-    scaled.says("down to 1")
+    scaled.reported("down to 1")
 
 
-def test_the_models_that_are_not_asked_stay_as_they_are(scaled: Scaled, api_server: ApiServer) -> None:
+def test_models_without_requests_keep_their_replicas(scaled: Scaled, api_server: ApiServer) -> None:
     scaled.servers.rate = 3.4
     scaled.until(3)
-    scaled.says("up to 3")
+    scaled.reported("up to 3")
     written = {
         write[3] for write in api_server.writes("latentflow") if write[:3] == ("patch", scaled.namespace.name, SCALE)
     }
@@ -151,19 +151,19 @@ def test_the_models_that_are_not_asked_stay_as_they_are(scaled: Scaled, api_serv
             assert "f:replicas" not in entry["fieldsV1"].get("f:spec", {})
 
 
-def test_a_decision_is_told_as_an_event_with_its_reason(scaled: Scaled) -> None:
+def test_a_decision_is_recorded_as_an_event_with_its_reason(scaled: Scaled) -> None:
     scaled.servers.rate = 3.4
     scaled.until(3)
     events = scaled.namespace.until(
         "Event", lambda found: any(event["note"].startswith("up to 3: ") for event in found.values())
     )
-    told = [event for event in events.values() if event["reason"] == "ScaledUp"]
-    assert {event["regarding"]["name"] for event in told} == {scaled.model}
+    recorded = [event for event in events.values() if event["reason"] == "ScaledUp"]
+    assert {event["regarding"]["name"] for event in recorded} == {scaled.model}
 
 
-def test_the_scheduler_writes_its_decision_into_a_status_and_nothing_else(scaled: Scaled) -> None:
+def test_the_scheduler_writes_only_its_decision_into_a_status(scaled: Scaled) -> None:
     scaled.servers.rate = 3.4
-    body = scaled.says("up to 3")
+    body = scaled.reported("up to 3")
     fields = {
         (entry["manager"], field)
         for entry in body["metadata"]["managedFields"]
@@ -174,12 +174,12 @@ def test_the_scheduler_writes_its_decision_into_a_status_and_nothing_else(scaled
     assert {manager for manager, field in fields if field == "f:scheduling"} == {"latentflow-scheduler"}
 
 
-def test_while_prometheus_is_away_everything_stays_and_it_says_so_once(scaled: Scaled) -> None:
+def test_without_prometheus_replicas_stay_and_missing_signals_are_reported_once(scaled: Scaled) -> None:
     scaled.servers.rate = 3.4
     scaled.until(3)
     scaled.prometheus.program.stop()
     scaled.servers.rate = 0.0
-    body = scaled.says("holding: no signals")
+    body = scaled.reported("holding: no signals")
     assert body["spec"]["replicas"] == 3
     scaled.namespace.until("DiffusionModel", lambda found: _degraded(found[scaled.model]) == "SignalsMissing")
     scaled.namespace.until("DiffusionWorkflow", lambda found: _degraded(*found.values()) == "SignalsMissing")
@@ -187,18 +187,18 @@ def test_while_prometheus_is_away_everything_stays_and_it_says_so_once(scaled: S
     scaled.until(1)
     scaled.namespace.until("DiffusionWorkflow", lambda found: _degraded(*found.values()) == "AsExpected")
     reasons = [event["reason"] for event in scaled.namespace.list("Event").values()]
-    assert reasons.count("SignalsMissing") == reasons.count("SignalsBack") == 1
+    assert reasons.count("SignalsMissing") == reasons.count("SignalsRestored") == 1
 
 
 @pytest.mark.parametrize("scaled", [{"minReplicas": 0, "maxReplicas": 2}], indirect=True)
-def test_a_model_that_nobody_asks_for_sleeps_and_a_held_request_wakes_it(scaled: Scaled) -> None:
+def test_an_idle_model_is_scaled_to_zero_and_a_held_request_wakes_it(scaled: Scaled) -> None:
     scaled.until(0)
     held = scaled.gateway.of("latentflow_gateway_held", model=f"{scaled.namespace.name}/{scaled.model}")
     held.set(1)
     scaled.until(1)
 
 
-def test_who_is_scaled_by_others_from_now_on_lacks_no_signals(scaled: Scaled) -> None:
+def test_a_model_that_becomes_external_no_longer_reports_missing_signals(scaled: Scaled) -> None:
     scaled.prometheus.program.stop()
     scaled.namespace.until("DiffusionModel", lambda found: _degraded(found[scaled.model]) == "SignalsMissing")
     external = {"minReplicas": 1, "maxReplicas": MOST, "mode": "External"}
@@ -207,21 +207,21 @@ def test_who_is_scaled_by_others_from_now_on_lacks_no_signals(scaled: Scaled) ->
 
 
 @pytest.mark.parametrize("scaled", [{"minReplicas": 0, "maxReplicas": 2}], indirect=True)
-def test_a_held_request_wakes_a_model_while_prometheus_is_away(scaled: Scaled) -> None:
+def test_a_held_request_wakes_a_model_while_prometheus_is_unavailable(scaled: Scaled) -> None:
     scaled.until(0)
     scaled.prometheus.program.stop()
-    scaled.says("holding: no signals")
+    scaled.reported("holding: no signals")
     held = scaled.gateway.of("latentflow_gateway_held", model=f"{scaled.namespace.name}/{scaled.model}")
     held.set(1)
     scaled.until(1)
 
 
 @pytest.mark.parametrize("scaled", [{"minReplicas": 1, "maxReplicas": MOST, "mode": "External"}], indirect=True)
-def test_an_external_model_is_left_to_who_scales_it(scaled: Scaled, api_server: ApiServer) -> None:
+def test_the_scheduler_does_not_scale_an_external_model(scaled: Scaled, api_server: ApiServer) -> None:
     api_server.kubectl("scale", "--replicas=2", f"dm/{scaled.model}", f"--namespace={scaled.namespace.name}")
     scaled.servers.rate = 3.4
     (vae,) = (n for n, body in scaled.namespace.list("DiffusionModel").items() if body["spec"]["role"] == "VAE")
-    # The same rounds bring the VAE back into its bounds: two of them have passed, then.
+    # The same rounds scale the VAE back into its bounds, so that two rounds have passed.
     for _ in range(2):
         scaled.namespace.patch("DiffusionModel", vae, {"spec": {"replicas": 3}}, subresource="scale")
         scaled.namespace.until("DiffusionModel", lambda found: found[vae]["spec"]["replicas"] == 1)
@@ -229,7 +229,7 @@ def test_an_external_model_is_left_to_who_scales_it(scaled: Scaled, api_server: 
     assert "scheduling" not in body.get("status", {})
 
 
-async def test_what_a_request_costs_is_read_of_those_that_have_ended_and_refusals_are_nobody_s_load(
+async def test_service_time_counts_completed_requests_and_load_excludes_refused_ones(
     tmp_path: Path,
 ) -> None:
     old, new = (Instruments(NODE, model="denoiser-1", role="Denoiser") for _ in range(2))
@@ -244,7 +244,7 @@ async def test_what_a_request_costs_is_read_of_those_that_have_ended_and_refusal
                 old.of("latentflow_requests_started_total", call="Denoise").inc(count)
                 old.of("latentflow_requests_total", call="Denoise", code=code).inc(count)
             old.of("latentflow_step_seconds").observe(0.5 * passed)
-            # Computes all the time, and has ended nothing.
+            # Computes all the time and has completed no request.
             new.of("latentflow_step_seconds").observe(passed)
 
     @retry(

@@ -1,4 +1,4 @@
-"""Where weights come from, over a real API server and a hub of this machine; the tests act the kubelet's part."""
+"""Sources of weights, with a real API server and a hub on this machine; the tests write the pod statuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from kube.acting import ready, report, serve, workflow
+from kube.simulated_kubelet import ready, report, serve, workflow
 from latentflow.internal.metrics import NODE, Instruments
 from support.apiserver import ApiServer
 from support.hub import Hub
@@ -30,8 +30,8 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def namespace(api_server: ApiServer, request: pytest.FixtureRequest) -> Iterator[Namespace]:
-    with new_namespace(api_server, request.node.originalname) as place:
-        yield place
+    with new_namespace(api_server, request.node.originalname) as created:
+        yield created
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def arguments(deployment: Body) -> list[str]:
 
 
 @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(30), wait=wait_fixed(0.1), reraise=True)
-def asked_again(hub: Hub, times: int) -> None:
-    """Returns when the hub was asked for a revision so often."""
-    assert hub.asked["revision"] >= times
+def wait_for_requests(hub: Hub, times: int) -> None:
+    """Waits until the hub has had this many requests for a revision."""
+    assert hub.requests["revision"] >= times
 
 
 def status_writes(api_server: ApiServer, namespace: Namespace, model: str) -> int:
@@ -73,7 +73,7 @@ def status_writes(api_server: ApiServer, namespace: Namespace, model: str) -> in
     return sum(write[1:] == (namespace.name, "diffusionmodels/status", model) for write in writes)
 
 
-def test_a_branch_is_pinned_once_recorded_and_every_pod_is_told_that_commit(
+def test_a_branch_is_pinned_once_and_every_pod_gets_the_recorded_commit(
     operator: Operator, hub: Hub, namespace: Namespace, api_server: ApiServer
 ) -> None:
     commit = hub.push("org/shapes", SHAPES)
@@ -89,17 +89,17 @@ def test_a_branch_is_pinned_once_recorded_and_every_pod_is_told_that_commit(
 
     hub.push("org/shapes", SHAPES)
     hub.down = True
-    asked = hub.asked["revision"]
+    requests = hub.requests["revision"]
     assert operator.stop(signal.SIGKILL) == -signal.SIGKILL
     restarted = datetime.now(UTC)
     operator.start()
-    # What is asked for after the start is done after whatever the start does.
+    # Passes of this workflow run after every pass that the start caused.
     namespace.create(workflow("later", source={"uri": "other"}))
     namespace.until("Deployment", lambda found: len(found) == 5)
     after = api_server.writes("latentflow-operator", "kopf", since=restarted)
     assert after
     assert [write for write in after if write[3] == name] == []
-    assert hub.asked["revision"] == asked == 1
+    assert hub.requests["revision"] == requests == 1
     namespace.patch("DiffusionModel", name, {"spec": {"replicas": 2}}, subresource="scale")
     scaled = namespace.until("Deployment", lambda found: found[name]["spec"].get("replicas") == 2)[name]
     assert f"--revision={commit}" in arguments(scaled)
@@ -111,12 +111,12 @@ def test_the_models_of_a_workflow_are_pinned_to_one_commit(operator: Operator, h
         model["source"]["uri"] = "hf://org/shapes"
     namespace.create(body)
     deployments = namespace.until("Deployment", lambda found: len(found) == 4)
-    said = {one for body in deployments.values() for one in arguments(body) if one.startswith("--revision=")}
-    assert len(said) == 1
-    assert hub.asked["revision"] == 1
+    revisions = {one for body in deployments.values() for one in arguments(body) if one.startswith("--revision=")}
+    assert len(revisions) == 1
+    assert hub.requests["revision"] == 1
 
 
-def test_a_commit_needs_no_hub(operator: Operator, hub: Hub, namespace: Namespace) -> None:
+def test_a_commit_is_used_without_the_hub(operator: Operator, hub: Hub, namespace: Namespace) -> None:
     hub.down = True
     namespace.create(workflow(source={"uri": "hf://org/shapes", "revision": COMMIT}))
     name = denoiser(namespace)["metadata"]["name"]
@@ -124,7 +124,7 @@ def test_a_commit_needs_no_hub(operator: Operator, hub: Hub, namespace: Namespac
     assert f"--revision={COMMIT}" in arguments(deployment)
 
 
-def test_the_operator_shows_the_hub_its_token(operator: Operator, hub: Hub, namespace: Namespace) -> None:
+def test_the_operator_sends_its_token_to_the_hub(operator: Operator, hub: Hub, namespace: Namespace) -> None:
     hub.token = TOKEN
     namespace.create(workflow(source={"uri": "hf://org/shapes"}))
     name = denoiser(namespace)["metadata"]["name"]
@@ -134,14 +134,14 @@ def test_the_operator_shows_the_hub_its_token(operator: Operator, hub: Hub, name
 @pytest.mark.parametrize(
     ("state", "source", "reason", "words"),
     [
-        ("", {"uri": "hf://org/nothing"}, "RepositoryNotFound", "has no repository org/nothing, or shows it to others"),
+        ("", {"uri": "hf://org/nothing"}, "RepositoryNotFound", "has no repository org/nothing, or does not show it"),
         ("", {"uri": "hf://org/shapes", "revision": "v9"}, "RevisionNotFound", "no branch, tag or commit 'v9'"),
         ("gated", {"uri": "hf://org/shapes"}, "RepositoryGated", "accepted its terms"),
-        ("down", {"uri": "hf://org/shapes"}, "HubUnreachable", "answered 503; it is asked again"),
+        ("down", {"uri": "hf://org/shapes"}, "HubUnreachable", "answered with status 503; the operator retries"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_why_there_is_no_commit_shows_on_the_workflow_until_it_is_put_right(
+def test_a_failed_resolution_is_reported_on_the_workflow_until_it_succeeds(
     operator: Operator,
     hub: Hub,
     namespace: Namespace,
@@ -161,7 +161,7 @@ def test_why_there_is_no_commit_shows_on_the_workflow_until_it_is_put_right(
         assert words in condition(shown, about)["message"]
     name = denoiser(namespace)["metadata"]["name"]
     if state != "down":
-        asked_again(hub, 3)
+        wait_for_requests(hub, 3)
         assert status_writes(api_server, namespace, name) == 1
     assert name not in namespace.list("Deployment")
 
@@ -175,7 +175,7 @@ def test_why_there_is_no_commit_shows_on_the_workflow_until_it_is_put_right(
     namespace.until("Deployment", lambda found: name in found)
 
 
-def test_how_far_a_download_is_shows_on_the_workflow_and_alarms_nobody(
+def test_download_progress_is_reported_on_the_workflow_without_a_warning(
     operator: Operator, hub: Hub, namespace: Namespace, api_server: ApiServer
 ) -> None:
     namespace.create(workflow(source={"uri": "hf://org/shapes"}))
@@ -184,13 +184,13 @@ def test_how_far_a_download_is_shows_on_the_workflow_and_alarms_nobody(
     serve(namespace, namespace.list("DiffusionModel").keys() - {name})
     (pod,) = (key for key, body in pods.items() if body["metadata"]["labels"]["latentflow.io/model"] == name)
     node = Instruments(NODE, model=name, role="Denoiser")
-    # An address of this machine that only this test uses; the port is the one that pods have.
+    # An address of this machine that only this test uses, with the metrics port of pods.
     address = "127.85.0.1"
     node.serve(host=address, port=8501)
     node.of("latentflow_download_total_bytes").set(6.9 * (1 << 30))
     node.of("latentflow_download_bytes").set(1.2 * (1 << 30))
     report(namespace, pod, ready=False, podIP=address, podIPs=[{"ip": address}])
-    words = "A server fetches the weights: 1.2 of 6.9 GiB."
+    words = "A server downloads the weights: 1.2 of 6.9 GiB."
     shown = namespace.until(
         "DiffusionWorkflow", lambda found: words in condition(found["shapes"], "WeightsAvailable").get("message", "")
     )["shapes"]
@@ -211,16 +211,16 @@ def test_how_far_a_download_is_shows_on_the_workflow_and_alarms_nobody(
     ready(namespace)
     node.close()
     assert status_writes(api_server, namespace, name) == before + 2
-    told = [
+    events = [
         body
         for body in namespace.list("Event").values()
         if (body["regarding"]["kind"], body["regarding"]["name"]) == ("DiffusionModel", name)
     ]
-    assert {body["type"] for body in told} == {"Normal"}
-    assert sorted(body["reason"] for body in told).count("Downloading") == 1
+    assert {body["type"] for body in events} == {"Normal"}
+    assert sorted(body["reason"] for body in events).count("Downloading") == 1
 
 
-def test_an_image_s_weights_are_a_read_only_volume_that_restricted_pods_may_have(
+def test_an_image_s_weights_are_a_read_only_volume_that_restricted_pods_may_mount(
     operator: Operator, namespace: Namespace
 ) -> None:
     label = {"pod-security.kubernetes.io/enforce": "restricted"}

@@ -1,4 +1,4 @@
-"""Whatever a peer sends, a model server answers with a result or an error of ours, and goes on serving."""
+"""A model server answers any message with a result or a typed error, and keeps serving."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentflow.internal.status import error_from
-from latentflow.v1 import stage_pb2, tensors_pb2
+from latentflow.v1 import images_pb2, stage_pb2, tensors_pb2
 from support.stack import Request, Stack
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -38,7 +38,9 @@ handle = st.builds(
     boot_id=st.text(max_size=8),
 )
 handles = st.builds(tensors_pb2.Tensor, handle=handle, **shapes_and_types)
-images = st.binary(max_size=64)
+images = st.builds(
+    images_pb2.EncodedImage, data=st.binary(max_size=64), media_type=st.sampled_from(["image/png", "image/jpeg", ""])
+)
 controls = st.builds(stage_pb2.ControlNetRef, peer=peers, image=images, scale=floats, start=floats, end=floats)
 adapters = st.builds(
     stage_pb2.AdapterRef, name=st.text(max_size=8), weight=floats, store=peers, digest=st.text(max_size=8)
@@ -80,25 +82,23 @@ async def verdict(call: Any) -> grpc.StatusCode | None:
 
 @settings(max_examples=60, deadline=None)
 @given(change=changes)
-async def test_any_denoise_request_ends_in_latents_or_an_error_of_ours(shapes: Stack, change: dict[str, Any]) -> None:
-    request = await shapes.denoise_request(Request(steps=1))
+async def test_any_denoise_request_ends_in_latents_or_a_typed_error(shapes: Stack, change: dict[str, Any]) -> None:
+    request = await shapes.denoise_open(Request(steps=1))
     conditioning = change.pop("conditioning", None)
     if isinstance(conditioning, dict):
         request.ClearField("conditioning")
         for name, tensor in conditioning.items():
             request.conditioning[name].CopyFrom(tensor)
-    request.MergeFrom(stage_pb2.DenoiseRequest(**change))
+    request.MergeFrom(stage_pb2.DenoiseOpen(**change))
     for name, value in change.items():
         if not isinstance(value, list):
             setattr(request, name, value)
-    assert await verdict(shapes.stage("base").Denoise(request, timeout=60)) in OURS | {None}
+    assert await verdict(shapes.denoising(request)) in OURS | {None}
 
 
 @settings(max_examples=40, deadline=None)
 @given(latents=inline | handles)
-async def test_any_decode_request_ends_in_an_image_or_an_error_of_ours(
-    shapes: Stack, latents: tensors_pb2.Tensor
-) -> None:
+async def test_any_decode_request_ends_in_an_image_or_a_typed_error(shapes: Stack, latents: tensors_pb2.Tensor) -> None:
     request = stage_pb2.DecodeRequest(latents=latents)
     assert await verdict(shapes.stage("pixels").Decode(request, timeout=60)) in OURS | {None}
 
@@ -107,13 +107,13 @@ async def test_any_decode_request_ends_in_an_image_or_an_error_of_ours(
 @given(
     prompt=st.text(max_size=200), negative=st.none() | st.text(max_size=20), references=st.lists(adapters, max_size=1)
 )
-async def test_any_encode_request_ends_in_embeddings_or_an_error_of_ours(
+async def test_any_encode_request_ends_in_embeddings_or_a_typed_error(
     shapes: Stack, prompt: str, negative: str | None, references: list[stage_pb2.AdapterRef]
 ) -> None:
     request = stage_pb2.EncodeRequest(prompt=prompt, negative_prompt=negative, guidance=True, adapters=references)
     assert await verdict(shapes.stage("text").Encode(request, timeout=60)) in OURS | {None}
 
 
-async def test_after_all_that_the_servers_still_serve(shapes: Stack) -> None:
+async def test_the_servers_still_serve_after_arbitrary_requests(shapes: Stack) -> None:
     _, image = await shapes.generate(Request())
     assert image.size == (64, 64)

@@ -10,6 +10,7 @@ import torch
 from latentflow.errors import FailedPreconditionError, LatentflowError, OwnerLostError, UnimplementedError
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.internal.status import error_from
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, tensors_pb2
 from latentflow_nodes.adapters import lora
 from latentflow_nodes.server import serve
@@ -23,9 +24,9 @@ from support.stack import Request, Stack, started
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def refused(stack: Stack, request: stage_pb2.DenoiseRequest) -> LatentflowError:
+async def refused(stack: Stack, request: stage_pb2.DenoiseOpen) -> LatentflowError:
     with pytest.raises(grpc.RpcError) as caught:
-        async for _ in stack.stage("base").Denoise(request, timeout=60):
+        async for _ in stack.denoising(request):
             pass
     return error_from(caught.value)
 
@@ -44,15 +45,15 @@ async def refused(stack: Stack, request: stage_pb2.DenoiseRequest) -> Latentflow
 async def test_an_impossible_denoise_request_is_refused(
     shapes: Stack, field: str, value: float | str, message: str
 ) -> None:
-    request = await shapes.denoise_request(Request())
+    request = await shapes.denoise_open(Request())
     setattr(request, field, value)
     error = await refused(shapes, request)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert message in error.message
 
 
-async def test_embeddings_that_are_lost_say_whose_they_were(shapes: Stack) -> None:
-    request = await shapes.denoise_request(Request())
+async def test_lost_embeddings_name_their_owner(shapes: Stack) -> None:
+    request = await shapes.denoise_open(Request())
     handle = request.conditioning["prompt_embeds"].handle
     await shapes.tensors("text").Release(tensors_pb2.ReleaseRequest(boot_id=handle.boot_id, ids=[handle.id]))
     error = await refused(shapes, request)
@@ -71,39 +72,39 @@ async def test_an_adapter_for_another_base_model_is_refused_before_the_first_ste
     )
     settings = NodeSettings(role="LoRAStore", uri="pack", subfolder="loras", model_root=tmp_path, identity="s")
     async with serve(settings) as store:
-        request = await shapes.denoise_request(Request())
+        request = await shapes.denoise_open(Request())
         peer = stage_pb2.Peer(address=store.address, model="s")
         request.adapters.append(stage_pb2.AdapterRef(name="alien", weight=1, store=peer))
         error = await refused(shapes, request)
-    assert error.reason == "ADAPTER_MISMATCH"
+    assert error.reason == Reason.ADAPTER_MISMATCH
     assert "trained for another base model" in error.message
 
 
-async def test_an_unknown_adapter_is_answered_with_those_there_are(shapes: Stack) -> None:
-    request = await shapes.denoise_request(Request())
+async def test_the_refusal_of_an_unknown_adapter_lists_the_known_ones(shapes: Stack) -> None:
+    request = await shapes.denoise_open(Request())
     request.adapters.append(stage_pb2.AdapterRef(name="none", weight=1, store=shapes.peer("styles")))
     error = await refused(shapes, request)
-    assert error.reason == "UNKNOWN_ADAPTER"
+    assert error.reason == Reason.UNKNOWN_ADAPTER
     assert "it has" in error.message
 
 
-async def test_an_adapter_with_unexpected_keys_names_them(tmp_path: Path) -> None:
+async def test_the_refusal_of_an_adapter_names_its_unexpected_keys(tmp_path: Path) -> None:
     path = tmp_path / "odd.safetensors"
     save_file({"transformer.x.lora_A.weight": torch.zeros(2, 8)}, path)
     with pytest.raises(FailedPreconditionError, match=r"belong to no known component: transformer\.x"):
         lora.load("odd", path)
 
 
-async def test_a_prompt_that_is_too_long_is_cut_and_said_so_or_refused_if_asked(shapes: Stack) -> None:
+async def test_a_long_prompt_is_truncated_and_reported_or_refused_if_strict(shapes: Stack) -> None:
     long = "a red circle " * 30
     answer = await shapes.encode(Request(prompt=long))
     assert "red circle" in answer.truncated
     with pytest.raises(grpc.RpcError) as caught:
         await shapes.stage("text").Encode(stage_pb2.EncodeRequest(prompt=long, strict_prompt=True), timeout=60)
-    assert error_from(caught.value).reason == "PROMPT_TOO_LONG"
+    assert error_from(caught.value).reason == Reason.PROMPT_TOO_LONG
 
 
-async def test_a_server_of_another_role_says_so(shapes: Stack) -> None:
+async def test_a_server_refuses_the_calls_of_other_roles(shapes: Stack) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         await shapes.stage("pixels").Encode(stage_pb2.EncodeRequest(prompt="x"), timeout=60)
     error = error_from(caught.value)
@@ -115,7 +116,7 @@ async def test_a_protocol_two_versions_away_is_refused(shapes: Stack) -> None:
     stub = control_pb2_grpc.ControlStub(shapes.channel("base"))
     with pytest.raises(grpc.RpcError) as caught:
         await stub.Describe(control_pb2.DescribeRequest(protocol_version=3), timeout=60)
-    assert error_from(caught.value).reason == "PROTOCOL_MISMATCH"
+    assert error_from(caught.value).reason == Reason.PROTOCOL_MISMATCH
 
 
 async def test_callers_without_the_token_are_refused() -> None:

@@ -21,7 +21,7 @@ candidates = st.lists(
 
 
 @given(candidates, st.sampled_from("xyz"), st.integers(1, 4))
-def test_a_batch_is_of_one_group_and_within_the_limit(rows: list[Candidate], merged: str, limit: int) -> None:
+def test_a_batch_has_one_group_and_stays_within_the_limit(rows: list[Candidate], merged: str, limit: int) -> None:
     chosen = choose(rows, merged=merged, limit=limit)
     by_key = {row.key: row for row in rows}
     assert len({by_key[key].group for key in chosen}) <= 1
@@ -30,7 +30,7 @@ def test_a_batch_is_of_one_group_and_within_the_limit(rows: list[Candidate], mer
 
 
 @given(candidates, st.integers(1, 4))
-def test_a_batch_has_no_room_left_while_its_group_waits(rows: list[Candidate], limit: int) -> None:
+def test_a_batch_is_full_while_its_group_has_more_candidates(rows: list[Candidate], limit: int) -> None:
     chosen = choose(rows, merged="x", limit=limit)
     if chosen:
         group = next(row.group for row in rows if row.key == chosen[0])
@@ -38,7 +38,7 @@ def test_a_batch_has_no_room_left_while_its_group_waits(rows: list[Candidate], l
 
 
 @given(candidates, st.integers(1, 4))
-def test_nobody_waits_for_ever(rows: list[Candidate], limit: int) -> None:
+def test_every_candidate_is_chosen_eventually(rows: list[Candidate], limit: int) -> None:
     """Steps that never end: every candidate takes part within a bounded number of passes."""
     merged: Hashable = "x"
     waited = {row.key: 0 for row in rows}
@@ -51,7 +51,7 @@ def test_nobody_waits_for_ever(rows: list[Candidate], limit: int) -> None:
         assert all(passes <= bound for passes in waited.values())
 
 
-def test_merged_adapters_are_kept_until_others_have_waited_long_enough() -> None:
+def test_merged_adapters_stay_until_another_request_is_overdue() -> None:
     mine = Candidate(key=1, group="g", adapters="merged", skipped=0)
     other = Candidate(key=2, group="h", adapters="other", skipped=3)
     assert choose([mine, other], merged="merged", limit=4, patience=4) == [1]

@@ -1,4 +1,4 @@
-"""A request goes on elsewhere with a bit-identical result, whatever its sampler and wherever it was stopped."""
+"""A request resumes on another replica with a bit-identical result, from any step and with any sampler."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 STEPS = 6
 
 
-async def checkpoints(shapes: Stack, request: stage_pb2.DenoiseRequest) -> tuple[list[bytes], torch.Tensor]:
+async def checkpoints(shapes: Stack, request: stage_pb2.DenoiseOpen) -> tuple[list[bytes], torch.Tensor]:
     """A checkpoint after every step, and the final latents."""
     request.checkpoint_interval = 1
     states: list[bytes] = []
-    async for event in shapes.stage("base").Denoise(request, timeout=120):
+    async for event in shapes.denoising(request):
         if event.WhichOneof("event") == "result":
             return states, await shapes.peers.fetch(event.result.latents, name="latents")
         if event.progress.HasField("checkpoint"):
@@ -29,7 +29,7 @@ async def checkpoints(shapes: Stack, request: stage_pb2.DenoiseRequest) -> tuple
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 async def test_every_sampler_resumes_from_every_step_bit_for_bit(shapes: Stack, sampler: str) -> None:
-    request = await shapes.denoise_request(Request(sampler=sampler, steps=STEPS))
+    request = await shapes.denoise_open(Request(sampler=sampler, steps=STEPS))
     states, latents = await checkpoints(shapes, request)
     assert len(states) == STEPS - 1
     for state in states:
@@ -39,8 +39,8 @@ async def test_every_sampler_resumes_from_every_step_bit_for_bit(shapes: Stack, 
 
 
 async def test_a_checkpoint_of_another_request_is_refused(shapes: Stack) -> None:
-    states, _ = await checkpoints(shapes, await shapes.denoise_request(Request(steps=STEPS)))
-    other = await shapes.denoise_request(Request(steps=STEPS, seed=8))
+    states, _ = await checkpoints(shapes, await shapes.denoise_open(Request(steps=STEPS)))
+    other = await shapes.denoise_open(Request(steps=STEPS, seed=8))
     other.checkpoint = states[0]
     with pytest.raises(grpc.RpcError) as caught:
         await checkpoints(shapes, other)
@@ -50,5 +50,5 @@ async def test_a_checkpoint_of_another_request_is_refused(shapes: Stack) -> None
 
 
 async def test_a_checkpoint_is_small(shapes: Stack) -> None:
-    states, _ = await checkpoints(shapes, await shapes.denoise_request(Request(steps=STEPS, sampler="uni_pc")))
+    states, _ = await checkpoints(shapes, await shapes.denoise_open(Request(steps=STEPS, sampler="uni_pc")))
     assert max(len(state) for state in states) < 32 * 1024

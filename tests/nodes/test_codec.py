@@ -32,14 +32,14 @@ def test_a_bundle_comes_back_from_pieces_of_any_size(bundle: dict[str, torch.Ten
     assert all(equal(assembler.tensors[name], tensor) for name, tensor in bundle.items())
 
 
-def test_a_large_tensor_travels_in_pieces_below_the_limit() -> None:
+def test_a_large_tensor_is_sent_in_pieces_below_the_limit() -> None:
     pieces = list(codec.chunks({"a": torch.zeros(3, 1 << 18)}))
     assert len(pieces) == 3
     assert max(piece.ByteSize() for piece in pieces) < (1 << 20) + 1024
 
 
 @given(st.integers(0, 3), st.integers(0, 3))
-def test_pieces_out_of_order_are_noticed(first: int, second: int) -> None:
+def test_pieces_out_of_order_are_detected(first: int, second: int) -> None:
     pieces = list(codec.chunks({"a": torch.arange(16)}, size=32))
     order = list(range(len(pieces)))
     order[first], order[second] = order[second], order[first]
@@ -62,7 +62,7 @@ def test_a_message_whose_bytes_do_not_fit_its_shape_is_refused() -> None:
         codec.from_inline(message)
 
 
-def test_a_header_that_promises_absurd_sizes_is_refused_before_memory_is_taken() -> None:
+def test_an_absurd_size_in_a_header_is_refused_before_allocation() -> None:
     header = tensors_pb2.TensorHeader(name="a", dtype=tensors_pb2.DTYPE_FLOAT32, shape=[1 << 40])
     with pytest.raises(InvalidRequestError, match="over the limit"):
         codec.Assembler().add(tensors_pb2.TensorChunk(headers=[header], last=True))
@@ -95,11 +95,11 @@ def test_a_checkpoint_keeps_tensors_arrays_and_tuples() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_bytes_that_are_no_checkpoint_are_noticed(blob: bytes) -> None:
+def test_bytes_that_are_not_a_checkpoint_are_refused(blob: bytes) -> None:
     with pytest.raises(DataLossError):
         checkpoint.thaw(blob)
 
 
-def test_a_checkpoint_refuses_what_it_cannot_keep() -> None:
+def test_a_checkpoint_refuses_values_that_it_cannot_store() -> None:
     with pytest.raises(TypeError, match="cannot hold a object"):
         checkpoint.freeze({"a": object()})

@@ -1,4 +1,4 @@
-"""Servers of one machine compute one after the other when they share a turn file."""
+"""Servers of one machine that share a lock file compute one after the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _hold(path: Path, held: Event) -> None:
         signal.pause()
 
 
-def test_the_turn_of_a_killed_server_passes_on(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_server_is_released(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     held = context.Event()
     holder = context.Process(target=_hold, args=(tmp_path / "lock", held))
@@ -42,7 +42,7 @@ def test_the_turn_of_a_killed_server_passes_on(tmp_path: Path) -> None:
     waiting.join(SECONDS)
 
 
-def test_who_waits_for_another_server_passes_the_turn_on(tmp_path: Path) -> None:
+def test_a_server_that_waits_for_another_releases_the_lock(tmp_path: Path) -> None:
     answered = threading.Event()
 
     def answer() -> None:

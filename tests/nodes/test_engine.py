@@ -11,10 +11,12 @@ from diffusers import UNet2DConditionModel
 from latentflow.errors import LatentflowError, OverloadedError, UnavailableError
 from latentflow.internal.guidance import Guidance
 from latentflow.internal.metrics import NODE, Instruments
+from latentflow.reasons import Reason
 from latentflow_nodes import families
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.engine import Engine
+from latentflow_nodes.engine.load import Load
 from latentflow_nodes.engine.runner import EagerRunner
 from latentflow_nodes.engine.sample import Control, Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
@@ -50,7 +52,7 @@ class Broken:
 
     def request(self, **_: Any) -> Future[Residuals]:
         future: Future[Residuals] = Future()
-        future.set_exception(UnavailableError("gone", reason="PEER_UNAVAILABLE"))
+        future.set_exception(UnavailableError("gone", reason=Reason.PEER_UNAVAILABLE))
         return future
 
 
@@ -83,13 +85,15 @@ def sample(key: int, *, steps: int = 3, controls: tuple[Control, ...] = ()) -> t
 def engine() -> Engine:
     """An engine that steps when the test calls it."""
     torch.set_num_threads(1)
+    metrics = Instruments(NODE, model="m", role="Denoiser")
     return Engine(
         runner=EagerRunner(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None)),
         merger=Merger(NETWORK, what="denoiser"),
         max_running=2,
         max_waiting=1,
         threads=1,
-        metrics=Instruments(NODE, model="m", role="Denoiser"),
+        load=Load(metrics),
+        metrics=metrics,
     )
 
 
@@ -137,7 +141,7 @@ def test_a_request_whose_controlnet_died_fails_alone(engine: Engine) -> None:
     while engine.step():
         pass
     assert received_broken.error is not None
-    assert received_broken.error.reason == "PEER_UNAVAILABLE"
+    assert received_broken.error.reason == Reason.PEER_UNAVAILABLE
     assert received_whole.latents is not None
 
 
@@ -166,14 +170,14 @@ def test_a_stopping_engine_fails_every_sample(engine: Engine) -> None:
     engine.submit(one)
     engine.stop()
     assert received.error is not None
-    assert received.error.reason == "DRAINING"
+    assert received.error.reason == Reason.DRAINING
 
 
 def test_an_idle_engine_steps_nothing(engine: Engine) -> None:
     assert not engine.step()
 
 
-def test_a_pass_without_residuals_neither_synchronises_nor_takes_data_dependent_branches() -> None:
+def test_a_pass_without_residuals_neither_synchronises_nor_branches_on_data() -> None:
     one, _ = sample(1)
     runner = EagerRunner(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None))
 

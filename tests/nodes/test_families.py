@@ -137,9 +137,6 @@ class Alphabet:
     def image_scale(self, network: torch.nn.Module) -> int:
         return 1
 
-    def residual_channels(self, network: torch.nn.Module) -> list[int]:
-        return [2]
-
     def residuals(
         self,
         network: torch.nn.Module,
@@ -190,7 +187,7 @@ def alphabet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 async def image_of(stack: Stack, request: Request) -> Image.Image:
     result = await stack.denoise(request)
     decoded = await stack.stage("pixels").Decode(stage_pb2.DecodeRequest(latents=result.latents), timeout=SECONDS)
-    return Image.open(io.BytesIO(decoded.png))
+    return Image.open(io.BytesIO(decoded.image.data))
 
 
 async def test_a_family_of_one_file_is_served_by_every_role(alphabet: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from latentflow_nodes.engine.samplers import SAMPLERS
 from PIL import Image
 from support.packs import SHAPES, tiny_distilled, tiny_sdxl, tiny_v_prediction
+from support.products import combinations
 from support.reference import reference
 from support.stack import Request, Stack, started
 
@@ -26,79 +27,104 @@ async def assert_equal(stack: Stack, root: Path, request: Request, *, xl: bool =
     assert difference.max() <= PIXELS
 
 
-async def test_a_prompt_alone_makes_the_image_that_diffusers_makes(shapes: Stack) -> None:
+async def test_a_prompt_alone_makes_diffusers_image(shapes: Stack) -> None:
     await assert_equal(shapes, SHAPES, Request(steps=20))
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 1.5, 7.5])
-async def test_any_guidance_scale_is_diffusers_own(shapes: Stack, guidance_scale: float) -> None:
+async def test_any_guidance_scale_equals_diffusers(shapes: Stack, guidance_scale: float) -> None:
     await assert_equal(shapes, SHAPES, Request(guidance_scale=guidance_scale))
 
 
-async def test_a_negative_prompt_is_diffusers_own(shapes: Stack) -> None:
+async def test_a_negative_prompt_equals_diffusers(shapes: Stack) -> None:
     await assert_equal(shapes, SHAPES, Request(negative_prompt="a small blue star, black background"))
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
-async def test_every_sampler_is_diffusers_own(shapes: Stack, sampler: str) -> None:
+async def test_every_sampler_equals_diffusers(shapes: Stack, sampler: str) -> None:
     await assert_equal(shapes, SHAPES, Request(sampler=sampler, steps=8))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-async def test_the_edges_controlnet_is_diffusers_own(
+async def test_the_edges_controlnet_equals_diffusers(
     shapes: Stack, edge_image: Image.Image, guidance_scale: float
 ) -> None:
     await assert_equal(shapes, SHAPES, Request(controls=[("edges", edge_image, 0.8)], guidance_scale=guidance_scale))
 
 
-async def test_the_layout_controlnet_is_diffusers_own(shapes: Stack, layout_image: Image.Image) -> None:
+async def test_the_layout_controlnet_equals_diffusers(shapes: Stack, layout_image: Image.Image) -> None:
     await assert_equal(shapes, SHAPES, Request(controls=[("layout", layout_image, 1.0)]))
 
 
-async def test_two_controlnets_are_summed_as_diffusers_sums_them(
+async def test_two_controlnets_equal_diffusers(
     shapes: Stack, edge_image: Image.Image, layout_image: Image.Image
 ) -> None:
     await assert_equal(shapes, SHAPES, Request(controls=[("edges", edge_image, 0.7), ("layout", layout_image, 0.9)]))
 
 
 @pytest.mark.parametrize("lora", ["outline", "pastel", "neon"])
-async def test_each_lora_is_diffusers_own(shapes: Stack, lora: str) -> None:
+async def test_each_lora_equals_diffusers(shapes: Stack, lora: str) -> None:
     await assert_equal(shapes, SHAPES, Request(loras=[(lora, 0.8)]))
 
 
-async def test_two_loras_are_added_as_diffusers_adds_them(shapes: Stack) -> None:
+async def test_two_loras_equal_diffusers(shapes: Stack) -> None:
     await assert_equal(shapes, SHAPES, Request(loras=[("outline", 0.6), ("neon", 0.5)]))
 
 
-async def test_controlnets_and_loras_together_are_diffusers_own(
+async def test_controlnets_and_loras_together_equal_diffusers(
     shapes: Stack, edge_image: Image.Image, layout_image: Image.Image
 ) -> None:
     controls = [("edges", edge_image, 0.7), ("layout", layout_image, 0.9)]
     await assert_equal(shapes, SHAPES, Request(controls=controls, loras=[("pastel", 0.9), ("neon", 0.4)]))
 
 
-async def test_after_a_lora_the_plain_model_is_back_bit_for_bit(shapes: Stack) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "guidance_scale", "controls", "loras"),
+    combinations(
+        sorted(SAMPLERS), [1.0, 5.0], [(), ("edges",), ("edges", "layout")], [(), ("outline",), ("pastel", "neon")]
+    ),
+)
+async def test_every_combination_of_features_is_diffusers_own(
+    shapes: Stack,
+    edge_image: Image.Image,
+    layout_image: Image.Image,
+    sampler: str,
+    guidance_scale: float,
+    controls: tuple[str, ...],
+    loras: tuple[str, ...],
+) -> None:
+    hints = {"edges": edge_image, "layout": layout_image}
+    request = Request(
+        sampler=sampler,
+        guidance_scale=guidance_scale,
+        controls=[(name, hints[name], 0.8) for name in controls],
+        loras=[(name, 0.7) for name in loras],
+    )
+    await assert_equal(shapes, SHAPES, request)
+
+
+async def test_the_plain_model_is_restored_bit_for_bit_after_a_lora(shapes: Stack) -> None:
     before, _ = await shapes.generate(Request())
     await shapes.generate(Request(loras=[("outline", 1.0), ("pastel", 0.3), ("neon", -0.5)]))
     after, _ = await shapes.generate(Request())
     assert torch.equal(before, after)
 
 
-async def test_a_v_prediction_model_is_diffusers_own(tmp_path: Path) -> None:
+async def test_a_v_prediction_model_equals_diffusers(tmp_path: Path) -> None:
     tiny_v_prediction(tmp_path / "tiny")
     async with started(tmp_path, "tiny") as stack:
         await assert_equal(stack, tmp_path / "tiny", Request(side=32))
 
 
 @pytest.mark.parametrize(("guidance_scale", "negative_prompt"), [(1.0, None), (5.0, None), (5.0, "a blue star")])
-async def test_sdxl_is_diffusers_own(tmp_path: Path, guidance_scale: float, negative_prompt: str | None) -> None:
+async def test_sdxl_equals_diffusers(tmp_path: Path, guidance_scale: float, negative_prompt: str | None) -> None:
     tiny_sdxl(tmp_path / "tiny")
     async with started(tmp_path, "tiny") as stack:
         request = Request(side=32, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
         await assert_equal(stack, tmp_path / "tiny", request, xl=True)
 
 
-async def test_an_sdxl_controlnet_is_diffusers_own(tmp_path: Path, edge_image: Image.Image) -> None:
+async def test_an_sdxl_controlnet_equals_diffusers(tmp_path: Path, edge_image: Image.Image) -> None:
     tiny_sdxl(tmp_path / "tiny")
     async with started(tmp_path, "tiny", controls={"control": "controlnet"}) as stack:
         request = Request(side=32, controls=[("control", edge_image.resize((32, 32)), 0.8)])
@@ -106,7 +132,7 @@ async def test_an_sdxl_controlnet_is_diffusers_own(tmp_path: Path, edge_image: I
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-async def test_a_guidance_distilled_model_is_diffusers_own(
+async def test_a_guidance_distilled_model_equals_diffusers(
     tmp_path: Path, edge_image: Image.Image, guidance_scale: float
 ) -> None:
     tiny_distilled(tmp_path / "tiny")

@@ -49,7 +49,7 @@ class Remote:
     @property
     def files(self) -> Counter[str]:
         """How often each file was sent, by its name in the pack."""
-        sent = (key.removeprefix("GET ").removeprefix("packs/shapes/") for key in self.server.asked.elements())
+        sent = (key.removeprefix("GET ").removeprefix("packs/shapes/") for key in self.server.requests.elements())
         return Counter(name for name in sent if "/" in name or name.endswith(".json"))
 
     def fetch(self, role: str = "VAE", *, metrics: Instruments | None = None, **source: str | None) -> Path:
@@ -70,7 +70,8 @@ class Remote:
         command = [sys.executable, "-c", FETCH, self.uri, str(self.cache)]
         child = subprocess.Popen(command, env=os.environ | self.environment, stdout=subprocess.PIPE)
         assert child.stdout is not None
-        assert child.stdout.readline() == b"begun\n"
+        with child.stdout as output:
+            assert output.readline() == b"begun\n"
         return child
 
 
@@ -135,25 +136,25 @@ def test_a_second_server_of_the_same_cache_fetches_nothing(remote: Remote) -> No
 
 
 def test_two_servers_that_start_at_once_fetch_each_file_once(remote: Remote) -> None:
-    remote.server.going.clear()
+    remote.server.flowing.clear()
     one, other = remote.process(), remote.process()
-    assert remote.server.halted.wait(60)
-    remote.server.going.set()
+    assert remote.server.paused.wait(60)
+    remote.server.flowing.set()
     assert (one.wait(60), other.wait(60)) == (0, 0)
     assert remote.files == dict.fromkeys(VAE, 1)
 
 
-def test_what_a_killed_server_has_half_fetched_is_never_served(remote: Remote) -> None:
-    remote.server.going.clear()
+def test_the_partial_download_of_a_killed_server_is_never_served(remote: Remote) -> None:
+    remote.server.flowing.clear()
     child = remote.process()
-    assert remote.server.halted.wait(60)
+    assert remote.server.paused.wait(60)
     child.kill()
     child.wait()
-    remote.server.going.set()
+    remote.server.flowing.set()
     assert content(remote.fetch()) == {name: (SHAPES / name).read_bytes() for name in VAE}
 
 
-def test_what_is_here_whole_serves_while_the_other_side_is_out_of_reach(remote: Remote) -> None:
+def test_a_complete_download_is_served_while_its_source_is_unreachable(remote: Remote) -> None:
     before = remote.fetch()
     if isinstance(remote.server, Hub):
         remote.server.down = True
@@ -164,7 +165,7 @@ def test_what_is_here_whole_serves_while_the_other_side_is_out_of_reach(remote: 
         remote.fetch("TextEncoder")
 
 
-def test_how_far_a_download_is_shows_in_the_metrics(remote: Remote) -> None:
+def test_the_metrics_show_the_progress_of_a_download(remote: Remote) -> None:
     metrics = Instruments(NODE, model="m", role="VAE")
     total = sum((SHAPES / name).stat().st_size for name in VAE)
     seen: list[tuple[int, int]] = []
@@ -195,12 +196,12 @@ def test_how_far_a_download_is_shows_in_the_metrics(remote: Remote) -> None:
 @pytest.mark.parametrize(
     ("uri", "revision", "words"),
     [
-        ("hf://org/nothing", None, "no such repository, or shows it to others only; check the name, and HF_TOKEN"),
+        ("hf://org/nothing", None, "no such repository, or it is private; check the name and HF_TOKEN"),
         ("hf://org/shapes", "v9", "no such branch, tag or commit; check the revision"),
-        ("hf://org/a--b", None, "that is no name of a repository"),
+        ("hf://org/a--b", None, "that is not the name of a repository"),
     ],
 )
-def test_what_the_hub_does_not_have_is_said_in_one_sentence(
+def test_a_missing_repository_or_revision_is_named_in_one_sentence(
     remote: Remote, uri: str, revision: str | None, words: str
 ) -> None:
     with pytest.raises(FailedPreconditionError) as caught:
@@ -210,10 +211,10 @@ def test_what_the_hub_does_not_have_is_said_in_one_sentence(
 
 
 @pytest.mark.parametrize("remote", ["hub"], indirect=True)
-def test_a_private_repository_opens_to_its_token_only(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_private_repository_needs_its_token(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(remote.server, Hub)
     remote.server.token = "hub-token"
-    with pytest.raises(FailedPreconditionError, match="HF_TOKEN if it is private"):
+    with pytest.raises(FailedPreconditionError, match="it is private; check the name and HF_TOKEN"):
         remote.fetch()
     monkeypatch.setenv("HF_TOKEN", "hub-token")
     assert content(remote.fetch()).keys() == VAE
@@ -224,10 +225,10 @@ def test_a_private_repository_opens_to_its_token_only(remote: Remote, monkeypatc
     ("uri", "words"),
     [
         ("s3://nowhere/packs/shapes", "there is no bucket 'nowhere'; check the name and AWS_ENDPOINT_URL"),
-        (f"s3://{BUCKET}/packs/shape", "nothing there is weights or configuration of this role; check the path"),
+        (f"s3://{BUCKET}/packs/shape", "it contains neither weights nor configuration of this role; check the path"),
     ],
 )
-def test_what_the_bucket_does_not_have_is_said_in_one_sentence(remote: Remote, uri: str, words: str) -> None:
+def test_a_missing_bucket_or_path_is_named_in_one_sentence(remote: Remote, uri: str, words: str) -> None:
     with pytest.raises(FailedPreconditionError) as caught:
         remote.fetch(uri=uri)
     assert caught.value.message.startswith(f"{uri} could not be fetched")
@@ -235,22 +236,22 @@ def test_what_the_bucket_does_not_have_is_said_in_one_sentence(remote: Remote, u
 
 
 @pytest.mark.parametrize("remote", ["bucket"], indirect=True)
-def test_weights_that_are_overwritten_while_they_are_fetched_are_not_served_half_and_half(remote: Remote) -> None:
+def test_weights_overwritten_during_a_download_are_never_served_as_a_mixture(remote: Remote) -> None:
     assert isinstance(remote.server, Store)
-    remote.server.going.clear()
+    remote.server.flowing.clear()
     child = remote.process()
-    assert remote.server.halted.wait(60)
+    assert remote.server.paused.wait(60)
     name = "packs/shapes/vae/diffusion_pytorch_model.safetensors"
     size = (SHAPES / "vae/diffusion_pytorch_model.safetensors").stat().st_size
     remote.server.client().put_object(Bucket=BUCKET, Key=name, Body=bytes(size))
-    remote.server.going.set()
+    remote.server.flowing.set()
     assert child.wait(60) != 0
     assert not list(remote.cache.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("remote", ["bucket"], indirect=True)
 @pytest.mark.parametrize(("keys", "words"), [(True, "may not read it"), (False, "there are no credentials")])
-def test_credentials_that_are_wrong_or_missing_are_named(
+def test_wrong_or_missing_credentials_are_named(
     remote: Remote, monkeypatch: pytest.MonkeyPatch, keys: bool, words: str
 ) -> None:
     assert isinstance(remote.server, Store)
@@ -264,14 +265,14 @@ def test_credentials_that_are_wrong_or_missing_are_named(
 
 
 @pytest.mark.parametrize("remote", ["bucket"], indirect=True)
-def test_an_endpoint_that_is_no_url_is_said_to_be_one(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_is_not_a_url_is_named(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "minio:9000")
     with pytest.raises(FailedPreconditionError, match=r"Invalid endpoint: minio:9000; check the AWS_\* environment"):
         remote.fetch()
 
 
 @pytest.mark.parametrize("remote", ["bucket"], indirect=True)
-def test_an_object_that_changed_is_fetched_again_beside_the_old(remote: Remote, tmp_path: Path) -> None:
+def test_a_changed_object_is_fetched_beside_the_old_download(remote: Remote, tmp_path: Path) -> None:
     assert isinstance(remote.server, Store)
     before = remote.fetch()
     remote.server.client().put_object(Bucket=BUCKET, Key="packs/shapes/vae/config.json", Body=b"{}")
@@ -281,20 +282,20 @@ def test_an_object_that_changed_is_fetched_again_beside_the_old(remote: Remote, 
 
 
 @pytest.mark.parametrize("remote", ["bucket"], indirect=True)
-def test_a_server_that_cannot_fetch_ends_with_two_and_says_why(remote: Remote) -> None:
+def test_a_server_that_cannot_fetch_exits_with_2_and_the_cause(remote: Remote) -> None:
     command = [sys.executable, "-m", "latentflow_nodes.server", "--role=VAE", "--uri=s3://nowhere/shapes"]
     done = subprocess.run(command, env=os.environ | remote.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("latentflow-node: s3://nowhere/shapes could not be fetched")
 
 
-def test_a_server_that_is_told_to_stop_while_it_fetches_ends_at_once(remote: Remote) -> None:
-    remote.server.going.clear()
+def test_a_server_ends_at_once_at_a_signal_during_a_download(remote: Remote) -> None:
+    remote.server.flowing.clear()
     command = [sys.executable, "-m", "latentflow_nodes.server", "--role=VAE", f"--uri={remote.uri}"]
     child = subprocess.Popen([*command, f"--cache={remote.cache}"], env=os.environ | remote.environment)
-    assert remote.server.halted.wait(60)
+    assert remote.server.paused.wait(60)
     child.terminate()
-    assert child.wait(10) == 0
+    assert child.wait(60) == 0
 
 
 def test_in_a_store_a_half_precision_file_is_an_adapter_of_its_own() -> None:
@@ -303,7 +304,7 @@ def test_in_a_store_a_half_precision_file_is_an_adapter_of_its_own() -> None:
     ) == ["loras/a.fp16.safetensors"]
 
 
-def test_a_controlnet_s_repository_may_be_the_component_itself() -> None:
+def test_a_controlnet_repository_may_be_the_component_itself() -> None:
     paths = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "sd/unet/config.json"]
     assert wanted("ControlNet", None, parts=families.parts("ControlNet")).of(paths) == paths[:2]
     folder = SHAPES / "controlnet-edges"

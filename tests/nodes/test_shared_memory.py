@@ -1,4 +1,4 @@
-"""Servers that share a memory pass tensors through its pages: bit for bit, leaving nothing, and over gRPC where they cannot."""
+"""Servers that share a memory exchange tensors through its pages: bit for bit, without leftovers, else over gRPC."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal import images
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.v1 import stage_pb2
 from latentflow_nodes.tensors.peers import Peers
@@ -75,7 +76,7 @@ def test_a_bundle_comes_back_from_a_page(folder: Path, bundle: dict[str, torch.T
         assert (receiver.kind == "shared-memory") == (receiver.size > 0)
 
 
-def test_a_sender_writes_its_one_page_anew_and_removes_it(folder: Path, memory: Memory) -> None:
+def test_a_sender_overwrites_its_one_page_and_removes_it(folder: Path, memory: Memory) -> None:
     with transport(memory).sender() as sender:
         for length in (7, 3, 100_000):
             bundle = {"a": torch.arange(length)}
@@ -86,7 +87,7 @@ def test_a_sender_writes_its_one_page_anew_and_removes_it(folder: Path, memory: 
     assert not pages(folder)
 
 
-def test_servers_know_each_other_s_memory_by_its_folder(tmp_path: Path) -> None:
+def test_servers_recognise_a_shared_memory_by_its_folder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with contextlib.ExitStack() as stack:
@@ -98,7 +99,7 @@ def test_servers_know_each_other_s_memory_by_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["absent", "file", "/proc/self"])
-def test_a_folder_that_cannot_be_used_is_refused_by_name(tmp_path: Path, path: str) -> None:
+def test_an_unusable_folder_is_refused_by_name(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FailedPreconditionError, match=f"The shared memory {tmp_path / path} cannot be used"):
         Memory(tmp_path / path)
@@ -122,12 +123,12 @@ NAMES = st.one_of(
 
 @settings(deadline=None)
 @given(name=NAMES)
-def test_nothing_but_a_page_is_opened(folder: Path, name: str) -> None:
+def test_a_reader_opens_only_pages(folder: Path, name: str) -> None:
     with contextlib.closing(Memory(folder)) as ours, pytest.raises(PageError):
         ours.read(name, [memoryview(bytearray(1))])
 
 
-def test_no_link_or_pipe_in_the_memory_leads_a_reader_astray(tmp_path: Path) -> None:
+def test_a_reader_follows_no_link_and_blocks_on_no_pipe(tmp_path: Path) -> None:
     secret, shared = tmp_path / "secret", tmp_path / "shared"
     secret.mkdir()
     shared.mkdir()
@@ -142,7 +143,7 @@ def test_no_link_or_pipe_in_the_memory_leads_a_reader_astray(tmp_path: Path) -> 
                 ours.read(name, [memoryview(bytearray(1))])
 
 
-def test_a_page_that_is_too_short_is_noticed(memory: Memory) -> None:
+def test_a_truncated_page_is_detected(memory: Memory) -> None:
     page = memory.page()
     page.write([memoryview(b"abc")])
     with pytest.raises(PageError, match="ends after 3 bytes"):
@@ -150,7 +151,7 @@ def test_a_page_that_is_too_short_is_noticed(memory: Memory) -> None:
     page.close()
 
 
-def test_what_finds_no_room_goes_as_bytes_and_leaves_no_page(folder: Path, memory: Memory) -> None:
+def test_a_bundle_without_room_is_sent_as_bytes_and_leaves_no_page(folder: Path, memory: Memory) -> None:
     bundle = {"a": torch.arange(10_000)}
     with transport(memory).sender() as sender:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -197,7 +198,7 @@ def running(program: str, folder: Path) -> Iterator[None]:
             process.kill()
 
 
-def test_what_a_killed_server_left_is_swept_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
+def test_the_sweep_removes_pages_of_killed_servers_only(tmp_path: Path) -> None:
     with contextlib.closing(Memory(tmp_path)) as survivor:
         page = survivor.page()
         with running(OWN_A_PAGE, tmp_path):
@@ -209,7 +210,7 @@ def test_what_a_killed_server_left_is_swept_and_what_a_living_one_has_is_not(tmp
     assert [one.name for one in tmp_path.iterdir()] == ["id"]
 
 
-def test_what_a_killed_runtime_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_a_runtime_removes_the_folders_of_killed_runtimes(tmp_path: Path) -> None:
     with running(OWN_A_FOLDER, tmp_path):
         (left,) = tmp_path.iterdir()
         with private_folder(tmp_path):
@@ -219,7 +220,7 @@ def test_what_a_killed_runtime_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-def test_a_machine_without_memory_to_share_does_without(tmp_path: Path) -> None:
+def test_a_machine_without_shared_memory_uses_grpc(tmp_path: Path) -> None:
     with private_folder(tmp_path / "absent") as folder:
         assert folder is None
 
@@ -229,7 +230,7 @@ CONTROLS = {"edges": "controlnet-edges", "layout": "controlnet-layout"}
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def sharing(folder: Path) -> AsyncIterator[Stack]:
-    """The shapes workflow over one memory, but for the layout ControlNet, which has another."""
+    """The shapes workflow over one memory; only the layout ControlNet has another."""
     elsewhere = folder.parent / f"{folder.name}-elsewhere"
     elsewhere.mkdir()
     own: dict[str, dict[str, object]] = {"layout": {"shared_memory": elsewhere}}
@@ -243,13 +244,13 @@ def moved(stack: Stack, name: str, transport: str, direction: str) -> float:
 
 
 def release_all(stack: Stack) -> None:
-    """What a gateway does at the end of its requests."""
+    """Releases handles, as a gateway does at the end of a request."""
     for node in stack.nodes.values():
         node.context.store.close()
 
 
 @on_the_stack
-async def test_the_result_is_that_of_grpc_bit_for_bit(
+async def test_the_result_equals_that_over_grpc_bit_for_bit(
     sharing: Stack, shapes: Stack, edge_image: Image.Image, layout_image: Image.Image
 ) -> None:
     controls = [("edges", edge_image, 0.7), ("layout", layout_image, 0.9)]
@@ -261,7 +262,7 @@ async def test_the_result_is_that_of_grpc_bit_for_bit(
 
 
 @on_the_stack
-async def test_metrics_tell_who_shares_with_whom(
+async def test_metrics_count_transfers_by_transport(
     sharing: Stack, edge_image: Image.Image, layout_image: Image.Image
 ) -> None:
     def all_moved() -> dict[tuple[str, str, str], float]:
@@ -297,14 +298,14 @@ async def test_metrics_tell_who_shares_with_whom(
 
 
 @on_the_stack
-async def test_a_long_request_has_one_page_for_its_residuals_and_leaves_none(
+async def test_a_long_request_uses_one_page_for_residuals_and_leaves_none(
     sharing: Stack, folder: Path, edge_image: Image.Image
 ) -> None:
     release_all(sharing)
-    request = await sharing.denoise_request(Request(controls=[("edges", edge_image, 0.7)], steps=30))
+    request = await sharing.denoise_open(Request(controls=[("edges", edge_image, 0.7)], steps=30))
     request.checkpoint_interval = 1
     seen = []
-    async for _ in sharing.stage("base").Denoise(request, timeout=SECONDS):
+    async for _ in sharing.denoising(request):
         seen.append({page.name for page in pages(folder)})
     # Of the two halves of the conditioning, and of the stream.
     assert max(len(now) for now in seen) == 3
@@ -314,11 +315,9 @@ async def test_a_long_request_has_one_page_for_its_residuals_and_leaves_none(
 
 
 @on_the_stack
-async def test_a_request_that_is_cancelled_leaves_no_page(
-    sharing: Stack, folder: Path, edge_image: Image.Image
-) -> None:
-    request = await sharing.denoise_request(Request(controls=[("edges", edge_image, 0.7)], steps=900))
-    call = sharing.stage("base").Denoise(request, timeout=SECONDS)
+async def test_a_cancelled_request_leaves_no_page(sharing: Stack, folder: Path, edge_image: Image.Image) -> None:
+    request = await sharing.denoise_open(Request(controls=[("edges", edge_image, 0.7)], steps=900))
+    call = sharing.denoising(request)
     await call.read()
     assert len(pages(folder)) == 3
     call.cancel()
@@ -327,15 +326,15 @@ async def test_a_request_that_is_cancelled_leaves_no_page(
 
 
 @on_the_stack
-async def test_pages_that_vanish_under_a_request_are_asked_for_as_bytes(
+async def test_values_of_vanished_pages_are_requested_as_bytes(
     sharing: Stack, shapes: Stack, folder: Path, edge_image: Image.Image
 ) -> None:
     asked = Request(controls=[("edges", edge_image, 0.7)], steps=12)
     expected, _ = await shapes.generate(asked)
     before = moved(sharing, "base", "grpc", "receive")
-    request = await sharing.denoise_request(asked)
+    request = await sharing.denoise_open(asked)
     request.checkpoint_interval = 1
-    async for event in sharing.stage("base").Denoise(request, timeout=SECONDS):
+    async for event in sharing.denoising(request):
         for page in pages(folder):
             page.unlink()
         if event.WhichOneof("event") == "result":
@@ -345,12 +344,16 @@ async def test_pages_that_vanish_under_a_request_are_asked_for_as_bytes(
 
 
 @on_the_stack
-async def test_a_step_asked_for_before_the_last_is_answered_does_not_overwrite_it(
+async def test_an_early_request_for_a_step_does_not_overwrite_the_last_answer(
     sharing: Stack, edge_image: Image.Image
 ) -> None:
     conditioning = (await sharing.encode(Request())).conditioning
     opening = stage_pb2.ResidualsOpen(
-        conditioning=conditioning, guidance=True, image=png(edge_image), width=64, height=64
+        conditioning=conditioning,
+        half=stage_pb2.GUIDANCE_HALF_BOTH,
+        image=images.png(png(edge_image)),
+        width=64,
+        height=64,
     )
     ref = stage_pb2.ControlNetRef(peer=sharing.peer("edges"))
     samples = [torch.full((2, 4, 8, 8), float(i)) for i in range(6)]
@@ -380,7 +383,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 
 @on_the_stack
-async def test_a_memory_that_is_full_is_done_without(shapes: Stack, small: Path, edge_image: Image.Image) -> None:
+async def test_a_full_memory_is_replaced_by_grpc(shapes: Stack, small: Path, edge_image: Image.Image) -> None:
     request = Request(controls=[("edges", edge_image, 0.7)])
     expected, _ = await shapes.generate(request)
     async with started(MODELS, "shapes", controls=CONTROLS, shared_memory=small) as stack:

@@ -40,17 +40,17 @@ def test_a_held_tensor_is_read_any_number_of_times(store: TensorStore) -> None:
         assert torch.equal(store.get(boot_id=handle.boot_id, key=handle.id).tensor, tensor)
 
 
-def test_a_lease_that_nobody_renews_ends(store: TensorStore, clock: Clock) -> None:
+def test_a_lease_that_is_not_renewed_expires(store: TensorStore, clock: Clock) -> None:
     handle = store.put(torch.zeros(1)).handle
     clock.now = 59
     assert store.sweep() == 0
     clock.now = 60
     assert store.sweep() == 1
-    with pytest.raises(OwnerLostError, match="Run the stage that made it again"):
+    with pytest.raises(OwnerLostError, match="Run the stage that produced it again"):
         store.get(boot_id=handle.boot_id, key=handle.id)
 
 
-def test_a_renewed_lease_lives_on(store: TensorStore, clock: Clock) -> None:
+def test_a_renewed_lease_is_extended(store: TensorStore, clock: Clock) -> None:
     handle = store.put(torch.zeros(1)).handle
     clock.now = 59
     assert store.renew(boot_id=handle.boot_id, keys=[handle.id, b"unknown"]) == [b"unknown"]
@@ -75,9 +75,7 @@ def test_releasing_twice_is_harmless(store: TensorStore) -> None:
     assert len(store) == 0
 
 
-async def test_who_drains_waits_until_what_it_holds_was_released_or_its_lease_has_ended(
-    store: TensorStore, clock: Clock
-) -> None:
+async def test_a_draining_server_waits_for_release_or_expiry_of_its_tensors(store: TensorStore, clock: Clock) -> None:
     released, expired = store.put(torch.zeros(1)).handle, store.put(torch.zeros(1)).handle
     waiting = asyncio.create_task(store.emptied())
     store.release(boot_id=released.boot_id, keys=[released.id])

@@ -11,7 +11,10 @@ import pytest
 from latentflow.errors import OverloadedError
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow_nodes.engine.compute_lock import ComputeLock
+from latentflow_nodes.engine.load import Load, PassSize
 from latentflow_nodes.engine.worker import Worker
+
+ANY_SIZE = PassSize(rows=1)
 
 
 class Held:
@@ -19,7 +22,7 @@ class Held:
 
     def __init__(self) -> None:
         self.metrics = Instruments(NODE, model="controlnet-1", role="ControlNet")
-        self.worker = Worker(threads=1, max_waiting=2, lock=ComputeLock(None), metrics=self.metrics)
+        self.worker = Worker(threads=1, max_waiting=2, lock=ComputeLock(None), load=Load(self.metrics))
         self._calls: list[asyncio.Task[bool]] = []
         self._started, self._end = threading.Event(), threading.Event()
 
@@ -33,7 +36,7 @@ class Held:
         self.worker.close()
 
     def add(self, *, resumed: bool) -> None:
-        self._calls.append(asyncio.create_task(self.worker.run(self._work, resumed=resumed)))
+        self._calls.append(asyncio.create_task(self.worker.run(self._work, size=ANY_SIZE, resumed=resumed)))
 
     def _work(self) -> bool:
         self._started.set()
@@ -72,4 +75,4 @@ async def test_calls_beyond_the_queue_limit_are_refused() -> None:
         held.add(resumed=True)
         assert await held.queued() == 0
         with pytest.raises(OverloadedError, match="queue is full"):
-            await held.worker.run(lambda: True)
+            await held.worker.run(lambda: True, size=ANY_SIZE)

@@ -1,4 +1,4 @@
-"""A training small enough for a test."""
+"""A training of a size for tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latentflow_pack.settings import Adapter, Settings, Stage
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Settings:
-    """All stages at sizes that take seconds."""
+    """Settings with which every stage takes seconds."""
     stage = Stage(steps=4, batch=2, rate=1e-3, warmup=1, save_every=2, report_every=100)
     return Settings(
         out=tmp_path / "pack",

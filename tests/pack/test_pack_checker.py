@@ -25,14 +25,14 @@ def drawn() -> Drawn:
     return [(scene, draw(arrange(scene, rng))) for scene in scenes]
 
 
-def test_the_checker_reads_the_training_pictures(drawn: Drawn) -> None:
+def test_the_checker_recognizes_the_training_pictures(drawn: Drawn) -> None:
     verdicts = [judge(image, scene) for scene, image in drawn]
     assert np.mean([verdict.things for verdict in verdicts]) >= 0.99
     assert np.mean([verdict.size for verdict in verdicts]) >= 0.99
     assert np.mean([verdict.background for verdict in verdicts]) == 1.0
 
 
-def test_shuffled_captions_score_chance(drawn: Drawn) -> None:
+def test_shuffled_captions_score_as_chance_does(drawn: Drawn) -> None:
     ones = [(scene, image) for scene, image in drawn if len(scene.things) == 1]
     moved = [(scene, image) for (scene, _), (_, image) in zip(ones, ones[1:] + ones[:1], strict=True)]
     verdicts = [judge(image, scene) for scene, image in moved]
@@ -66,7 +66,7 @@ def test_a_bar_is_none_of_the_shapes() -> None:
     assert [thing.shape for thing in read(image).things] == ["unknown"]
 
 
-def test_edges_agree_with_themselves_and_with_a_shift_of_one_pixel_only(drawn: Drawn) -> None:
+def test_edges_agree_with_themselves_shifted_by_at_most_a_pixel(drawn: Drawn) -> None:
     for _, image in drawn[:20]:
         assert hints.edge_agreement(image, image) == 1.0
         assert hints.edge_agreement(np.roll(image, 1, axis=1), image) > 0.95
@@ -83,7 +83,7 @@ def test_hints_are_pictures_of_the_pipelines_size(drawn: Drawn) -> None:
 
 
 @pytest.mark.parametrize("style", STATISTICS)
-def test_each_statistic_tells_its_style_from_the_plain_one(style: str) -> None:
+def test_each_statistic_separates_its_style_from_the_plain_one(style: str) -> None:
     rng = random.Random(24)
     layouts = [arrange(sample(rng, NOTHING), rng) for _ in range(80)]
     statistic = STATISTICS[style]

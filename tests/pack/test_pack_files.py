@@ -1,4 +1,4 @@
-"""The committed weights themselves."""
+"""The committed weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ SAMPLERS = (
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
 )
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def test_ranks_and_alphas_differ() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_draws_what_the_prompt_says(pipe: StableDiffusionPipeline, sampler: str) -> None:
+def test_pictures_show_the_prompt_with_every_sampler(pipe: StableDiffusionPipeline, sampler: str) -> None:
     scheduler = getattr(importlib.import_module("diffusers"), sampler)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     texts = [

@@ -1,4 +1,4 @@
-"""The grammar says what it reads, and training keeps its hands off what is held out."""
+"""Captions and scenes convert into each other, and training draws nothing that is held out."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_the_caption_reads_like_a_sentence() -> None:
         ("a red circle and a red circle and a red circle", "names 3 objects"),
     ],
 )
-def test_what_the_grammar_cannot_say_is_refused_with_the_part_that_is_wrong(text: str, complaint: str) -> None:
+def test_a_text_outside_the_grammar_is_refused_with_the_wrong_part(text: str, complaint: str) -> None:
     with pytest.raises(GrammarError, match=complaint):
         parse(text)
 
 
-def test_training_draws_every_pair_but_the_held_out_ones() -> None:
+def test_training_draws_every_pair_except_those_held_out() -> None:
     held_out = HeldOut.load()
     rng = random.Random(12)
     scenes = [sample(rng, held_out) for _ in range(6000)]
@@ -68,7 +68,7 @@ def test_training_draws_every_pair_but_the_held_out_ones() -> None:
     assert not {frozenset(scene.pairs) for scene in scenes} & held_out.couples
 
 
-def test_held_out_couples_are_made_of_pairs_that_training_knows() -> None:
+def test_held_out_couples_consist_of_pairs_that_training_draws() -> None:
     held_out = HeldOut.load()
     assert held_out.pairs
     assert not any(couple & held_out.pairs for couple in held_out.couples)

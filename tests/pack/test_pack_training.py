@@ -1,4 +1,4 @@
-"""Training at tiny sizes: stopped or not, it ends alike, and draws nothing that is held out."""
+"""Training at tiny sizes: interrupted or not, it ends with the same weights, and never draws what is held out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from latentflow_pack.grammar import HeldOut, Scene
 from latentflow_pack.settings import Settings, Stage
 from latentflow_pack.training import Loop
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
@@ -26,34 +24,34 @@ def _elsewhere(settings: Settings) -> Settings:
     return replace(settings, work=settings.work.with_name("other"))
 
 
-def _no_look(_model: object) -> str:
+def _no_inspection(_model: object) -> str:
     return ""
 
 
-def test_a_codec_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
+def test_an_interrupted_codec_training_ends_with_the_same_weights(tiny: Settings) -> None:
     whole = vae.train(tiny)
     other = _elsewhere(tiny)
-    vae.train(other, until=3)
-    assert not _same(vae.train(other, until=2), whole)
+    vae.train(other, stop_at=3)
+    assert not _same(vae.train(other, stop_at=2), whole)
     resumed = vae.train(other)
     assert _same(resumed, whole)
     assert resumed.config.scaling_factor == whole.config.scaling_factor
 
 
-def test_a_denoiser_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
+def test_an_interrupted_denoiser_training_ends_with_the_same_weights(tiny: Settings) -> None:
     codec = vae.build(tiny)
-    whole = denoiser.train(tiny, codec, look=_no_look)
+    whole = denoiser.train(tiny, codec, inspect=_no_inspection)
     other = _elsewhere(tiny)
-    denoiser.train(other, codec, look=_no_look, until=3)
-    assert _same(denoiser.train(other, codec, look=_no_look), whole)
+    denoiser.train(other, codec, inspect=_no_inspection, stop_at=3)
+    assert _same(denoiser.train(other, codec, inspect=_no_inspection), whole)
 
 
-def test_a_controlnet_training_that_was_stopped_ends_with_the_same_weights(tiny: Settings) -> None:
+def test_an_interrupted_controlnet_training_ends_with_the_same_weights(tiny: Settings) -> None:
     codec, base = vae.build(tiny), denoiser.build(tiny, tokens.build())
-    whole = controlnet.train(tiny, codec, base, kind="edges", look=_no_look)
+    whole = controlnet.train(tiny, codec, base, kind="edges", inspect=_no_inspection)
     other = _elsewhere(tiny)
-    controlnet.train(other, codec, base, kind="edges", look=_no_look, until=2)
-    assert _same(controlnet.train(other, codec, base, kind="edges", look=_no_look), whole)
+    controlnet.train(other, codec, base, kind="edges", inspect=_no_inspection, stop_at=2)
+    assert _same(controlnet.train(other, codec, base, kind="edges", inspect=_no_inspection), whole)
 
 
 def test_an_untrained_controlnet_changes_nothing(tiny: Settings) -> None:
@@ -69,7 +67,7 @@ def test_an_untrained_controlnet_changes_nothing(tiny: Settings) -> None:
     assert not any(bool(part.any()) for part in [*down, middle])
 
 
-def test_a_lora_touches_only_its_own_weights(tiny: Settings) -> None:
+def test_training_a_lora_changes_only_its_own_weights(tiny: Settings) -> None:
     codec, base = vae.build(tiny), denoiser.build(tiny, tokens.build())
     before = {name: value.clone() for name, value in base.state_dict().items()}
     trained = lora.train(tiny, codec, base, adapter=tiny.adapters[0])
@@ -104,9 +102,9 @@ def test_no_stage_draws_what_is_held_out(tiny: Settings, monkeypatch: pytest.Mon
     monkeypatch.setattr(vae, "reconstruction_scores", lambda _model: {})
     many = replace(tiny, pictures=300, hinted=300, styled=300)
     codec, base = vae.train(many), denoiser.build(many, tokens.build())
-    denoiser.train(many, codec, look=_no_look)
+    denoiser.train(many, codec, inspect=_no_inspection)
     for kind in hints.KINDS:
-        controlnet.train(many, codec, base, kind=kind, look=_no_look)
+        controlnet.train(many, codec, base, kind=kind, inspect=_no_inspection)
     lora.train(many, codec, base, adapter=many.adapters[0])
     held_out = HeldOut.load()
     assert len(drawn) >= 1200

@@ -1,4 +1,4 @@
-"""Whose downloads are looked at, and what is said of them."""
+"""Whose download progress the operator reads, and how it reports it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from latentflow.api.status import ConditionType
 from latentflow.internal import sizes
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow_operator.conditions import of_model
-from latentflow_operator.downloads import Downloads, Reading, sentence, watched
-from latentflow_operator.store import Place, Store
-from latentflow_operator.troubles import Trouble
+from latentflow_operator.container_failures import Failure
+from latentflow_operator.downloads import Downloads, Progress, downloading_hosts, message
+from latentflow_operator.objects import ObjectKey, Pod, conditions_of, parse
+from latentflow_operator.store import Store
 
 GIB = 1 << 30
 
@@ -26,6 +27,10 @@ def pod(name: str = "a", *, ip: str | None = "10.0.0.1", phase: str = "Running",
     labels = {"latentflow.io/model": "vae-1"}
     metadata = {"namespace": "ns", "name": name, "uid": name, "resourceVersion": "1", "labels": labels}
     return {"kind": "Pod", "metadata": metadata, "status": status | ({"podIP": ip} if ip else {})}
+
+
+def parsed(bodies: list[dict[str, Any]]) -> list[Pod]:
+    return [one for body in bodies if isinstance(one := parse(body), Pod)]
 
 
 def model(uri: str) -> dict[str, Any]:
@@ -45,8 +50,8 @@ def model(uri: str) -> dict[str, Any]:
         ("shapes", [pod()], []),
     ],
 )
-def test_only_servers_that_may_be_fetching_are_asked(uri: str, pods: list[Any], addresses: list[str]) -> None:
-    assert watched(uri, pods) == addresses
+def test_only_servers_that_may_be_downloading_are_read(uri: str, pods: list[Any], addresses: list[str]) -> None:
+    assert downloading_hosts(uri, parsed(pods)) == addresses
 
 
 @pytest.mark.parametrize(
@@ -58,65 +63,65 @@ def test_only_servers_that_may_be_fetching_are_asked(uri: str, pods: list[Any], 
         (0, 10, "0 of 10 bytes"),
     ],
 )
-def test_sizes_are_told_in_the_unit_of_the_whole(done: float, total: float, words: str) -> None:
+def test_sizes_are_reported_in_the_unit_of_the_total(done: float, total: float, words: str) -> None:
     assert sizes.progress(done, total) == words
 
 
 counts = st.integers(min_value=0, max_value=10 * GIB)
 
 
-@given(st.lists(st.builds(Reading, done=counts, total=counts), max_size=4))
-def test_the_server_that_will_serve_first_speaks_and_none_that_is_done(readings: list[Reading]) -> None:
-    fetching = [one for one in readings if one.done < one.total]
-    said = sentence(readings)
-    assert (said is None) == (not fetching)
-    if said is not None:
-        first = max(fetching, key=lambda one: one.done / one.total)
-        assert said == f"A server fetches the weights: {sizes.progress(first.done, first.total)}."
+@given(st.lists(st.builds(Progress, done=counts, total=counts), max_size=4))
+def test_the_progress_of_the_server_that_is_furthest_and_unfinished_is_reported(progress: list[Progress]) -> None:
+    unfinished = [one for one in progress if one.done < one.total]
+    text = message(progress)
+    assert (text is None) == (not unfinished)
+    if text is not None:
+        first = max(unfinished, key=lambda one: one.done / one.total)
+        assert text == f"A server downloads the weights: {sizes.progress(first.done, first.total)}."
 
 
 @pytest.mark.parametrize(
-    ("wanted", "pods", "refused", "reason"),
+    ("wanted", "pods", "unresolved", "reason"),
     [
         (1, [pod()], None, "Downloading"),
         (1, [pod(ready=True)], None, "ReplicasReady"),
         (0, [], None, "ScaledToZero"),
-        (1, [], Trouble(about=ConditionType.WEIGHTS_AVAILABLE, reason="CannotLoad", message="No."), "CannotLoad"),
+        (1, [], Failure(condition=ConditionType.WEIGHTS_AVAILABLE, reason="CannotLoad", message="No."), "CannotLoad"),
     ],
 )
-def test_a_download_is_told_only_of_a_model_that_waits_for_nothing_else(
-    wanted: int, pods: list[Any], refused: Trouble | None, reason: str
+def test_a_download_is_reported_only_if_no_other_reason_applies(
+    wanted: int, pods: list[Any], unresolved: Failure | None, reason: str
 ) -> None:
     statements = of_model(
         wanted=wanted,
         deployment=None,
-        pods=pods,
+        pods=parsed(pods),
         is_own=lambda container: True,
-        before={},
-        blind=False,
-        wakes=True,
-        refused=refused,
+        previous={},
+        lacks_signals=False,
+        can_wake=True,
+        unresolved=unresolved,
         downloading="1 of 2 GiB.",
     )
-    said = {one.type: one for one in statements}
-    assert said[ConditionType.READY].reason == reason
-    told = {one.reason for one in statements if one.message == "1 of 2 GiB."}
-    assert told == ({"Downloading"} if reason == "Downloading" else set())
+    found = {one.type: one for one in statements}
+    assert found[ConditionType.READY].reason == reason
+    reported = {one.reason for one in statements if one.message == "1 of 2 GiB."}
+    assert reported == ({"Downloading"} if reason == "Downloading" else set())
 
 
-async def test_a_change_is_told_once_and_what_does_not_answer_changes_nothing() -> None:
-    store, changed, node = Store(), list[Place](), Instruments(NODE, model="vae-1", role="VAE")
+async def test_a_change_is_reported_once_and_a_failed_read_changes_nothing() -> None:
+    store, changed, node = Store(), list[ObjectKey](), Instruments(NODE, model="vae-1", role="VAE")
     port = node.serve(host="127.0.0.1", port=0)
-    downloads = Downloads(store=store, changed=changed.append, port=port)
-    told = {"Progressing": {"reason": "Downloading", "message": "As before."}}
+    downloads = Downloads(store=store, on_change=changed.append, port=port)
+    present = conditions_of({"conditions": [{"type": "Progressing", "reason": "Downloading", "message": "As before."}]})
     store.put(model("hf://org/repo"))
     store.put(pod(ip="127.0.0.1"))
-    # The operator has just started, and what was said stands.
-    assert downloads.said(("ns", "vae-1"), told) == "As before."
+    # Before the first round the message in the status is kept.
+    assert downloads.progress(("ns", "vae-1"), present) == "As before."
     node.of("latentflow_download_total_bytes").set(8 * GIB)
     async with aiohttp.ClientSession() as session:
         await downloads.step(session)
-        assert downloads.said(("ns", "vae-1"), told) == "A server fetches the weights: 0.0 of 8.0 GiB."
+        assert downloads.progress(("ns", "vae-1"), present) == "A server downloads the weights: 0.0 of 8.0 GiB."
         await downloads.step(session)
         assert changed == [("ns", "vae-1")]
         node.of("latentflow_download_bytes").set(2 * GIB)
@@ -124,31 +129,31 @@ async def test_a_change_is_told_once_and_what_does_not_answer_changes_nothing() 
         assert changed == [("ns", "vae-1")] * 2
         node.close()
         await downloads.step(session)
-        assert downloads.said(("ns", "vae-1"), {}) == "A server fetches the weights: 2.0 of 8.0 GiB."
+        assert downloads.progress(("ns", "vae-1"), {}) == "A server downloads the weights: 2.0 of 8.0 GiB."
         store.drop(pod())
         await downloads.step(session)
-        assert downloads.said(("ns", "vae-1"), told) is None
+        assert downloads.progress(("ns", "vae-1"), present) is None
     assert changed == [("ns", "vae-1")] * 3
 
 
-async def test_what_was_told_of_a_download_before_a_restart_does_not_outlive_it() -> None:
-    store, changed = Store(), list[Place]()
-    told = {"type": "Progressing", "status": "True", "reason": "Downloading", "message": "1 of 2 GiB."}
-    store.put(model("hf://org/repo") | {"status": {"conditions": [told]}})
+async def test_a_download_reported_before_a_restart_is_cleared_once_it_has_ended() -> None:
+    store, changed = Store(), list[ObjectKey]()
+    reported = {"type": "Progressing", "status": "True", "reason": "Downloading", "message": "1 of 2 GiB."}
+    store.put(model("hf://org/repo") | {"status": {"conditions": [reported]}})
     async with aiohttp.ClientSession() as session:
-        await Downloads(store=store, changed=changed.append).step(session)
+        await Downloads(store=store, on_change=changed.append).step(session)
     assert changed == [("ns", "vae-1")]
 
 
-async def test_a_server_that_answers_nonsense_is_as_one_that_does_not_answer() -> None:
-    async def nonsense(_: web.Request) -> web.Response:
+async def test_an_invalid_answer_of_a_server_counts_as_no_answer() -> None:
+    async def invalid(_: web.Request) -> web.Response:
         return web.Response(text='# HELP a b\n# TYPE a gauge\na{x="y", ="w"} 1.0\n')
 
     application = web.Application()
-    application.router.add_get("/metrics", nonsense)
-    store, changed = Store(), list[Place]()
+    application.router.add_get("/metrics", invalid)
+    store, changed = Store(), list[ObjectKey]()
     store.put(model("hf://org/repo"))
     store.put(pod(ip="127.0.0.1"))
     async with TestServer(application) as server, aiohttp.ClientSession() as session:
-        await Downloads(store=store, changed=changed.append, port=server.port).step(session)
+        await Downloads(store=store, on_change=changed.append, port=server.port).step(session)
     assert changed == []

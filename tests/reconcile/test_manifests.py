@@ -1,12 +1,11 @@
-"""The objects that serve a model."""
+"""The manifests of the objects that serve a model."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
-from latentflow.api.model import ModelSpec
-from latentflow.api.types import Engine
+from latentflow.api.types import Engine, ModelSpec, Pod
 from latentflow_nodes.settings import parse
 from latentflow_operator.manifests import Manifest, manifests
 from latentflow_operator.settings import OperatorSettings
@@ -31,14 +30,14 @@ def pod(**spec: Any) -> Manifest:
     return template
 
 
-def test_all_of_a_model_s_objects_are_owned_by_it_and_go_with_it() -> None:
+def test_all_objects_of_a_model_are_owned_by_it() -> None:
     for manifest in made():
         assert manifest["metadata"]["name"] == "vae-1"
         (owner,) = manifest["metadata"]["ownerReferences"]
         assert (owner["kind"], owner["uid"], owner["controller"]) == ("DiffusionModel", "uid-1", True)
 
 
-def test_the_server_s_arguments_are_ones_that_it_takes() -> None:
+def test_the_server_accepts_its_arguments() -> None:
     (container,) = pod(
         role="Denoiser",
         source={"uri": "hf://org/repo", "subfolder": "vae", "revision": "main"},
@@ -57,7 +56,7 @@ def test_the_server_s_arguments_are_ones_that_it_takes() -> None:
     assert settings.identity == "vae-1"
 
 
-def test_termination_grace_exceeds_the_drain() -> None:
+def test_the_termination_grace_period_exceeds_the_drain() -> None:
     drain = next(a for a in pod()["containers"][0]["args"] if a.startswith("--drain="))
     assert pod()["terminationGracePeriodSeconds"] > int(drain.partition("=")[2])
 
@@ -72,7 +71,7 @@ def test_termination_grace_exceeds_the_drain() -> None:
         ({}, 5, 5),
     ],
 )
-def test_replicas_are_what_was_scaled_to_and_at_first_enough_to_serve(
+def test_replicas_are_as_scaled_and_initially_enough_to_serve(
     scaling: dict[str, int], replicas: int | None, pods: int
 ) -> None:
     assert made(scaling=scaling, replicas=replicas)[0]["spec"]["replicas"] == pods
@@ -104,7 +103,7 @@ def test_an_image_is_mounted_and_read_as_a_folder() -> None:
 @pytest.mark.parametrize(
     ("uri", "hub", "s3"), [("hf://org/repo", True, False), ("s3://bucket/x", False, True), ("shapes", False, False)]
 )
-def test_only_servers_that_need_them_get_a_store_s_credentials(uri: str, hub: bool, s3: bool) -> None:
+def test_only_servers_that_need_them_get_credentials(uri: str, hub: bool, s3: bool) -> None:
     (container,) = pod(source={"uri": uri})["containers"]
     names = {variable["name"] for variable in container["env"]}
     assert ("HF_TOKEN" in names, "HF_ENDPOINT" in names) == (hub, hub)
@@ -129,7 +128,29 @@ def test_pod_overrides_pass_through() -> None:
     assert {"name": "A", "value": "1"} in spec["containers"][0]["env"]
 
 
-def test_secrets_are_referred_to_and_never_written_out() -> None:
+def test_every_field_of_a_pod_reaches_the_deployment() -> None:
+    """But those of containers, and labels and annotations, which other tests look at."""
+    values: dict[type, Any] = {bool: False, str: "x", list: [{"name": "x"}], dict: {"x": "y"}}
+    elsewhere = {"labels", "annotations", "env", "volumes", "volume_mounts"}
+    wanted: dict[str, Any] = {}
+    for name, field in Pod.model_fields.items():
+        kind = next(one for one in get_args(field.annotation) if one is not type(None))
+        if name not in elsewhere:
+            wanted[str(field.alias)] = values[get_origin(kind) or kind]
+    assert len(wanted) > 15
+    found = pod(pod=wanted)
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_labels_and_annotations_of_a_pod_stand_beside_the_operator_s_own() -> None:
+    theirs = {"labels": {"kueue.x-k8s.io/queue-name": "images"}, "annotations": {"prometheus.io/scrape": "false"}}
+    template = made(pod=theirs)[0]["spec"]["template"]["metadata"]
+    assert template["labels"] == made()[0]["spec"]["template"]["metadata"]["labels"] | theirs["labels"]
+    assert template["annotations"]["prometheus.io/scrape"] == "false"
+    assert template["annotations"]["prometheus.io/port"] == "8501"
+
+
+def test_secrets_are_referenced_and_never_written_out() -> None:
     (container,) = pod(source={"uri": "hf://org/repo"})["containers"]
     variables = {variable["name"]: variable for variable in container["env"]}
     for name, secret in (("LATENTFLOW_TOKEN", "latentflow-token"), ("HF_TOKEN", "hub")):
@@ -156,7 +177,7 @@ def arguments(of: Manifest) -> dict[str, str]:
     return dict(argument.removeprefix("--").split("=", 1) for argument in of["args"])
 
 
-def test_companions_are_containers_with_names_and_ports_of_their_own() -> None:
+def test_colocated_models_are_containers_with_their_own_names_and_ports() -> None:
     containers = colocated()["containers"]
     assert [one["name"] for one in containers] == ["node", "controlnet-1", "lora-store-1", "vae-1"]
     ports = [port for one in containers for port in one["ports"]]
@@ -165,15 +186,15 @@ def test_companions_are_containers_with_names_and_ports_of_their_own() -> None:
     assert all(len(port["name"]) <= 15 for port in ports)
     for one in containers:
         grpc, metrics = (port["containerPort"] for port in one["ports"])
-        said = arguments(one)
-        assert said["listen"] == f"0.0.0.0:{grpc}"
-        assert said["advertise"] == f"$(POD_IP):{grpc}"
-        assert said["metrics"] == f"0.0.0.0:{metrics}"
+        given = arguments(one)
+        assert given["listen"] == f"0.0.0.0:{grpc}"
+        assert given["advertise"] == f"$(POD_IP):{grpc}"
+        assert given["metrics"] == f"0.0.0.0:{metrics}"
         assert {one[probe]["grpc"]["port"] for probe in ("startupProbe", "readinessProbe")} == {grpc}
         assert one["livenessProbe"]["tcpSocket"]["port"] == one["ports"][1]["name"]
 
 
-def test_a_companion_s_container_is_as_its_model_says() -> None:
+def test_a_colocated_model_s_container_follows_its_spec() -> None:
     spec = colocated()
     edges, styles, pixels = (arguments(container(spec, one["model"])) for one in COLOCATED)
     assert (edges["role"], edges["identity"], edges["engine"]) == ("ControlNet", "controlnet-1", '{"maxWaiting": 2}')
@@ -181,7 +202,7 @@ def test_a_companion_s_container_is_as_its_model_says() -> None:
     assert (pixels["role"], container(spec, "vae-1")["resources"]) == ("VAE", {"limits": {"cpu": "1"}})
 
 
-def test_the_servers_of_a_pod_share_a_memory_volume_and_a_server_alone_has_none() -> None:
+def test_the_servers_of_a_pod_share_a_memory_volume_and_a_single_server_has_none() -> None:
     spec = colocated()
     assert {"name": "memory", "emptyDir": {"medium": "Memory"}} in spec["volumes"]
     for one in spec["containers"]:
@@ -191,7 +212,7 @@ def test_the_servers_of_a_pod_share_a_memory_volume_and_a_server_alone_has_none(
     assert "shared-memory" not in arguments(pod()["containers"][0])
 
 
-def test_claims_of_several_models_in_a_pod_are_told_apart_and_each_is_mounted_in_its_own_container() -> None:
+def test_each_container_of_a_pod_mounts_the_claim_of_its_own_model() -> None:
     spec = colocated()
     names = [volume["name"] for volume in spec["volumes"]]
     assert len(set(names)) == len(names)
@@ -201,7 +222,7 @@ def test_claims_of_several_models_in_a_pod_are_told_apart_and_each_is_mounted_in
         assert [claims[mount] for mount in mounted] == [claim]
 
 
-def test_what_is_passed_through_to_a_pod_reaches_each_of_its_containers() -> None:
+def test_pod_overrides_of_a_host_reach_every_container() -> None:
     spec = colocated(
         pod={
             "env": [{"name": "A", "value": "1"}],
@@ -216,7 +237,7 @@ def test_what_is_passed_through_to_a_pod_reaches_each_of_its_containers() -> Non
     assert spec["resourceClaims"] == [{"name": "gpu", "resourceClaimTemplateName": "one-gpu"}]
 
 
-def test_a_model_inside_another_s_pods_has_a_service_of_its_own_port_there_and_nothing_else() -> None:
+def test_a_colocated_model_has_only_a_service_with_its_own_port_in_the_host_s_pods() -> None:
     containers = colocated()["containers"]
     for index, one in enumerate(COLOCATED, 1):
         host = {"model": "denoiser-1", "index": index}

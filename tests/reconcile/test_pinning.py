@@ -1,4 +1,4 @@
-"""Which commit a source means, and how seldom the hub is asked."""
+"""Which commit a source is resolved to, and how often the hub is hub."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.api import Source
+from latentflow.api.conditions import ConditionReason
+from latentflow_operator.objects import source_of
 from latentflow_operator.pinning import Pins, Refusal, recorded
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -26,13 +28,13 @@ MAIN = Source(uri="hf://org/repo", revision="main")
     ],
     ids=lambda source: source.uri,
 )
-def test_what_has_no_branch_needs_no_hub(source: Source) -> None:
-    assert recorded(source, {}) == source
+def test_a_source_without_a_branch_is_resolved_without_the_hub(source: Source) -> None:
+    assert recorded(source, None) == source
 
 
-def test_what_was_recorded_stands() -> None:
+def test_a_recorded_commit_is_kept() -> None:
     status = {"source": {"uri": "hf://org/repo", "revision": COMMIT}}
-    assert recorded(MAIN, status) == Source(uri="hf://org/repo", revision=COMMIT)
+    assert recorded(MAIN, source_of(status)) == Source(uri="hf://org/repo", revision=COMMIT)
 
 
 @given(
@@ -45,55 +47,55 @@ def test_what_was_recorded_stands() -> None:
         },
     )
 )
-def test_only_a_commit_of_the_same_source_stands(source: dict[str, str]) -> None:
+def test_only_a_recorded_commit_of_the_same_source_is_used(source: dict[str, str]) -> None:
     same = source == {"uri": "hf://org/repo", "revision": COMMIT}
-    assert (recorded(MAIN, {"source": source}) is not None) == same
+    assert (recorded(MAIN, source_of({"source": source})) is not None) == same
 
 
-class Asked:
-    """A hub that answers when it is let, and who was woken."""
+class FakeHub:
+    """A hub that answers once it is released, and the keys that `Pins` notified."""
 
     def __init__(self, answer: Callable[[], str]) -> None:
         self.sources: list[Source] = []
-        self.let = threading.Event()
-        self.woken: asyncio.Queue[str] = asyncio.Queue()
+        self.released = threading.Event()
+        self.notified: asyncio.Queue[str] = asyncio.Queue()
         self._answer = answer
-        self.pins: Pins[str] = Pins(self._ask, wake=self.woken.put_nowait)
+        self.pins: Pins[str] = Pins(self._resolve, notify=self.notified.put_nowait)
 
-    def _ask(self, source: Source) -> str:
+    def _resolve(self, source: Source) -> str:
         self.sources.append(source)
-        self.let.wait(30)
+        self.released.wait(30)
         return self._answer()
 
 
-async def test_the_models_of_a_source_get_one_commit_by_one_question() -> None:
-    asked = Asked(lambda: COMMIT)
+async def test_the_models_of_a_source_get_one_commit_from_one_request() -> None:
+    hub = FakeHub(lambda: COMMIT)
     decoder = MAIN.model_copy(update={"subfolder": "vae"})
-    assert asked.pins.of(MAIN, "base") is None
-    assert asked.pins.of(decoder, "pixels") is None
-    asked.let.set()
-    assert {await asked.woken.get(), await asked.woken.get()} == {"base", "pixels"}
-    assert asked.pins.of(decoder, "pixels") == Source(uri="hf://org/repo", subfolder="vae", revision=COMMIT)
-    assert asked.pins.of(MAIN, "text") == Source(uri="hf://org/repo", revision=COMMIT)
-    assert asked.sources == [MAIN]
+    assert hub.pins.of(MAIN, "base") is None
+    assert hub.pins.of(decoder, "pixels") is None
+    hub.released.set()
+    assert {await hub.notified.get(), await hub.notified.get()} == {"base", "pixels"}
+    assert hub.pins.of(decoder, "pixels") == Source(uri="hf://org/repo", subfolder="vae", revision=COMMIT)
+    assert hub.pins.of(MAIN, "text") == Source(uri="hf://org/repo", revision=COMMIT)
+    assert hub.sources == [MAIN]
 
 
-async def test_a_refusal_is_told_to_all_who_ask_and_the_hub_is_left_in_peace_meanwhile() -> None:
+async def test_every_model_gets_a_refusal_and_the_hub_is_not_asked_again_meanwhile() -> None:
     def refuse() -> str:
-        raise Refusal("RepositoryNotFound", "There is none.")
+        raise Refusal(ConditionReason.REPOSITORY_NOT_FOUND, "There is none.")
 
-    asked = Asked(refuse)
-    asked.let.set()
-    assert asked.pins.of(MAIN, "base") is None
-    assert await asked.woken.get() == "base"
+    hub = FakeHub(refuse)
+    hub.released.set()
+    assert hub.pins.of(MAIN, "base") is None
+    assert await hub.notified.get() == "base"
     for key in ("base", "pixels", "base"):
-        answer = asked.pins.of(MAIN, key)
+        answer = hub.pins.of(MAIN, key)
         assert isinstance(answer, Refusal)
         assert answer.reason == "RepositoryNotFound"
-    assert asked.sources == [MAIN]
+    assert hub.sources == [MAIN]
 
 
-async def test_what_goes_wrong_unexpectedly_is_told_and_asked_again() -> None:
+async def test_an_unexpected_error_is_reported_and_the_request_is_retried() -> None:
     outcomes = iter([ValueError("no JSON"), None])
 
     def answer() -> str:
@@ -101,12 +103,12 @@ async def test_what_goes_wrong_unexpectedly_is_told_and_asked_again() -> None:
             raise error
         return COMMIT
 
-    asked = Asked(answer)
-    asked.let.set()
-    asked.pins.of(MAIN, "base")
-    while not isinstance(known := asked.pins.of(MAIN, "base"), Source):
-        await asked.woken.get()
+    hub = FakeHub(answer)
+    hub.released.set()
+    hub.pins.of(MAIN, "base")
+    while not isinstance(known := hub.pins.of(MAIN, "base"), Source):
+        await hub.notified.get()
         if isinstance(known, Refusal):
-            assert known.message == "Asking the hub about hf://org/repo failed: ValueError: no JSON"
+            assert known.message == "The request to the hub for hf://org/repo failed: ValueError: no JSON"
     assert known.revision == COMMIT
-    assert len(asked.sources) == 2
+    assert len(hub.sources) == 2

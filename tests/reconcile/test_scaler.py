@@ -1,4 +1,4 @@
-"""The scheduler in a cluster, when what it needs is away."""
+"""The scheduler in a cluster while the API server or Prometheus is unavailable."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from latentflow_operator.store import Store
 from latentflow_scheduler.policy import Load
 from latentflow_scheduler.signals import Signals, read
 
-PLACE = ("art", "denoiser-1")
+MODEL_KEY = ("art", "denoiser-1")
 MODEL = {
     "apiVersion": "latentflow.io/v1alpha1",
     "kind": "DiffusionModel",
-    "metadata": {"namespace": PLACE[0], "name": PLACE[1], "uid": "1", "resourceVersion": "1"},
+    "metadata": {"namespace": MODEL_KEY[0], "name": MODEL_KEY[1], "uid": "1", "resourceVersion": "1"},
     "spec": {"role": "Denoiser", "source": {"uri": "shapes"}, "scaling": {"minReplicas": 1, "maxReplicas": 5}},
     "status": {"readyReplicas": 1},
 }
 
 
-async def test_a_decision_that_the_api_server_is_not_there_to_take_is_made_again() -> None:
-    nobody = kube.Configuration(host="http://127.0.0.1:9")
+async def test_a_decision_is_made_again_if_the_api_server_did_not_receive_it() -> None:
+    unreachable = kube.Configuration(host="http://127.0.0.1:9")
     store, metrics = Store(), Instruments(SCHEDULER)
     store.put(MODEL)
     scaler = Scaler(
         store=store,
-        seen=store.put,
-        cluster=Cluster(kube.ApiClient(nobody)),
+        observe=store.put,
+        cluster=Cluster(kube.ApiClient(unreachable)),
         settings=ScalingSettings(prometheus="http://127.0.0.1:9"),
         metrics=metrics,
     )
     busy = Load(arrival_rate=2.0, service_seconds=1.0, busy=2.0, queued=0.0, held=0.0)
     for _ in range(2):
-        await scaler.step(Signals(loads={PLACE: busy}, replicas={PLACE: 1}, held={}), {})
+        await scaler.step(Signals(loads={MODEL_KEY: busy}, replicas={MODEL_KEY: 1}, held={}), {})
         wanted = metrics.registry.get_sample_value(
-            "latentflow_scheduler_replicas", {"namespace": PLACE[0], "model": PLACE[1]}
+            "latentflow_scheduler_replicas", {"namespace": MODEL_KEY[0], "model": MODEL_KEY[1]}
         )
-        # Not "when what was added has started": nothing was.
+        # The decision is not held back by the time between two scale-ups, because no replica was added.
         assert wanted == 3
 
 
 @pytest.mark.parametrize(
     "body", ["null", "[]", '{"status": "success"}', '{"status": "success", "data": {"result": 1}}']
 )
-async def test_what_answers_and_is_no_prometheus_gives_no_signals(body: str) -> None:
+async def test_a_server_that_is_not_prometheus_gives_no_signals(body: str) -> None:
     async def answer(_: web.Request) -> web.Response:
         return web.Response(text=body, content_type="application/json")
 

@@ -1,4 +1,4 @@
-"""What the operator knows of the API server's objects, whichever way the news comes."""
+"""The known state of the API server's objects, in whichever order watch events and responses arrive."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ def service(*, uid: str = "1", version: int = 1) -> dict[str, Any]:
     return {"kind": "Service", "metadata": metadata}
 
 
-def version(store: Store) -> str | None:
+def version(store: Store) -> int | None:
     known = store.get("Service", "art", "vae-1")
-    return None if known is None else str(known["metadata"]["resourceVersion"])
+    return known.resource_version if known is not None else None
 
 
-def test_the_newer_body_stays_whichever_comes_last() -> None:
+def test_the_newer_object_is_kept_in_whichever_order_both_arrive() -> None:
     store = Store()
     assert store.put(service(version=2))
     assert not store.put(service(version=1))
-    assert version(store) == "2"
+    assert version(store) == 2
 
 
-def test_an_answer_that_comes_after_the_news_of_the_deletion_brings_nothing_back() -> None:
+def test_a_response_that_arrives_after_the_deletion_does_not_restore_the_object() -> None:
     store = Store()
     store.put(service(version=1))
     store.drop(service(version=3))
@@ -32,9 +32,9 @@ def test_an_answer_that_comes_after_the_news_of_the_deletion_brings_nothing_back
     assert version(store) is None
 
 
-def test_an_object_that_was_made_again_is_not_taken_for_the_one_that_went() -> None:
+def test_a_recreated_object_is_not_mistaken_for_the_deleted_one() -> None:
     store = Store()
     store.put(service(uid="1"))
     store.put(service(uid="2", version=5))
     assert not store.drop(service(uid="1", version=4))
-    assert version(store) == "5"
+    assert version(store) == 5

@@ -1,4 +1,4 @@
-"""How keys become work."""
+"""How the work queue processes keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from latentflow_operator.workqueue import WorkQueue
 
 
-async def test_a_key_that_is_added_many_times_before_its_turn_is_worked_on_once() -> None:
+async def test_a_key_that_is_added_several_times_while_queued_is_processed_once() -> None:
     done: Counter[str] = Counter()
 
     async def work(key: str) -> None:
@@ -27,7 +27,7 @@ async def test_a_key_that_is_added_many_times_before_its_turn_is_worked_on_once(
     assert done == {"a": 1, "b": 1}
 
 
-async def test_a_key_that_is_added_while_it_is_worked_on_has_its_turn_again_and_never_twice_at_a_time() -> None:
+async def test_a_key_added_while_it_is_processed_is_processed_again_afterwards() -> None:
     running, most, turns = 0, 0, 0
     entered, leave = asyncio.Event(), asyncio.Event()
 
@@ -51,7 +51,7 @@ async def test_a_key_that_is_added_while_it_is_worked_on_has_its_turn_again_and_
     assert (most, turns) == (1, 2)
 
 
-async def test_work_that_fails_comes_again_and_does_not_hold_up_the_rest() -> None:
+async def test_failed_work_is_retried_and_does_not_block_other_keys() -> None:
     tries: Counter[str] = Counter()
     succeeded = asyncio.Event()
 
@@ -74,7 +74,7 @@ async def test_work_that_fails_comes_again_and_does_not_hold_up_the_rest() -> No
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from("abc"), max_size=20), st.integers(1, 4))
-def test_every_key_added_is_worked_on_after_it_was_added(keys: list[str], workers: int) -> None:
+def test_every_key_is_processed_after_it_was_added(keys: list[str], workers: int) -> None:
     async def run() -> set[str]:
         done: set[str] = set()
 

@@ -1,6 +1,6 @@
 """A real kube-apiserver over a real etcd, for the length of a test session.
 
-The programs come from the folder that KUBEBUILDER_ASSETS names, as envtest has it; `make test-api` builds them where it is
+The programs are in the folder that KUBEBUILDER_ASSETS names, as for envtest; `make test-api` builds them where it is
 not set.
 """
 
@@ -36,10 +36,10 @@ class ApiServer:
     """A running API server.
 
     Attributes:
-        folder: Where its CA lies, as ca.pem, and what else belongs to it.
-        kubeconfig: Its administrator's.
-        token: Its administrator's.
-        program: None where it is not a program of this machine.
+        folder: Holds its CA, ca.pem, and its other files.
+        kubeconfig: The administrator's kubeconfig.
+        token: The administrator's token.
+        program: None where the server runs in a container.
     """
 
     url: str
@@ -49,24 +49,24 @@ class ApiServer:
     program: Program | None = None
 
     def writes(self, *agents: str, since: datetime | None = None) -> list[tuple[str, str, str, str]]:
-        """Writes of those whose user agents start so, from the audit log: verb, namespace, resource, name.
+        """Writes by clients whose user agents have one of these prefixes, from the audit log: verb, namespace, resource, name.
 
-        A write is logged after it is answered, so one that was just seen to happen may not stand here yet.
+        The API server logs a write after its response, so the log may lack the latest one.
         """
         found = []
         for line in (self.folder / "audit.log").read_text().splitlines():
             entry = json.loads(line)
-            what = entry.get("objectRef", {})
+            object_ = entry.get("objectRef", {})
             if entry["userAgent"].startswith(agents) and (
                 since is None or datetime.fromisoformat(entry["requestReceivedTimestamp"]) >= since
             ):
-                resource = "/".join(filter(None, (what.get("resource"), what.get("subresource"))))
-                found.append((entry["verb"], what.get("namespace", ""), resource, what.get("name", "")))
+                resource = "/".join(filter(None, (object_.get("resource"), object_.get("subresource"))))
+                found.append((entry["verb"], object_.get("namespace", ""), resource, object_.get("name", "")))
         return found
 
     @contextlib.contextmanager
     def controller_manager(self) -> Iterator[None]:
-        """Kubernetes' own controllers while entered: owners' garbage collection, Deployments, namespaces, accounts."""
+        """Runs Kubernetes' controllers while entered: garbage collection, Deployments, namespaces, ServiceAccounts."""
         arguments = [
             f"--kubeconfig={self.kubeconfig}",
             f"--service-account-private-key-file={self.folder / 'accounts.key'}",
@@ -79,7 +79,7 @@ class ApiServer:
             yield
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        """What an administrator's kubectl prints; AssertionError, with its words, where it fails."""
+        """Runs kubectl as the administrator; returns its output. AssertionError with its message where it fails."""
         done = subprocess.run(
             ["kubectl", f"--kubeconfig={self.kubeconfig}", *arguments],
             env=os.environ | {"PATH": search_path()},
@@ -92,11 +92,11 @@ class ApiServer:
         return done.stdout
 
     def apply(self, bodies: list[dict[str, Any]], *options: str) -> None:
-        """As `kubectl apply --server-side`."""
+        """Runs `kubectl apply --server-side`."""
         self.kubectl("apply", "--server-side", "--filename=-", *options, stdin=yaml.safe_dump_all(bodies))
 
     def kubeconfig_of(self, namespace: str, account: str) -> Path:
-        """A kubeconfig of a ServiceAccount, good for an hour."""
+        """A kubeconfig of a ServiceAccount, valid for an hour."""
         request = kube.AuthenticationV1TokenRequest(
             spec=kube.V1TokenRequestSpec(audiences=[self.url], expiration_seconds=3600)
         )
@@ -108,7 +108,7 @@ class ApiServer:
         return path
 
     def client(self) -> kube.ApiClient:
-        """A client of the API server, as its administrator."""
+        """A client of the API server with the administrator's rights."""
         configuration = kube.Configuration()
         configuration.host = self.url
         configuration.ssl_ca_cert = str(self.folder / "ca.pem")
@@ -117,7 +117,7 @@ class ApiServer:
 
 
 def assets() -> Path:
-    """The folder of the programs."""
+    """The folder of the programs; RuntimeError where KUBEBUILDER_ASSETS names none."""
     named = os.environ.get("KUBEBUILDER_ASSETS")
     if not named or not (Path(named) / "kube-apiserver").exists():
         raise RuntimeError("KUBEBUILDER_ASSETS names no folder with kube-apiserver and etcd; run `make test-api`.")
@@ -131,11 +131,11 @@ def search_path() -> str:
 
 @contextlib.contextmanager
 def running(folder: Path, *, address: str = "127.0.0.1", node: bool = False) -> Iterator[ApiServer]:
-    """Starts etcd and the API server in `folder`; ready when entered, gone when left.
+    """Runs etcd and the API server in `folder` while entered; the server is ready when entered.
 
     Args:
-        address: Where to listen.
-        node: Whether kubelets will join: pods then run as ServiceAccounts, and the server speaks to kubelets.
+        address: The address to listen on.
+        node: Whether kubelets will join: pods then run as ServiceAccounts, and the server connects to kubelets.
     """
     programs = assets()
     etcd_port, peer_port, api_port = _free_ports(3)
@@ -191,7 +191,7 @@ def running(folder: Path, *, address: str = "127.0.0.1", node: bool = False) -> 
             f"--kubelet-client-key={folder / 'kubelet-client.key'}",
         ]
     else:
-        # Nobody serves on a node, and pods that never run need no ServiceAccount.
+        # Without a node there are no endpoints, and pods that never run need no ServiceAccount.
         api += ["--endpoint-reconciler-type=none", "--disable-admission-plugins=ServiceAccount"]
     with process(programs / "etcd", etcd, folder), process(programs / "kube-apiserver", api, folder) as program:
         kubeconfig = folder / "kubeconfig.yaml"
@@ -219,7 +219,7 @@ def _kubeconfig(url: str, authority: Path, token: str) -> dict[str, object]:
 
 
 class Program:
-    """A program that runs; its log lies in the folder, under its name."""
+    """A running program; its log is in the folder, under its name."""
 
     def __init__(self, path: Path, arguments: list[str], folder: Path) -> None:
         self._command = [str(path), *arguments]
@@ -229,13 +229,13 @@ class Program:
 
     def start(self) -> None:
         with self._log.open("a") as log:
-            # In a session of its own: Ctrl-C is for the tests, which end the programs in their order.
+            # In a session of its own: at Ctrl-C the tests stop the programs in order.
             self._child = subprocess.Popen(
                 self._command, stdout=log, stderr=log, cwd=self._folder, start_new_session=True
             )
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> None:
-        """Ends it: with a signal, and where that does not help within ten seconds, by force."""
+        """Sends a signal, and kills the process where it still runs ten seconds later."""
         self._child.send_signal(sign)
         try:
             self._child.wait(10)
@@ -261,7 +261,7 @@ def process(path: Path, arguments: list[str], folder: Path) -> Iterator[Program]
     reraise=True,
 )
 def ready(server: ApiServer) -> None:
-    """Returns when the server answers."""
+    """Returns when the server is ready."""
     context = ssl.create_default_context(cafile=str(server.folder / "ca.pem"))
     request = urllib.request.Request(f"{server.url}/readyz", headers={"Authorization": f"Bearer {server.token}"})
     with urllib.request.urlopen(request, timeout=5, context=context) as response:

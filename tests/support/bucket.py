@@ -1,4 +1,4 @@
-"""An S3 store on this machine: moto's, which speaks the protocol, with its answers counted and to be held up."""
+"""An S3 store on this machine: moto's server, with counted requests and with downloads that a test can pause."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ class Store:
     """A store with one bucket.
 
     Attributes:
-        url: What AWS_ENDPOINT_URL has to be.
-        asked: How often "GET path" for each object.
-        denied: Every answer is that of a store that does not know the key.
-        going: Cleared, objects stop in the middle, once `halted` says so.
+        url: The value for AWS_ENDPOINT_URL.
+        requests: Count of "GET path" for each object.
+        denied: Whether every request is refused, as with an unknown access key.
+        flowing: While cleared, downloads pause in the middle.
+        paused: Set when a download has paused.
     """
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         self.denied = False
-        self.going = threading.Event()
-        self.going.set()
-        self.halted = threading.Event()
+        self.flowing = threading.Event()
+        self.flowing.set()
+        self.paused = threading.Event()
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -41,7 +42,7 @@ class Store:
         return boto3.client("s3", endpoint_url=self.url, **keys)
 
     def upload(self, folder: Path, prefix: str) -> None:
-        """A folder's files, under a prefix."""
+        """Uploads a folder's files under a prefix."""
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 self.client().upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder)}")
@@ -56,8 +57,8 @@ class Store:
             self.stop()
 
     def stop(self) -> None:
-        """Out of reach from now on."""
-        self.going.set()
+        """Stops the server; later requests cannot connect."""
+        self.flowing.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -69,13 +70,13 @@ class Store:
         answer: Iterable[bytes] = self._app(environ, start)
         _, _, key = environ["PATH_INFO"].removeprefix("/").partition("/")
         if environ["REQUEST_METHOD"] == "GET" and key:
-            self.asked[f"GET {key}"] += 1
+            self.requests[f"GET {key}"] += 1
             return self._pour(b"".join(answer))
         return answer
 
     def _pour(self, data: bytes) -> Iterator[bytes]:
         yield data[: len(data) // 2]
-        if not self.going.is_set():
-            self.halted.set()
-            self.going.wait()
+        if not self.flowing.is_set():
+            self.paused.set()
+            self.flowing.wait()
         yield data[len(data) // 2 :]

@@ -1,4 +1,4 @@
-"""The Helm chart, rendered by helm itself; `python -m support.chart` writes the golden files anew."""
+"""The Helm chart, rendered by helm; `python -m support.chart` writes the golden files."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ _ACCOUNTS = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "Rol
 
 
 def helm(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """A helm command's outcome."""
+    """Runs a helm command; returns the finished process."""
     return subprocess.run(["helm", *arguments], capture_output=True, text=True, check=False, **settings)
 
 
 def template(*options: str, namespace: str = RELEASE) -> str:
-    """What the chart renders to. AssertionError, with helm's words, where it refuses."""
+    """The chart, rendered as YAML. AssertionError with helm's message where helm fails."""
     done = helm("template", RELEASE, str(CHART), f"--namespace={namespace}", *options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def objects(*options: str, namespace: str = RELEASE) -> list[dict[str, Any]]:
-    """The objects that the chart renders to."""
+    """The objects of the rendered chart."""
     return [body for body in yaml.safe_load_all(template(*options, namespace=namespace)) if body]
 
 
 def install_accounts(server: ApiServer, namespace: str, *options: str) -> None:
-    """Makes the chart's ServiceAccounts, with what they may do; the namespace must exist."""
+    """Creates the chart's ServiceAccounts with their permissions in an existing namespace."""
     server.apply([body for body in objects(*options, namespace=namespace) if body["kind"] in _ACCOUNTS])
 
 
 def cases() -> list[Path]:
-    """Values that have a golden file."""
+    """The files of values that have a golden file."""
     return sorted(CASES.glob("*.yaml"))
 
 
 def golden(case: Path) -> str:
-    """What the golden file of a case has to be; without the definitions, which are compared with their source."""
+    """The content of the golden file of a case, without the CustomResourceDefinitions, which another test compares."""
     return template(f"--values={case}", "--set=crds.install=false")
 
 

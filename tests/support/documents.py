@@ -1,4 +1,4 @@
-"""The code blocks of documents, for tests that run them."""
+"""Code blocks of documents, for the tests that run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hub of models on this machine: what huggingface_hub asks of one, over folders, with failures to order."""
+"""A model hub on this machine, over folders: the endpoints that huggingface_hub calls, with failures on demand."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ class Hub:
     """Repositories by name, each with commits that are folders, and branches.
 
     Attributes:
-        url: What HF_ENDPOINT has to be.
-        asked: How often what was asked: "revision", "tree", "HEAD", and "GET path" for each file.
-        token: Who has it may read; None: everybody may.
-        down: Every answer is 503.
-        going: Cleared, files stop in the middle, once `halted` says so.
+        url: The value for HF_ENDPOINT.
+        requests: Count of requests by kind: "revision", "tree", "HEAD", and "GET path" for each file.
+        token: Required of clients; None: the repositories are public.
+        down: Whether every response is 503.
+        flowing: While cleared, downloads pause in the middle.
+        paused: Set when a download has paused.
     """
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         self.token: str | None = None
         self.gated = False
         self.down = False
-        self.going = threading.Event()
-        self.going.set()
-        self.halted = threading.Event()
+        self.flowing = threading.Event()
+        self.flowing.set()
+        self.paused = threading.Event()
         self._commits: dict[str, dict[str, Path]] = {}
         self._branches: dict[str, dict[str, str]] = {}
-        hub = self
+        this = self
 
         class Handler(_Handler):
-            of = hub
+            hub = this
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def push(self, repository: str, folder: Path, *, branch: str = "main") -> str:
-        """Makes a folder's state the head of a branch; its commit. The folder itself has to stay as it is."""
+        """Makes a folder the head of a branch; returns the commit. The folder must not change afterwards."""
         known = self._commits.setdefault(repository, {})
         commit = hashlib.sha1(f"{repository}{folder}{len(known)}".encode()).hexdigest()
         known[commit] = folder
@@ -56,7 +57,7 @@ class Hub:
         return commit
 
     def found(self, repository: str, revision: str) -> tuple[str, Path] | None:
-        """Commit and folder of a revision."""
+        """Commit and folder of a revision; None where there is none."""
         commit = self._branches.get(repository, {}).get(revision, revision)
         folder = self._commits.get(repository, {}).get(commit)
         return (commit, folder) if folder else None
@@ -71,51 +72,51 @@ class Hub:
         try:
             yield self
         finally:
-            self.going.set()
+            self.flowing.set()
             self._server.shutdown()
             self._server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    of: Hub
+    hub: Hub
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if self.of.down:
+        if self.hub.down:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "")
-        elif asked := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            self._told(asked[1], asked[2] or "revision", asked[3] or "main")
-        elif asked := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._file(asked[1], asked[2], asked[3])
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+            self._send_listing(match[1], match[2] or "revision", match[3] or "main")
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._send_file(match[1], match[2], match[3])
         else:
             self._refuse(HTTPStatus.NOT_FOUND, "EntryNotFound")
 
     def log_message(self, *_: Any) -> None:
-        """Tests count what is asked instead."""
+        """Silent: tests read the counts of requests."""
 
-    def _told(self, repository: str, what: str, revision: str) -> None:
-        self.of.asked[what] += 1
+    def _send_listing(self, repository: str, kind: str, revision: str) -> None:
+        self.hub.requests[kind] += 1
         found = self._known(repository, revision)
         if found is None:
             return
         commit, folder = found
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        if what == "revision":
+        if kind == "revision":
             siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
-            self._json({"id": repository, "modelId": repository, "sha": commit, "siblings": siblings})
+            self._send_json({"id": repository, "modelId": repository, "sha": commit, "siblings": siblings})
         else:
-            self._json([_entry(path, folder) for path in files])
+            self._send_json([_entry(path, folder) for path in files])
 
-    def _file(self, repository: str, revision: str, name: str) -> None:
+    def _send_file(self, repository: str, revision: str, name: str) -> None:
         found = self._known(repository, revision)
         if found is None:
             return
         commit, folder = found
-        self.of.asked[f"GET {name}" if self.command == "GET" else "HEAD"] += 1
+        self.hub.requests[f"GET {name}" if self.command == "GET" else "HEAD"] += 1
         path = folder / name
         if not path.is_file():
             self._refuse(HTTPStatus.NOT_FOUND, "EntryNotFound")
@@ -126,42 +127,42 @@ class _Handler(BaseHTTPRequestHandler):
         if start := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             headers["Content-Range"] = f"bytes {start[1]}-{len(data) - 1}/{len(data)}"
             status, data = HTTPStatus.PARTIAL_CONTENT, data[int(start[1]) :]
-        self._head(status, headers | {"Content-Length": str(len(data))})
+        self._send_head(status, headers | {"Content-Length": str(len(data))})
         if self.command == "GET":
-            self._pour(data)
+            self._send_data(data)
 
-    def _pour(self, data: bytes) -> None:
+    def _send_data(self, data: bytes) -> None:
         with contextlib.suppress(ConnectionError):
             for at in range(0, len(data), _CHUNK):
-                if at > 0 and not self.of.going.is_set():
+                if at > 0 and not self.hub.flowing.is_set():
                     self.wfile.flush()
-                    self.of.halted.set()
-                    self.of.going.wait()
+                    self.hub.paused.set()
+                    self.hub.flowing.wait()
                 self.wfile.write(data[at : at + _CHUNK])
 
     def _known(self, repository: str, revision: str) -> tuple[str, Path] | None:
-        if self.of.token is not None and self.headers.get("Authorization") != f"Bearer {self.of.token}":
+        if self.hub.token is not None and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             self._refuse(HTTPStatus.UNAUTHORIZED, "RepoNotFound")
-        elif not self.of.has(repository):
+        elif not self.hub.has(repository):
             self._refuse(HTTPStatus.NOT_FOUND, "RepoNotFound")
-        elif self.of.gated:
+        elif self.hub.gated:
             self._refuse(HTTPStatus.FORBIDDEN, "GatedRepo")
-        elif (found := self.of.found(repository, revision)) is None:
+        elif (found := self.hub.found(repository, revision)) is None:
             self._refuse(HTTPStatus.NOT_FOUND, "RevisionNotFound")
         else:
             return found
         return None
 
     def _refuse(self, status: HTTPStatus, code: str) -> None:
-        self._head(status, {"X-Error-Code": code, "Content-Length": "0"})
+        self._send_head(status, {"X-Error-Code": code, "Content-Length": "0"})
 
-    def _json(self, body: Any) -> None:
+    def _send_json(self, body: Any) -> None:
         data = json.dumps(body).encode()
-        self._head(HTTPStatus.OK, {"Content-Type": "application/json", "Content-Length": str(len(data))})
+        self._send_head(HTTPStatus.OK, {"Content-Type": "application/json", "Content-Length": str(len(data))})
         if self.command == "GET":
             self.wfile.write(data)
 
-    def _head(self, status: HTTPStatus, headers: dict[str, str]) -> None:
+    def _send_head(self, status: HTTPStatus, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -1,4 +1,4 @@
-"""What tests do with a Kubernetes API: create, read, wait for a state by watching, act the kubelet's part."""
+"""Access to a Kubernetes API for tests: create, read, wait for a state by watching."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ PLURALS = {
     "Lease": "/apis/coordination.k8s.io/v1/namespaces/{}/leases",
     "Event": "/apis/events.k8s.io/v1/namespaces/{}/events",
 }
-# At most, on a machine that does much else; garbage collection takes half a minute to try again.
+# Enough on a busy machine; garbage collection retries after half a minute.
 SECONDS = 120
 
 
 class Namespace:
-    """One namespace of a real API server, as its administrator sees it."""
+    """One namespace of a real API server, accessed as its administrator."""
 
     def __init__(self, server: ApiServer, name: str) -> None:
         self.name = name
@@ -43,7 +43,7 @@ class Namespace:
         self._cluster = Cluster(self._api, manager="tests")
 
     def call(self, method: str, path: str, body: Any = None, *, merge: bool = False) -> Body:
-        """A request; raises ApiException."""
+        """Sends a request; returns the object of the response. ApiException where it is refused."""
         kind = "application/merge-patch+json" if merge else "application/json"
         request = self._api.param_serialize(
             method=method,
@@ -93,7 +93,7 @@ class Namespace:
     def until(
         self, kind: str, condition: Callable[[dict[str, Body]], bool], *, seconds: float = SECONDS
     ) -> dict[str, Body]:
-        """The objects of a kind once they are as wanted, by watching; AssertionError with their state otherwise."""
+        """Watches the objects of a kind, by name, until a condition holds; AssertionError with their state on a timeout."""
         listing = self._listing(kind)
         state = {item["metadata"]["name"]: item for item in listing["items"]}
         if condition(state):
@@ -131,12 +131,12 @@ class Namespace:
 
 
 def condition(body: Body, about: str) -> Body:
-    """An object's condition; empty where it has none."""
+    """A condition of an object; empty where the object lacks it."""
     return next((c for c in body.get("status", {}).get("conditions", ()) if c["type"] == about), {})
 
 
 def is_ready(body: Body) -> bool:
-    """Whether an object says it is Ready."""
+    """Whether an object's condition Ready is True."""
     return condition(body, "Ready").get("status") == "True"
 
 
@@ -144,7 +144,7 @@ def is_ready(body: Body) -> bool:
 def new_namespace(
     server: ApiServer, purpose: str, *, labels: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[Namespace]:
-    """A namespace of one's own; its workflows go when left."""
+    """A new namespace while entered; its workflows are deleted when left."""
     words = purpose.removeprefix("test_").replace("_", "-")[:45].strip("-")
     place = Namespace(server, f"{words}-{uuid.uuid4().hex[:6]}")
     place.call("POST", "/api/v1/namespaces", {"metadata": {"name": place.name, "labels": dict(labels)}})

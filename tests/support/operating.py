@@ -22,13 +22,13 @@ CONFIG = {
 
 
 class Operator:
-    """The operator's process; its log is `log`.
+    """An operator's process.
 
     Args:
-        kubeconfig: Who it is.
-        folder: Where its configuration and its log lie.
-        options: More of its command line.
-        config: More of its configuration.
+        kubeconfig: Holds the account that it runs as.
+        folder: Gets its configuration and its log.
+        options: Further arguments of its command line.
+        config: Further settings of its configuration.
     """
 
     def __init__(self, kubeconfig: Path, folder: Path, *options: str, **config: Any) -> None:
@@ -50,17 +50,17 @@ class Operator:
             )
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> int:
-        """Ends it; its exit code."""
+        """Stops the process; returns its exit code."""
         assert self._process is not None
         self._process.send_signal(sign)
         return self._process.wait(30)
 
     def wait(self, seconds: float) -> int:
-        """Its exit code when it ends by itself."""
+        """Waits until the process exits by itself; returns its exit code."""
         assert self._process is not None
         return self._process.wait(seconds)
 
     @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(30), wait=wait_fixed(0.1), reraise=True)
-    def says(self, words: str) -> None:
-        """Returns when its log has these words."""
+    def wait_for_log(self, words: str) -> None:
+        """Returns when the log contains these words; AssertionError after 30 s."""
         assert words in self.log.read_text()

@@ -1,4 +1,4 @@
-"""Model packs for tests: the shapes pack, and small ones with random weights for families that it does not cover."""
+"""Model packs for tests: the shapes pack, and tiny ones with random weights for the families that it does not cover."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the repository's parts are, for tests that need no torch."""
+"""Folders of the repository, for tests that need no torch."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ class Prometheus:
 
 @contextlib.contextmanager
 def scraping(folder: Path, targets: Sequence[str], **labels: str) -> Iterator[Prometheus]:
-    """Runs a server while entered, which may not answer yet.
+    """Runs a server while entered; it may not be ready yet.
 
     Args:
-        targets: host:port of what is scraped.
-        labels: What their samples get besides their own.
+        targets: host:port of the processes to scrape.
+        labels: Added to every sample.
     """
     program = shutil.which("prometheus")
     if program is None:

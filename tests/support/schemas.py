@@ -1,4 +1,4 @@
-"""JSON schemas for kubeconform, from what an API server says of itself (OpenAPI v3): built-in kinds, and defined ones."""
+"""JSON schemas for kubeconform, from the OpenAPI v3 documents of an API server: of built-in and of custom kinds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOCATION = "{{ .Group }}_{{ .ResourceAPIVersion }}_{{ .ResourceKind }}.json"
 
 @retry(retry=retry_if_exception_type(LookupError), stop=stop_after_delay(SECONDS), wait=wait_fixed(0.2), reraise=True)
 def write(server: ApiServer, folder: Path) -> str:
-    """Writes a strict schema for each kind; the schema location to hand to kubeconform."""
+    """Writes a strict schema for each kind; returns the schema location for kubeconform."""
     api = server.client()
 
     def read(path: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def write(server: ApiServer, folder: Path) -> str:
 
 
 def _strict(schema: Any) -> Any:
-    """No field may be there that the schema does not name."""
+    """The schema, with unknown fields forbidden."""
     if isinstance(schema, list):
         return [_strict(part) for part in schema]
     if not isinstance(schema, dict):

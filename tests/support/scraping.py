@@ -1,4 +1,4 @@
-"""Reading a process's /metrics."""
+"""Reads the /metrics of a process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 def value(address: str, name: str, **labels: str) -> float:
-    """The sum of a metric's samples that carry these labels."""
+    """The sum of the samples of a metric that have these labels."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
         text = response.read().decode()
     return sum(

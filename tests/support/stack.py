@@ -1,6 +1,6 @@
-"""A workflow's model servers in this process, on real gRPC, and a request made against them by hand.
+"""A workflow's model servers in this process, with real gRPC, and requests sent to each stage directly.
 
-Tests of the servers use it where the gateway would only stand between the claim and what it is about.
+Tests of the model servers use it, because their claims do not concern the gateway.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import io
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import torch
 from latentflow.api.types import Engine
+from latentflow.internal import images
 from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, stage_pb2_grpc, tensors_pb2_grpc
 from latentflow_nodes.server import Node, serve
 from latentflow_nodes.settings import NodeSettings
@@ -26,7 +28,7 @@ SECONDS = 120.0
 
 @dataclass(kw_only=True)
 class Request:
-    """What a test asks for."""
+    """A request of a test."""
 
     prompt: str = "a large red circle on the left, white background"
     negative_prompt: str | None = None
@@ -40,7 +42,7 @@ class Request:
 
 
 class Stack:
-    """Model servers by name: text, base, pixels, and whatever ControlNets and stores were started beside them."""
+    """Model servers by name: text, base, pixels, and the ControlNets and LoRA stores of the workflow."""
 
     def __init__(self, nodes: dict[str, Node], peers: Peers) -> None:
         self.nodes = nodes
@@ -86,9 +88,9 @@ class Stack:
         encoded: stage_pb2.EncodeResponse = await self.stage("text").Encode(message, timeout=SECONDS)
         return encoded
 
-    async def denoise_request(self, request: Request) -> stage_pb2.DenoiseRequest:
+    async def denoise_open(self, request: Request) -> stage_pb2.DenoiseOpen:
         vae = (await self.describe("pixels")).vae
-        return stage_pb2.DenoiseRequest(
+        return stage_pb2.DenoiseOpen(
             conditioning=(await self.encode(request)).conditioning,
             width=request.side,
             height=request.side,
@@ -98,26 +100,29 @@ class Stack:
             sampler=request.sampler,
             seed=request.seed,
             control_nets=[
-                stage_pb2.ControlNetRef(peer=self.peer(name), image=png(image), scale=scale, start=0, end=1)
+                stage_pb2.ControlNetRef(peer=self.peer(name), image=images.png(png(image)), scale=scale, start=0, end=1)
                 for name, image, scale in request.controls
             ],
             adapters=await self.adapters(request.loras, "unet"),
         )
 
+    def denoising(self, opening: stage_pb2.DenoiseOpen) -> Any:
+        """The call for one image, without later messages."""
+        return self.stage("base").Denoise([stage_pb2.DenoiseRequest(open=opening)], timeout=SECONDS)
+
     async def denoise(self, request: Request) -> stage_pb2.DenoiseResult:
-        message = await self.denoise_request(request)
-        async for event in self.stage("base").Denoise(message, timeout=SECONDS):
+        async for event in self.denoising(await self.denoise_open(request)):
             if event.WhichOneof("event") == "result":
                 result: stage_pb2.DenoiseResult = event.result
                 return result
         raise AssertionError("Denoise ended without a result")
 
     async def generate(self, request: Request) -> tuple[torch.Tensor, Image.Image]:
-        """Final latents and the image."""
+        """The final latents and the image."""
         result = await self.denoise(request)
         latents = await self.peers.fetch(result.latents, name="latents")
         decoded = await self.stage("pixels").Decode(stage_pb2.DecodeRequest(latents=result.latents), timeout=SECONDS)
-        return latents, Image.open(io.BytesIO(decoded.png))
+        return latents, Image.open(io.BytesIO(decoded.image.data))
 
 
 @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""Tensors of every kind that travels, for property tests."""
+"""Hypothesis strategies for tensors of every transferred type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8
 
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
-    """Up to four dimensions, empty ones and scalars among them."""
+    """A tensor of up to four dimensions; may be empty or a scalar."""
     shape = draw(st.lists(st.integers(0, 5), max_size=4))
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
@@ -18,7 +18,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 
 def bundles() -> st.SearchStrategy[dict[str, torch.Tensor]]:
-    """Named tensors; none at all among them."""
+    """Up to five named tensors."""
     return st.dictionaries(st.text(min_size=1, max_size=5), tensors(), max_size=5)
 
 

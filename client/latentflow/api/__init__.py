@@ -5,7 +5,7 @@ from __future__ import annotations
 from latentflow.api.identity import distinct_models, identity, merge_scaling, placed
 from latentflow.api.loading import load_workflows, parse_workflows
 from latentflow.api.model import DiffusionModel
-from latentflow.api.types import API_VERSION, Engine, Role, Scaling, Source
+from latentflow.api.parts import API_VERSION, Engine, Role, Scaling, Source
 from latentflow.api.workflow import Defaults, DiffusionWorkflow, Model, WorkflowSpec
 
 __all__ = [

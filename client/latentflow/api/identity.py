@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from latentflow.api.types import Role, Scaling
+from latentflow.api.parts import Role, Scaling
 from latentflow.api.workflow import DiffusionWorkflow, Model
 
 _WORDS = {
@@ -35,11 +35,13 @@ def identity(model: Model) -> str:
         "role": model.role.value,
         "source": model.source.model_dump(exclude_none=True),
         "dtype": model.dtype,
-        "tensor": model.parallelism.tensor,
+        # Auto starts at degree 1; another degree is another model.
+        "tensor": 1 if model.parallelism.tensor == "Auto" else model.parallelism.tensor,
+        "nets": [net.model_dump(exclude_none=True) for net in model.nets or ()],
         "engine": model.engine.distinguishing(model.role),
         "resources": model.resources,
     }
-    return _named(model.role, {name: value for name, value in meaning.items() if value != {}})
+    return _named(model.role, {name: value for name, value in meaning.items() if value not in ({}, [])})
 
 
 def placed(workflow: DiffusionWorkflow) -> dict[str, str]:
@@ -80,7 +82,7 @@ def distinct_models(workflows: Iterable[DiffusionWorkflow]) -> dict[str, Model]:
 
 
 def merge_scaling(first: Scaling, second: Scaling) -> Scaling:
-    """What two sharers' bounds come to: the larger minimum, the larger maximum, and External if either says so."""
+    """The bounds of a model that two workflows share: the larger minimum, the larger maximum, External if either is."""
     return Scaling(
         min_replicas=max(first.min_replicas, second.min_replicas),
         max_replicas=max(first.max_replicas, second.max_replicas),

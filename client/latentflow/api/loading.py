@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from latentflow.api.types import API_VERSION, PATTERNS
+from latentflow.api.parts import API_VERSION, PATTERNS
 from latentflow.api.workflow import DiffusionWorkflow
 from latentflow.errors import InvalidRequestError
 from latentflow.reasons import Reason
@@ -30,7 +30,7 @@ _WORDS: dict[type, str] = {CommentedSeq: "list", str: "text"}
 
 
 def load_workflows(path: Path | str) -> list[DiffusionWorkflow]:
-    """The workflows of a file, at least one. InvalidRequestError says all that is wrong with it."""
+    """The workflows of a file, at least one. Raises InvalidRequestError that lists all its problems."""
     path = Path(path)
     try:
         with path.open("rb") as stream:
@@ -45,24 +45,24 @@ def load_workflows(path: Path | str) -> list[DiffusionWorkflow]:
 
 
 def parse_workflows(text: str, *, origin: str = "<text>") -> list[DiffusionWorkflow]:
-    """As `load_workflows`, from text; `origin` stands before line and column in errors."""
+    """As `load_workflows`, from text. `origin` precedes line and column in errors."""
     if len(text.encode(errors="replace")) > MAX_BYTES:
-        raise _invalid([f"{origin}: the file is over {MAX_BYTES >> 20} MiB; that is no workflow"])
+        raise _invalid([f"{origin}: the file is over {MAX_BYTES >> 20} MiB; a workflow is smaller"])
     documents = _documents(text, origin)
     workflows: list[DiffusionWorkflow] = []
     problems: list[str] = []
-    places: dict[str, str] = {}
+    positions: dict[str, str] = {}
     for document in documents:
         found, wrong = _workflow(document, origin)
         problems += wrong
         if found is None:
             continue
-        place = _place(document, ("metadata", "name"), origin)
-        if found.full_name in places:
+        position = _position(document, ("metadata", "name"), origin)
+        if found.full_name in positions:
             problems.append(
-                f"{place}: metadata.name: {found.full_name} is already at {places[found.full_name]}; rename one"
+                f"{position}: metadata.name: {found.full_name} is already defined at {positions[found.full_name]}; rename one"
             )
-        places[found.full_name] = place
+        positions[found.full_name] = position
         workflows.append(found)
     if problems:
         raise _invalid(problems)
@@ -98,14 +98,16 @@ def _documents(text: str, origin: str) -> list[Any]:
 def _workflow(document: Any, origin: str) -> tuple[DiffusionWorkflow | None, list[str]]:
     if not isinstance(document, CommentedMap):
         return None, [
-            f"{origin}: this is no DiffusionWorkflow but a {_WORDS.get(type(document), 'value')}; write apiVersion, kind, metadata, spec"
+            f"{origin}: this is not a DiffusionWorkflow but a {_WORDS.get(type(document), 'value')}; write apiVersion, kind, metadata, spec"
         ]
     kind, version = document.get("kind"), document.get("apiVersion")
     if kind != "DiffusionWorkflow":
-        return None, [f"{_place(document, ('kind',), origin)}: kind: {kind!r} is not served; write DiffusionWorkflow"]
+        return None, [
+            f"{_position(document, ('kind',), origin)}: kind: {kind!r} is not served; write DiffusionWorkflow"
+        ]
     if version != API_VERSION:
         return None, [
-            f"{_place(document, ('apiVersion',), origin)}: apiVersion: {version!r} is not known; write {API_VERSION}"
+            f"{_position(document, ('apiVersion',), origin)}: apiVersion: {version!r} is not known; write {API_VERSION}"
         ]
     try:
         plain = _plain(document, _Budget())
@@ -114,7 +116,7 @@ def _workflow(document: Any, origin: str) -> tuple[DiffusionWorkflow | None, lis
         details = sorted(error.errors(include_url=False), key=lambda detail: _line(document, detail["loc"]))
         return None, [_message(detail, document, origin) for detail in details]
     except ValueError as error:
-        return None, [f"{_place(document, (), origin)}: {error}"]
+        return None, [f"{_position(document, (), origin)}: {error}"]
 
 
 class _Budget:
@@ -126,7 +128,7 @@ def _plain(node: Any, budget: _Budget, depth: int = 0) -> Any:
     """Plain dicts, lists and scalars of a document, within bounds."""
     budget.left -= 1
     if budget.left < 0 or depth > _MAX_DEPTH:
-        raise ValueError("the document is too large or too deep; aliases count as what they stand for")
+        raise ValueError("the document is too large or too deep; aliases count with the values that they repeat")
     if isinstance(node, CommentedMap):
         return {_key(key): _plain(value, budget, depth + 1) for key, value in node.items()}
     if isinstance(node, CommentedSeq | list):
@@ -135,7 +137,9 @@ def _plain(node: Any, budget: _Budget, depth: int = 0) -> Any:
         # Round-trip scalars are subclasses that remember their spelling.
         base: type = next(t for t in (bool, int, float, str, type(None)) if isinstance(node, t))
         return node if base in (bool, type(None)) else base(node)
-    raise ValueError(f"a {type(node).__name__} ({str(node)[:40]!r}) has no place in a workflow; quote it if it is text")
+    raise ValueError(
+        f"a {type(node).__name__} ({str(node)[:40]!r}) is not allowed in a workflow; quote it if it is text"
+    )
 
 
 def _key(key: Any) -> str:
@@ -150,15 +154,15 @@ def _message(detail: ErrorDetails, document: CommentedMap, origin: str) -> str:
     text = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
         text = f"{location[-1]!r} is not a field here"
-        near = difflib.get_close_matches(str(location[-1]), _fields(location[:-1]), n=1)
-        text += f"; did you mean {near[0]!r}?" if near else "; remove it"
+        close = difflib.get_close_matches(str(location[-1]), _fields(location[:-1]), n=1)
+        text += f"; did you mean {close[0]!r}?" if close else "; remove it"
     elif detail["type"] == "missing":
         text = "this field is required"
     elif detail["type"] == "string_pattern_mismatch":
         text = f"{detail['input']!r} is not {PATTERNS[detail['ctx']['pattern']]}"
     elif detail["type"] not in ("value_error", "missing") and not isinstance(detail.get("input"), dict | list):
         text = f"{text[:1].lower()}{text[1:]}, not {detail.get('input')!r}"
-    return f"{_place(document, location, origin)}: {field + ': ' if field else ''}{text}"
+    return f"{_position(document, location, origin)}: {field + ': ' if field else ''}{text}"
 
 
 def _is_union_tag(part: Any) -> bool:
@@ -166,7 +170,7 @@ def _is_union_tag(part: Any) -> bool:
 
 
 def _fields(location: Sequence[Any]) -> list[str]:
-    """The field names that belong at a place."""
+    """The fields of the type at a location."""
     model: type[BaseModel] = DiffusionWorkflow
     for part in location:
         if isinstance(part, int):
@@ -185,8 +189,8 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return next((found for argument in get_args(annotation) if (found := _model_of(argument))), None)
 
 
-def _place(document: Any, location: Sequence[Any], origin: str) -> str:
-    """file:line:column of a field, or of the nearest thing around it that is written."""
+def _position(document: Any, location: Sequence[Any], origin: str) -> str:
+    """file:line:column of a field, or of the nearest enclosing value that is written."""
     line, column = _line(document, location)
     return f"{origin}:{line + 1}:{column + 1}"
 

@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from latentflow.api.types import Name, ScaledModel, ServedModel, Source, Typed
+from latentflow.api.parts import Name, ScaledModel, ServedModel, Source, Typed
 from latentflow.api.workflow import Metadata
 
 
 class Host(Typed):
-    """Where a model runs that has no pods of its own."""
+    """The model in whose pods another model runs."""
 
     renamed: ClassVar[Mapping[str, str]] = {"place": "index"}
 
@@ -23,14 +23,14 @@ class Host(Typed):
 
 
 class ColocatedModel(ServedModel):
-    """A model that runs in another model's pods: what its container needs."""
+    """A model that runs in another model's pods, with the settings of its container."""
 
     model: Name = Field(description="Its own DiffusionModel.")
-    source: Source = Field(description="Where its weights are.")
+    source: Source = Field(description="Location of the weights.")
 
 
 class ModelSpec(ScaledModel):
-    """A model by itself, as workflows that name the same one share it."""
+    """One distinct model, shared by all workflows that name it."""
 
     renamed: ClassVar[Mapping[str, str]] = {"inside": "host", "companions": "colocated", "near": "preferredHost"}
 
@@ -54,7 +54,7 @@ class ModelSpec(ScaledModel):
         default=None,
         description="The DiffusionModel with whose pods its pods should share a node, where that node has room.",
     )
-    source: Source = Field(description="Where its weights are.")
+    source: Source = Field(description="Location of the weights.")
 
 
 class DiffusionModel(Typed):

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from latentflow.api.types import API_VERSION, Name, Pod, Role, ScaledModel, Scaling, Size, Source, Typed
+from latentflow.api.fields import ANY, Limits, field
+from latentflow.api.parts import API_VERSION, Name, Pod, Role, ScaledModel, Scaling, Size, Source, Typed
 
 ATTACHED = frozenset({Role.CONTROL_NET, Role.LORA_STORE})
 SINGLE = (Role.TEXT_ENCODER, Role.DENOISER, Role.VAE)
@@ -17,7 +18,7 @@ class Model(ScaledModel):
     """A model of a workflow."""
 
     name: Name = Field(description="Name within the workflow; requests name ControlNets by it.")
-    source: Source | None = Field(default=None, description="Where its weights are; or modelRef.")
+    source: Source | None = Field(default=None, description="Location of the weights; or modelRef.")
     model_ref: Name | None = Field(default=None, description="Name of an existing DiffusionModel, instead of a source.")
     attach_to: Name | None = Field(
         default=None, description="The denoiser that a ControlNet or LoRA store works for; those two roles need it."
@@ -70,10 +71,12 @@ class Model(ScaledModel):
 
 
 class Defaults(Typed):
-    """What a request gets that does not say otherwise."""
+    """The values of a request's fields that the request leaves out."""
 
     steps: int = Field(default=20, ge=1, le=1000, description="Denoising steps.")
-    guidance_scale: float = Field(default=5.0, ge=0, le=100, description="Classifier-free guidance; 1 or less: none.")
+    guidance_scale: float = Field(
+        default=5.0, ge=0, le=100, description="Scale of classifier-free guidance; 1 or less: no guidance."
+    )
     width: Size = Field(default=512, description="Image width in pixels, a multiple of 8.")
     height: Size = Field(default=512, description="Image height in pixels, a multiple of 8.")
     sampler: str | None = Field(default=None, max_length=64, description="Sampler by name; absent: the model's own.")
@@ -87,14 +90,34 @@ class Defaults(Typed):
         return scale
 
 
+class Degrade(Typed):
+    """How a request may be reduced to meet its deadline."""
+
+    min_steps: int = Field(ge=1, le=1000, description="Fewest denoising steps.")
+
+
+class Editing(Typed):
+    """How masked edits are served."""
+
+    cache: Literal["Auto", "None"] = Field(
+        default="Auto", description="Auto: activations of templates are cached so that edits recompute only the mask."
+    )
+
+
 class Slo(Typed):
-    """When a request counts as served in time."""
+    """The deadline of a request and how many requests have to meet it."""
 
     latency_scale: float | None = Field(
         default=None, gt=1, le=1000, description="Deadline as a multiple of the latency of a request alone."
     )
     latency_seconds: float | None = Field(default=None, gt=0, le=86_400, description="Deadline in seconds.")
-    attainment: float = Field(default=0.9, gt=0, le=1, description="Share of requests that have to meet it.")
+    attainment: float = Field(default=0.9, gt=0, le=1, description="Share of requests that have to meet the deadline.")
+    priority: int | None = Field(
+        default=None, ge=0, le=100, description="Priority of the workflow's requests; higher ones run first."
+    )
+    degrade: Degrade | None = Field(
+        default=None, description="What a request may lose to meet its deadline; absent: it is refused instead."
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Slo:
@@ -106,12 +129,20 @@ class Slo(Typed):
 class WorkflowSpec(Typed):
     """The models of a generation task and its defaults."""
 
-    task: Literal["TextToImage", "ImageToImage", "Inpainting"] = Field(
-        default="TextToImage", description="What the workflow makes of its inputs."
+    task: Literal["TextToImage", "ImageToImage", "Inpainting"] = field(
+        default="TextToImage",
+        description="The kind of generation.",
+        limits=Limits(only=["TextToImage"]),
     )
-    models: list[Model] = Field(min_length=1, max_length=32, description="The models, each with a name of its own.")
-    defaults: Defaults = Field(default_factory=Defaults, description="What a request gets that does not say otherwise.")
-    slo: Slo | None = Field(default=None, description="When a request counts as served in time.")
+    models: list[Model] = Field(min_length=1, max_length=32, description="The models, each with a unique name.")
+    defaults: Defaults = Field(
+        default_factory=Defaults, description="The values of a request's fields that the request leaves out."
+    )
+    slo: Slo | None = field(
+        description="The deadline of a request and how many requests have to meet it.",
+        limits=Limits(without_effect=[ANY]),
+    )
+    editing: Editing | None = field(description="How masked edits are served.", limits=Limits(without_effect=[ANY]))
 
     @model_validator(mode="before")
     @classmethod
@@ -151,12 +182,17 @@ class WorkflowSpec(Typed):
 
 
 class Metadata(Typed):
-    """The resource's name and namespace; labels and annotations pass through."""
+    """The resource's name, namespace, labels and annotations."""
 
     name: Name = Field(description="Name of the workflow.")
     namespace: Name = Field(default="default", description="Namespace of the workflow.")
-    labels: dict[str, str] = Field(default_factory=dict, description="Kubernetes labels.")
-    annotations: dict[str, str] = Field(default_factory=dict, description="Kubernetes annotations.")
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="Kubernetes labels of the workflow; for those of pods see pod.labels."
+    )
+    annotations: dict[str, str] = Field(
+        default_factory=dict,
+        description="Kubernetes annotations of the workflow; for those of pods see pod.annotations.",
+    )
 
 
 class DiffusionWorkflow(Typed):
@@ -169,7 +205,7 @@ class DiffusionWorkflow(Typed):
 
     @classmethod
     def of_object(cls, body: dict[str, Any]) -> DiffusionWorkflow:
-        """As an API server has it, whose metadata says more than ours. pydantic's ValidationError for another schema."""
+        """From an API server's object, whose metadata has more fields. pydantic's ValidationError for another schema."""
         metadata = Metadata(name=body["metadata"]["name"], namespace=body["metadata"]["namespace"])
         return cls(api_version=API_VERSION, kind="DiffusionWorkflow", metadata=metadata, spec=body["spec"])
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latentflow.api import identity, load_workflows
+from latentflow.api.fields import without_effect
 from latentflow.cli import options
 from latentflow.errors import InvalidRequestError
 
@@ -118,6 +119,8 @@ def validate(
         for workflow in workflows:
             distinct = {identity(model) for model in workflow.spec.models}
             _stdout.print(f"{workflow.full_name}: valid, {len(distinct)} models", highlight=False)
+            for field in without_effect(workflow.spec):
+                _stdout.print(f"  {field} has no effect in this version", highlight=False, markup=False)
     if problems:
         raise typer.Exit(1)
 

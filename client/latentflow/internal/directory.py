@@ -12,8 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentflow.api.types import Role
-from latentflow.api.workflow import DiffusionWorkflow
+from latentflow.api.types import DiffusionWorkflow, Role
 from latentflow.errors import InvalidRequestError
 
 

@@ -18,6 +18,8 @@ from latentflow.reasons import Reason
 DOMAIN = "latentflow.io"
 # A message is sent in a header; gRPC's default limit for all headers is 8 KiB.
 _MAX_MESSAGE = 2000
+# What gRPC's asyncio client reports of such a write.
+_WRITE_FAILED = "Internal error from Core"
 
 
 class _Context(Protocol):
@@ -63,10 +65,11 @@ def error_from(rpc_error: grpc.RpcError) -> LatentflowError:
 def error_of_peer(rpc_error: grpc.RpcError) -> LatentflowError:
     """As `error_from`, for a call between servers that this side has not cancelled.
 
-    CANCELLED then means that the other side ended during the call: UnavailableError.
+    CANCELLED then means that the other side ended during the call: UnavailableError. So does a write that failed because
+    the other side had ended the call; gRPC's asyncio client then reports the failed write and not the other side's status.
     """
     error = error_from(rpc_error)
-    if isinstance(error, CancelledError):
+    if isinstance(error, CancelledError) or error.message == _WRITE_FAILED:
         return UnavailableError("The server ended during the call.", reason=Reason.STAGE_BROKEN_OFF)
     return error
 

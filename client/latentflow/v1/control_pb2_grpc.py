@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ControlStub:
-    """Served by every model server, for the gateway and the operator.
+    """Served by every model server, for the gateway and the scheduler.
     """
 
     def __init__(self, channel):
@@ -39,6 +39,11 @@ class ControlStub:
                 '/latentflow.v1.Control/Describe',
                 request_serializer=latentflow_dot_v1_dot_control__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=latentflow_dot_v1_dot_control__pb2.DescribeResponse.FromString,
+                _registered_method=True)
+        self.WatchLoad = channel.unary_stream(
+                '/latentflow.v1.Control/WatchLoad',
+                request_serializer=latentflow_dot_v1_dot_control__pb2.WatchLoadRequest.SerializeToString,
+                response_deserializer=latentflow_dot_v1_dot_control__pb2.WatchLoadResponse.FromString,
                 _registered_method=True)
         self.Sleep = channel.unary_unary(
                 '/latentflow.v1.Control/Sleep',
@@ -58,32 +63,44 @@ class ControlStub:
 
 
 class ControlServicer:
-    """Served by every model server, for the gateway and the operator.
+    """Served by every model server, for the gateway and the scheduler.
     """
 
     def Describe(self, request, context):
-        """Says what this server is, and shakes hands on the protocol version.
+        """Describes the server and checks the protocol version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchLoad(self, request, context):
+        """Streams the server's load: the first message immediately, then one after each change, at most ten per second. The
+        stream ends when the caller cancels it or the server ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Sleep(self, request, context):
-        """Moves the weights to host memory. FAILED_PRECONDITION while requests run.
+        """Moves the weights to host memory and returns when they have left the device. New requests are refused with
+        UNAVAILABLE, reason ASLEEP, from the call until the server is awake again. This version answers UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Wake(self, request, context):
-        """Moves the weights back to the device; returns when the server can run.
+        """Moves the weights back to the device and returns when the server accepts requests. RESOURCE_EXHAUSTED, reason
+        DEVICE_FULL, if the device has too little free memory; the server then stays asleep. This version answers
+        UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Takes no new request (they get UNAVAILABLE with reason DRAINING) and returns when the running ones have ended.
+        """Refuses new requests from now on, with UNAVAILABLE, reason DRAINING. Returns when the running requests have ended and
+        no tensor is held any more, or after `grace`. A drained server stays so until it is restarted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +113,11 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=latentflow_dot_v1_dot_control__pb2.DescribeRequest.FromString,
                     response_serializer=latentflow_dot_v1_dot_control__pb2.DescribeResponse.SerializeToString,
+            ),
+            'WatchLoad': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchLoad,
+                    request_deserializer=latentflow_dot_v1_dot_control__pb2.WatchLoadRequest.FromString,
+                    response_serializer=latentflow_dot_v1_dot_control__pb2.WatchLoadResponse.SerializeToString,
             ),
             'Sleep': grpc.unary_unary_rpc_method_handler(
                     servicer.Sleep,
@@ -121,7 +143,7 @@ def add_ControlServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Control:
-    """Served by every model server, for the gateway and the operator.
+    """Served by every model server, for the gateway and the scheduler.
     """
 
     @staticmethod
@@ -141,6 +163,33 @@ class Control:
             '/latentflow.v1.Control/Describe',
             latentflow_dot_v1_dot_control__pb2.DescribeRequest.SerializeToString,
             latentflow_dot_v1_dot_control__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/latentflow.v1.Control/WatchLoad',
+            latentflow_dot_v1_dot_control__pb2.WatchLoadRequest.SerializeToString,
+            latentflow_dot_v1_dot_control__pb2.WatchLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

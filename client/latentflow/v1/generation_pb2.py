@@ -23,45 +23,46 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from latentflow.v1 import images_pb2 as latentflow_dot_v1_dot_images__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elatentflow/v1/generation.proto\x12\rlatentflow.v1\x1a\x1egoogle/protobuf/duration.proto\"$\n\x04Lora\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\"\x82\x01\n\x0c\x43ontrolImage\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05image\x18\x02 \x01(\x0c\x12\x12\n\x05scale\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05start\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_scaleB\x08\n\x06_startB\x06\n\x04_end\"\xf2\x03\n\x0fGenerateRequest\x12\x10\n\x08workflow\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x1c\n\x0fnegative_prompt\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05width\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x13\n\x06height\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05steps\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07sampler\x18\x08 \x01(\tH\x05\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x13\n\x06images\x18\n \x01(\rH\x07\x88\x01\x01\x12\x33\n\x0e\x63ontrol_images\x18\x0b \x03(\x0b\x32\x1b.latentflow.v1.ControlImage\x12\"\n\x05loras\x18\x0c \x03(\x0b\x32\x13.latentflow.v1.Lora\x12\x17\n\x0fidempotency_key\x18\r \x01(\t\x12\x15\n\rstrict_prompt\x18\x0e \x01(\x08\x12\x18\n\x10preview_interval\x18\x0f \x01(\rB\x12\n\x10_negative_promptB\x08\n\x06_widthB\t\n\x07_heightB\x08\n\x06_stepsB\x11\n\x0f_guidance_scaleB\n\n\x08_samplerB\x07\n\x05_seedB\t\n\x07_images\"V\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x10\n\x08workflow\x18\x04 \x01(\t\"G\n\x08Progress\x12\r\n\x05image\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\x12\x0f\n\x07preview\x18\x04 \x01(\x0c\"1\n\x05Image\x12\r\n\x05image\x18\x01 \x01(\r\x12\x0b\n\x03png\x18\x02 \x01(\x0c\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"\xcc\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05image\x18\x02 \x01(\r\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\'\n\x04wall\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x66orward\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\r\"?\n\x08ModelUse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x03 \x01(\t\"\xc4\x02\n\x04\x44one\x12(\n\x05total\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06queued\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x06stages\x18\x03 \x03(\x0b\x32\x1a.latentflow.v1.StageTiming\x12\'\n\x06models\x18\x04 \x03(\x0b\x32\x17.latentflow.v1.ModelUse\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x11\n\ttruncated\x18\x06 \x01(\t\x12\x1a\n\x12negative_truncated\x18\x07 \x01(\t\x12\r\n\x05width\x18\x08 \x01(\r\x12\x0e\n\x06height\x18\t \x01(\r\x12\r\n\x05steps\x18\n \x01(\r\x12\x16\n\x0eguidance_scale\x18\x0b \x01(\x01\x12\x0f\n\x07sampler\x18\x0c \x01(\t\"\xc1\x01\n\x10GenerateResponse\x12+\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x17.latentflow.v1.AcceptedH\x00\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x17.latentflow.v1.ProgressH\x00\x12%\n\x05image\x18\x03 \x01(\x0b\x32\x14.latentflow.v1.ImageH\x00\x12#\n\x04\x64one\x18\x04 \x01(\x0b\x32\x13.latentflow.v1.DoneH\x00\x42\x07\n\x05\x65vent\"+\n\x17\x44\x65scribeWorkflowRequest\x12\x10\n\x08workflow\x18\x01 \x01(\t\"|\n\rWorkflowModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x04 \x01(\t\x12\x16\n\x0eready_replicas\x18\x05 \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x06 \x03(\t\"\x8d\x03\n\x18\x44\x65scribeWorkflowResponse\x12\x10\n\x08workflow\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12,\n\x06models\x18\x04 \x03(\x0b\x32\x1c.latentflow.v1.WorkflowModel\x12\x15\n\rdefault_width\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65\x66\x61ult_height\x18\x06 \x01(\r\x12\x15\n\rdefault_steps\x18\x07 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x08 \x01(\x01\x12\x10\n\x08samplers\x18\t \x03(\t\x12\x15\n\rsize_multiple\x18\n \x01(\r\x12\x12\n\nmax_pixels\x18\x0b \x01(\r\x12\x11\n\tmax_steps\x18\x0c \x01(\r\x12\x12\n\nmax_images\x18\r \x01(\r\x12\x1f\n\x17max_control_image_bytes\x18\x0e \x01(\x04\x12\x19\n\x11max_prompt_tokens\x18\x0f \x01(\r\x12\r\n\x05ready\x18\x10 \x01(\x08\"\x16\n\x14ListWorkflowsRequest\"*\n\x15ListWorkflowsResponse\x12\x11\n\tworkflows\x18\x01 \x03(\t2\x9c\x02\n\nGeneration\x12M\n\x08Generate\x12\x1e.latentflow.v1.GenerateRequest\x1a\x1f.latentflow.v1.GenerateResponse0\x01\x12\x63\n\x10\x44\x65scribeWorkflow\x12&.latentflow.v1.DescribeWorkflowRequest\x1a\'.latentflow.v1.DescribeWorkflowResponse\x12Z\n\rListWorkflows\x12#.latentflow.v1.ListWorkflowsRequest\x1a$.latentflow.v1.ListWorkflowsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elatentflow/v1/generation.proto\x12\rlatentflow.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1alatentflow/v1/images.proto\"N\n\x04Lora\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x18\n\x0b\x61sync_steps\x18\x03 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_async_steps\"\xc0\x01\n\x0c\x43ontrolImage\x12\r\n\x05model\x18\x01 \x01(\t\x12*\n\x05image\x18\x02 \x01(\x0b\x32\x1b.latentflow.v1.EncodedImage\x12\x12\n\x05scale\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05start\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x0b\n\x03net\x18\x06 \x01(\t\x12\x12\n\nguess_mode\x18\x07 \x01(\x08\x42\x08\n\x06_scaleB\x08\n\x06_startB\x06\n\x04_end\"\xee\x04\n\x0fGenerateRequest\x12\x10\n\x08workflow\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x1c\n\x0fnegative_prompt\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x12\n\x05width\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x13\n\x06height\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05steps\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x14\n\x07sampler\x18\x08 \x01(\tH\x05\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x06\x88\x01\x01\x12\x13\n\x06images\x18\n \x01(\rH\x07\x88\x01\x01\x12\x33\n\x0e\x63ontrol_images\x18\x0b \x03(\x0b\x32\x1b.latentflow.v1.ControlImage\x12\"\n\x05loras\x18\x0c \x03(\x0b\x32\x13.latentflow.v1.Lora\x12\x17\n\x0fidempotency_key\x18\r \x01(\t\x12\x15\n\rstrict_prompt\x18\x0e \x01(\x08\x12\x18\n\x10preview_interval\x18\x0f \x01(\r\x12\x15\n\x08priority\x18\x10 \x01(\rH\x08\x88\x01\x01\x12+\n\x08\x64\x65\x61\x64line\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rdeterministic\x18\x12 \x01(\x08\x12\x12\n\nmedia_type\x18\x13 \x01(\tB\x12\n\x10_negative_promptB\x08\n\x06_widthB\t\n\x07_heightB\x08\n\x06_stepsB\x11\n\x0f_guidance_scaleB\n\n\x08_samplerB\x07\n\x05_seedB\t\n\x07_imagesB\x0b\n\t_priority\"V\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0equeue_position\x18\x02 \x01(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x10\n\x08workflow\x18\x04 \x01(\t\"d\n\x08Progress\x12\r\n\x05image\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05total\x18\x03 \x01(\r\x12,\n\x07preview\x18\x04 \x01(\x0b\x32\x1b.latentflow.v1.EncodedImage\"R\n\x05Image\x12\r\n\x05image\x18\x01 \x01(\r\x12,\n\x07\x63ontent\x18\x02 \x01(\x0b\x32\x1b.latentflow.v1.EncodedImage\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"\xcc\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05image\x18\x02 \x01(\r\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\'\n\x04wall\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x66orward\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61ttempts\x18\x07 \x01(\r\"?\n\x08ModelUse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x03 \x01(\t\"\xdd\x02\n\x04\x44one\x12(\n\x05total\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06queued\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x06stages\x18\x03 \x03(\x0b\x32\x1a.latentflow.v1.StageTiming\x12\'\n\x06models\x18\x04 \x03(\x0b\x32\x17.latentflow.v1.ModelUse\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x11\n\ttruncated\x18\x06 \x01(\t\x12\x1a\n\x12negative_truncated\x18\x07 \x01(\t\x12\r\n\x05width\x18\x08 \x01(\r\x12\x0e\n\x06height\x18\t \x01(\r\x12\r\n\x05steps\x18\n \x01(\r\x12\x16\n\x0eguidance_scale\x18\x0b \x01(\x01\x12\x0f\n\x07sampler\x18\x0c \x01(\t\x12\x17\n\x0frequested_steps\x18\r \x01(\r\"\xc1\x01\n\x10GenerateResponse\x12+\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x17.latentflow.v1.AcceptedH\x00\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x17.latentflow.v1.ProgressH\x00\x12%\n\x05image\x18\x03 \x01(\x0b\x32\x14.latentflow.v1.ImageH\x00\x12#\n\x04\x64one\x18\x04 \x01(\x0b\x32\x13.latentflow.v1.DoneH\x00\x42\x07\n\x05\x65vent\"+\n\x17\x44\x65scribeWorkflowRequest\x12\x10\n\x08workflow\x18\x01 \x01(\t\"\x8a\x01\n\rWorkflowModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x04 \x01(\t\x12\x16\n\x0eready_replicas\x18\x05 \x01(\r\x12\x10\n\x08\x61\x64\x61pters\x18\x06 \x03(\t\x12\x0c\n\x04nets\x18\x07 \x03(\t\"\x8d\x03\n\x18\x44\x65scribeWorkflowResponse\x12\x10\n\x08workflow\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12,\n\x06models\x18\x04 \x03(\x0b\x32\x1c.latentflow.v1.WorkflowModel\x12\x15\n\rdefault_width\x18\x05 \x01(\r\x12\x16\n\x0e\x64\x65\x66\x61ult_height\x18\x06 \x01(\r\x12\x15\n\rdefault_steps\x18\x07 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x08 \x01(\x01\x12\x10\n\x08samplers\x18\t \x03(\t\x12\x15\n\rsize_multiple\x18\n \x01(\r\x12\x12\n\nmax_pixels\x18\x0b \x01(\r\x12\x11\n\tmax_steps\x18\x0c \x01(\r\x12\x12\n\nmax_images\x18\r \x01(\r\x12\x1f\n\x17max_control_image_bytes\x18\x0e \x01(\x04\x12\x19\n\x11max_prompt_tokens\x18\x0f \x01(\r\x12\r\n\x05ready\x18\x10 \x01(\x08\"\x16\n\x14ListWorkflowsRequest\"*\n\x15ListWorkflowsResponse\x12\x11\n\tworkflows\x18\x01 \x03(\t2\x9c\x02\n\nGeneration\x12M\n\x08Generate\x12\x1e.latentflow.v1.GenerateRequest\x1a\x1f.latentflow.v1.GenerateResponse0\x01\x12\x63\n\x10\x44\x65scribeWorkflow\x12&.latentflow.v1.DescribeWorkflowRequest\x1a\'.latentflow.v1.DescribeWorkflowResponse\x12Z\n\rListWorkflows\x12#.latentflow.v1.ListWorkflowsRequest\x1a$.latentflow.v1.ListWorkflowsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'latentflow.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LORA']._serialized_start=81
-  _globals['_LORA']._serialized_end=117
-  _globals['_CONTROLIMAGE']._serialized_start=120
-  _globals['_CONTROLIMAGE']._serialized_end=250
-  _globals['_GENERATEREQUEST']._serialized_start=253
-  _globals['_GENERATEREQUEST']._serialized_end=751
-  _globals['_ACCEPTED']._serialized_start=753
-  _globals['_ACCEPTED']._serialized_end=839
-  _globals['_PROGRESS']._serialized_start=841
-  _globals['_PROGRESS']._serialized_end=912
-  _globals['_IMAGE']._serialized_start=914
-  _globals['_IMAGE']._serialized_end=963
-  _globals['_STAGETIMING']._serialized_start=966
-  _globals['_STAGETIMING']._serialized_end=1170
-  _globals['_MODELUSE']._serialized_start=1172
-  _globals['_MODELUSE']._serialized_end=1235
-  _globals['_DONE']._serialized_start=1238
-  _globals['_DONE']._serialized_end=1562
-  _globals['_GENERATERESPONSE']._serialized_start=1565
-  _globals['_GENERATERESPONSE']._serialized_end=1758
-  _globals['_DESCRIBEWORKFLOWREQUEST']._serialized_start=1760
-  _globals['_DESCRIBEWORKFLOWREQUEST']._serialized_end=1803
-  _globals['_WORKFLOWMODEL']._serialized_start=1805
-  _globals['_WORKFLOWMODEL']._serialized_end=1929
-  _globals['_DESCRIBEWORKFLOWRESPONSE']._serialized_start=1932
-  _globals['_DESCRIBEWORKFLOWRESPONSE']._serialized_end=2329
-  _globals['_LISTWORKFLOWSREQUEST']._serialized_start=2331
-  _globals['_LISTWORKFLOWSREQUEST']._serialized_end=2353
-  _globals['_LISTWORKFLOWSRESPONSE']._serialized_start=2355
-  _globals['_LISTWORKFLOWSRESPONSE']._serialized_end=2397
-  _globals['_GENERATION']._serialized_start=2400
-  _globals['_GENERATION']._serialized_end=2684
+  _globals['_LORA']._serialized_start=109
+  _globals['_LORA']._serialized_end=187
+  _globals['_CONTROLIMAGE']._serialized_start=190
+  _globals['_CONTROLIMAGE']._serialized_end=382
+  _globals['_GENERATEREQUEST']._serialized_start=385
+  _globals['_GENERATEREQUEST']._serialized_end=1007
+  _globals['_ACCEPTED']._serialized_start=1009
+  _globals['_ACCEPTED']._serialized_end=1095
+  _globals['_PROGRESS']._serialized_start=1097
+  _globals['_PROGRESS']._serialized_end=1197
+  _globals['_IMAGE']._serialized_start=1199
+  _globals['_IMAGE']._serialized_end=1281
+  _globals['_STAGETIMING']._serialized_start=1284
+  _globals['_STAGETIMING']._serialized_end=1488
+  _globals['_MODELUSE']._serialized_start=1490
+  _globals['_MODELUSE']._serialized_end=1553
+  _globals['_DONE']._serialized_start=1556
+  _globals['_DONE']._serialized_end=1905
+  _globals['_GENERATERESPONSE']._serialized_start=1908
+  _globals['_GENERATERESPONSE']._serialized_end=2101
+  _globals['_DESCRIBEWORKFLOWREQUEST']._serialized_start=2103
+  _globals['_DESCRIBEWORKFLOWREQUEST']._serialized_end=2146
+  _globals['_WORKFLOWMODEL']._serialized_start=2149
+  _globals['_WORKFLOWMODEL']._serialized_end=2287
+  _globals['_DESCRIBEWORKFLOWRESPONSE']._serialized_start=2290
+  _globals['_DESCRIBEWORKFLOWRESPONSE']._serialized_end=2687
+  _globals['_LISTWORKFLOWSREQUEST']._serialized_start=2689
+  _globals['_LISTWORKFLOWSREQUEST']._serialized_end=2711
+  _globals['_LISTWORKFLOWSRESPONSE']._serialized_start=2713
+  _globals['_LISTWORKFLOWSRESPONSE']._serialized_end=2755
+  _globals['_GENERATION']._serialized_start=2758
+  _globals['_GENERATION']._serialized_end=3042
 # @@protoc_insertion_point(module_scope)

@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import duration_pb2 as _duration_pb2
+from latentflow.v1 import images_pb2 as _images_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -10,29 +11,35 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Lora(_message.Message):
-    __slots__ = ("name", "weight")
+    __slots__ = ("name", "weight", "async_steps")
     NAME_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ASYNC_STEPS_FIELD_NUMBER: _ClassVar[int]
     name: str
     weight: float
-    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+    async_steps: int
+    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ..., async_steps: _Optional[int] = ...) -> None: ...
 
 class ControlImage(_message.Message):
-    __slots__ = ("model", "image", "scale", "start", "end")
+    __slots__ = ("model", "image", "scale", "start", "end", "net", "guess_mode")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    NET_FIELD_NUMBER: _ClassVar[int]
+    GUESS_MODE_FIELD_NUMBER: _ClassVar[int]
     model: str
-    image: bytes
+    image: _images_pb2.EncodedImage
     scale: float
     start: float
     end: float
-    def __init__(self, model: _Optional[str] = ..., image: _Optional[bytes] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ...) -> None: ...
+    net: str
+    guess_mode: bool
+    def __init__(self, model: _Optional[str] = ..., image: _Optional[_Union[_images_pb2.EncodedImage, _Mapping]] = ..., scale: _Optional[float] = ..., start: _Optional[float] = ..., end: _Optional[float] = ..., net: _Optional[str] = ..., guess_mode: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("workflow", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "seed", "images", "control_images", "loras", "idempotency_key", "strict_prompt", "preview_interval")
+    __slots__ = ("workflow", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "seed", "images", "control_images", "loras", "idempotency_key", "strict_prompt", "preview_interval", "priority", "deadline", "deterministic", "media_type")
     WORKFLOW_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +55,10 @@ class GenerateRequest(_message.Message):
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     STRICT_PROMPT_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
     workflow: str
     prompt: str
     negative_prompt: str
@@ -63,7 +74,11 @@ class GenerateRequest(_message.Message):
     idempotency_key: str
     strict_prompt: bool
     preview_interval: int
-    def __init__(self, workflow: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., control_images: _Optional[_Iterable[_Union[ControlImage, _Mapping]]] = ..., loras: _Optional[_Iterable[_Union[Lora, _Mapping]]] = ..., idempotency_key: _Optional[str] = ..., strict_prompt: _Optional[bool] = ..., preview_interval: _Optional[int] = ...) -> None: ...
+    priority: int
+    deadline: _duration_pb2.Duration
+    deterministic: bool
+    media_type: str
+    def __init__(self, workflow: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., control_images: _Optional[_Iterable[_Union[ControlImage, _Mapping]]] = ..., loras: _Optional[_Iterable[_Union[Lora, _Mapping]]] = ..., idempotency_key: _Optional[str] = ..., strict_prompt: _Optional[bool] = ..., preview_interval: _Optional[int] = ..., priority: _Optional[int] = ..., deadline: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., deterministic: _Optional[bool] = ..., media_type: _Optional[str] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("request_id", "queue_position", "seed", "workflow")
@@ -86,18 +101,18 @@ class Progress(_message.Message):
     image: int
     step: int
     total: int
-    preview: bytes
-    def __init__(self, image: _Optional[int] = ..., step: _Optional[int] = ..., total: _Optional[int] = ..., preview: _Optional[bytes] = ...) -> None: ...
+    preview: _images_pb2.EncodedImage
+    def __init__(self, image: _Optional[int] = ..., step: _Optional[int] = ..., total: _Optional[int] = ..., preview: _Optional[_Union[_images_pb2.EncodedImage, _Mapping]] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("image", "png", "seed")
+    __slots__ = ("image", "content", "seed")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
-    PNG_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     image: int
-    png: bytes
+    content: _images_pb2.EncodedImage
     seed: int
-    def __init__(self, image: _Optional[int] = ..., png: _Optional[bytes] = ..., seed: _Optional[int] = ...) -> None: ...
+    def __init__(self, image: _Optional[int] = ..., content: _Optional[_Union[_images_pb2.EncodedImage, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class StageTiming(_message.Message):
     __slots__ = ("stage", "image", "replica", "wall", "forward", "wait", "attempts")
@@ -128,7 +143,7 @@ class ModelUse(_message.Message):
     def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., content_digest: _Optional[str] = ...) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("total", "queued", "stages", "models", "seed", "truncated", "negative_truncated", "width", "height", "steps", "guidance_scale", "sampler")
+    __slots__ = ("total", "queued", "stages", "models", "seed", "truncated", "negative_truncated", "width", "height", "steps", "guidance_scale", "sampler", "requested_steps")
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +156,7 @@ class Done(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
     SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    REQUESTED_STEPS_FIELD_NUMBER: _ClassVar[int]
     total: _duration_pb2.Duration
     queued: _duration_pb2.Duration
     stages: _containers.RepeatedCompositeFieldContainer[StageTiming]
@@ -153,7 +169,8 @@ class Done(_message.Message):
     steps: int
     guidance_scale: float
     sampler: str
-    def __init__(self, total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queued: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelUse, _Mapping]]] = ..., seed: _Optional[int] = ..., truncated: _Optional[str] = ..., negative_truncated: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ...) -> None: ...
+    requested_steps: int
+    def __init__(self, total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., queued: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageTiming, _Mapping]]] = ..., models: _Optional[_Iterable[_Union[ModelUse, _Mapping]]] = ..., seed: _Optional[int] = ..., truncated: _Optional[str] = ..., negative_truncated: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., requested_steps: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("accepted", "progress", "image", "done")
@@ -174,20 +191,22 @@ class DescribeWorkflowRequest(_message.Message):
     def __init__(self, workflow: _Optional[str] = ...) -> None: ...
 
 class WorkflowModel(_message.Message):
-    __slots__ = ("name", "role", "model", "content_digest", "ready_replicas", "adapters")
+    __slots__ = ("name", "role", "model", "content_digest", "ready_replicas", "adapters", "nets")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     READY_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    NETS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     model: str
     content_digest: str
     ready_replicas: int
     adapters: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., content_digest: _Optional[str] = ..., ready_replicas: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+    nets: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., content_digest: _Optional[str] = ..., ready_replicas: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., nets: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DescribeWorkflowResponse(_message.Message):
     __slots__ = ("workflow", "task", "family", "models", "default_width", "default_height", "default_steps", "default_guidance_scale", "samplers", "size_multiple", "max_pixels", "max_steps", "max_images", "max_control_image_bytes", "max_prompt_tokens", "ready")

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class StageStub:
-    """Served by the model servers, for the gateway (Encode, Denoise, Decode) and for each other (the rest).
+    """Served by model servers: Encode, Denoise and Decode for the gateway, the others for each other.
     """
 
     def __init__(self, channel):
@@ -40,7 +40,7 @@ class StageStub:
                 request_serializer=latentflow_dot_v1_dot_stage__pb2.EncodeRequest.SerializeToString,
                 response_deserializer=latentflow_dot_v1_dot_stage__pb2.EncodeResponse.FromString,
                 _registered_method=True)
-        self.Denoise = channel.unary_stream(
+        self.Denoise = channel.stream_stream(
                 '/latentflow.v1.Stage/Denoise',
                 request_serializer=latentflow_dot_v1_dot_stage__pb2.DenoiseRequest.SerializeToString,
                 response_deserializer=latentflow_dot_v1_dot_stage__pb2.DenoiseResponse.FromString,
@@ -68,7 +68,7 @@ class StageStub:
 
 
 class StageServicer:
-    """Served by the model servers, for the gateway (Encode, Denoise, Decode) and for each other (the rest).
+    """Served by model servers: Encode, Denoise and Decode for the gateway, the others for each other.
     """
 
     def Encode(self, request, context):
@@ -78,8 +78,9 @@ class StageServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Denoise(self, request, context):
-        """Denoiser: conditioning to latents. Cancelling the call frees the denoiser at the next step boundary.
+    def Denoise(self, request_iterator, context):
+        """Denoiser: conditioning to latents, one stream for each image. The caller may close its side after any message.
+        Cancelling the call ends the request at the next step boundary.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,21 +94,22 @@ class StageServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Adapter(self, request, context):
-        """LoRA store: one adapter's part for one component.
+        """LoRA store: the part of one adapter for one component.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Residuals(self, request_iterator, context):
-        """ControlNet: one stream for each request, one exchange for each step.
+        """ControlNet: one stream for each request and network, one exchange for each step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PredictNoise(self, request_iterator, context):
-        """Denoiser, for another replica of the same model: one stream for each request, one exchange for each step.
+        """Denoiser, for another replica of the same model: one stream for each request, one exchange for each step. This
+        version answers UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +123,7 @@ def add_StageServicer_to_server(servicer, server):
                     request_deserializer=latentflow_dot_v1_dot_stage__pb2.EncodeRequest.FromString,
                     response_serializer=latentflow_dot_v1_dot_stage__pb2.EncodeResponse.SerializeToString,
             ),
-            'Denoise': grpc.unary_stream_rpc_method_handler(
+            'Denoise': grpc.stream_stream_rpc_method_handler(
                     servicer.Denoise,
                     request_deserializer=latentflow_dot_v1_dot_stage__pb2.DenoiseRequest.FromString,
                     response_serializer=latentflow_dot_v1_dot_stage__pb2.DenoiseResponse.SerializeToString,
@@ -155,7 +157,7 @@ def add_StageServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Stage:
-    """Served by the model servers, for the gateway (Encode, Denoise, Decode) and for each other (the rest).
+    """Served by model servers: Encode, Denoise and Decode for the gateway, the others for each other.
     """
 
     @staticmethod
@@ -186,7 +188,7 @@ class Stage:
             _registered_method=True)
 
     @staticmethod
-    def Denoise(request,
+    def Denoise(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -196,8 +198,8 @@ class Stage:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/latentflow.v1.Stage/Denoise',
             latentflow_dot_v1_dot_stage__pb2.DenoiseRequest.SerializeToString,

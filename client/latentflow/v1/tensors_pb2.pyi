@@ -62,28 +62,28 @@ class TensorHeader(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TensorChunk(_message.Message):
-    __slots__ = ("headers", "offset", "data", "last", "page")
+    __slots__ = ("headers", "offset", "data", "page", "last")
     HEADERS_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    LAST_FIELD_NUMBER: _ClassVar[int]
     PAGE_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     headers: _containers.RepeatedCompositeFieldContainer[TensorHeader]
     offset: int
     data: bytes
-    last: bool
     page: str
-    def __init__(self, headers: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., last: _Optional[bool] = ..., page: _Optional[str] = ...) -> None: ...
+    last: bool
+    def __init__(self, headers: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., page: _Optional[str] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("id", "boot_id", "memory")
+    __slots__ = ("id", "boot_id", "shared_memory")
     ID_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     boot_id: str
-    memory: str
-    def __init__(self, id: _Optional[bytes] = ..., boot_id: _Optional[str] = ..., memory: _Optional[str] = ...) -> None: ...
+    shared_memory: str
+    def __init__(self, id: _Optional[bytes] = ..., boot_id: _Optional[str] = ..., shared_memory: _Optional[str] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("chunk",)

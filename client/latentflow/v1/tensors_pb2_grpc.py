@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class TensorsStub:
-    """Served by every model server, for its peers (Fetch) and for the gateway (Renew, Release).
+    """Served by every model server: Fetch for its peers, Renew and Release for the gateway. All calls stay available while
+    the server drains.
     """
 
     def __init__(self, channel):
@@ -53,26 +54,27 @@ class TensorsStub:
 
 
 class TensorsServicer:
-    """Served by every model server, for its peers (Fetch) and for the gateway (Renew, Release).
+    """Served by every model server: Fetch for its peers, Renew and Release for the gateway. All calls stay available while
+    the server drains.
     """
 
     def Fetch(self, request, context):
         """Streams one tensor. Idempotent: a tensor may be fetched any number of times until it is released or its lease ends.
-        NOT_FOUND with reason OWNER_LOST when the tensor is not held here (any more).
+        ABORTED with reason OWNER_LOST if this server does not hold the tensor, or has another boot id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Renew(self, request, context):
-        """Extends leases. The gateway calls it for what a queued request holds.
+        """Extends leases. The gateway calls it for the tensors of its requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Frees tensors. Unknown ids are no error: releasing twice is harmless.
+        """Frees tensors. Idempotent: ids that are not held are no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,7 +107,8 @@ def add_TensorsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Tensors:
-    """Served by every model server, for its peers (Fetch) and for the gateway (Renew, Release).
+    """Served by every model server: Fetch for its peers, Renew and Release for the gateway. All calls stay available while
+    the server drains.
     """
 
     @staticmethod

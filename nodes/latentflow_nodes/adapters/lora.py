@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 
 from latentflow_nodes import families
 from latentflow_nodes.adapters.layers import Layer
@@ -55,7 +56,7 @@ def load(name: str, path: Path) -> Adapter:
         state = family.read_adapter(path)
     except (ValueError, KeyError, AttributeError) as error:
         raise FailedPreconditionError(
-            f"diffusers cannot read adapter {name!r} ({path}): {error}", reason="ADAPTER_UNREADABLE"
+            f"diffusers cannot read adapter {name!r} ({path}): {error}", reason=Reason.ADAPTER_UNREADABLE
         ) from None
     components: dict[str, dict[str, Layer]] = {}
     unused = set(state.tensors)
@@ -72,7 +73,7 @@ def load(name: str, path: Path) -> Adapter:
         raise FailedPreconditionError(
             f"Adapter {name!r} ({path}) has keys that belong to no known component: {shown}. "
             f"Keys begin with one of {', '.join(family.adapter_components)}; was it trained for another kind of model?",
-            reason="ADAPTER_UNREADABLE",
+            reason=Reason.ADAPTER_UNREADABLE,
         )
     return Adapter(name=name, digest=files.digest([path]), components=components)
 
@@ -92,7 +93,7 @@ def _layers(
             raise FailedPreconditionError(
                 f"Adapter {name!r} has the key {component}.{key}, which is not part of a LoRA pair; "
                 "only plain LoRA (lora_A, lora_B, alpha) is served.",
-                reason="ADAPTER_UNREADABLE",
+                reason=Reason.ADAPTER_UNREADABLE,
             )
         pairs.setdefault(layer, {})[kind] = tensor
     layers = {}
@@ -100,7 +101,7 @@ def _layers(
         if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise FailedPreconditionError(
                 f"Adapter {name!r}: layer {component}.{layer} lacks one of lora_A and lora_B, or their ranks differ.",
-                reason="ADAPTER_UNREADABLE",
+                reason=Reason.ADAPTER_UNREADABLE,
             )
         rank = pair["A"].shape[0]
         layers[layer] = Layer(a=pair["A"], b=pair["B"], alpha=_alpha(layer, rank, alphas=alphas, metadata=metadata))
@@ -108,7 +109,7 @@ def _layers(
 
 
 def _alpha(layer: str, rank: int, *, alphas: dict[str, Any], metadata: dict[str, Any]) -> float:
-    """PEFT's rules: the layer's own alpha, the config's pattern, the config's alpha, else the rank."""
+    """By PEFT's rules: the layer's own alpha, the config's pattern, the config's alpha, else the rank."""
     own = alphas.get(f"{layer}.alpha")
     if own is not None:
         alpha = float(own)
@@ -116,5 +117,5 @@ def _alpha(layer: str, rank: int, *, alphas: dict[str, Any], metadata: dict[str,
         pattern = metadata.get("alpha_pattern") or {}
         matching = [value for key, value in pattern.items() if layer == key or layer.endswith(f".{key}")]
         alpha = float(matching[0] if matching else metadata.get("lora_alpha", rank))
-    # rank-stabilised LoRA scales by alpha / sqrt(rank)
+    # Rank-stabilised LoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
     return alpha * math.sqrt(rank) if metadata.get("use_rslora") else alpha

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 
 from latentflow_nodes.adapters.layers import Layer
 
@@ -18,8 +19,8 @@ from latentflow_nodes.adapters.layers import Layer
 class Merger:
     """Merges adapters into one module's weights.
 
-    Keeps the pristine values of every weight it has touched in host memory, so that any set of adapters, none too, is
-    reached from them and nothing drifts. Not thread-safe: the thread that runs the module calls it.
+    Keeps the pristine values of every weight that it has changed in host memory. Every set of adapters, the empty one too,
+    is computed from them, so that nothing drifts. Not thread-safe: only the thread that runs the module may call it.
     """
 
     def __init__(self, module: torch.nn.Module, *, what: str) -> None:
@@ -36,19 +37,19 @@ class Merger:
                 raise FailedPreconditionError(
                     f"Adapter {adapter!r} changes layer {name!r}, which this {self._what} does not have; "
                     "it was trained for another base model.",
-                    reason="ADAPTER_MISMATCH",
+                    reason=Reason.ADAPTER_MISMATCH,
                 )
             wanted = (weight.shape[0], math.prod(weight.shape[1:]))
             if (layer.b.shape[0], math.prod(layer.a.shape[1:])) != wanted:
                 raise FailedPreconditionError(
                     f"Adapter {adapter!r} changes layer {name!r} by {layer.b.shape[0]}x{math.prod(layer.a.shape[1:])} "
                     f"where this {self._what} has {wanted[0]}x{wanted[1]}; it was trained for another base model.",
-                    reason="ADAPTER_MISMATCH",
+                    reason=Reason.ADAPTER_MISMATCH,
                 )
 
     @torch.no_grad()
     def apply(self, adapters: Sequence[tuple[Mapping[str, Layer], float]]) -> None:
-        """Makes the weights pristine plus exactly these adapters, each with its weight, in this order."""
+        """Sets the weights to the pristine ones plus exactly these adapters, each with its weight, in this order."""
         deltas: dict[str, torch.Tensor] = {}
         for layers, weight in adapters:
             for name, layer in layers.items():
@@ -75,7 +76,7 @@ class Merger:
         return weight if isinstance(weight, torch.nn.Parameter) else None
 
     def _set(self, name: str, value: torch.Tensor) -> None:
-        # In place: the address stays, so captured graphs and shared storage stay valid.
+        # In place: the address does not change, so captured graphs and shared storage stay valid.
         parameter = self._weight(name)
         if parameter is None:
             raise KeyError(name)

@@ -16,8 +16,8 @@ from safetensors.torch import save as save_safetensors
 def freeze(tree: Any) -> bytes:
     """Any tree of dicts, lists, tensors, arrays and plain values as bytes; `thaw` gives an equal tree.
 
-    Tensors go through safetensors, the rest through JSON, which keeps Python floats exactly. TypeError for what is
-    neither, so that nothing is lost in silence.
+    Tensors are stored as safetensors, the rest as JSON, which keeps Python floats exactly. TypeError for any other value,
+    so that no state is lost silently.
     """
     tensors: dict[str, torch.Tensor] = {}
 
@@ -67,5 +67,5 @@ def thaw(blob: bytes) -> Any:
         return full(tree)
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         raise DataLossError(
-            f"A checkpoint of {len(blob)} bytes cannot be read ({error}); start the request anew."
+            f"A checkpoint of {len(blob)} bytes cannot be read ({error}); start the request again."
         ) from None

@@ -15,9 +15,11 @@ import structlog
 import torch
 from latentflow.errors import FailedPreconditionError, InternalError, LatentflowError, UnavailableError
 from latentflow.internal.metrics import Instruments
+from latentflow.reasons import Reason
 
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.batching import Candidate, choose
+from latentflow_nodes.engine.load import Load, PassSize
 from latentflow_nodes.engine.runner import Runner, SampleError
 from latentflow_nodes.engine.sample import Sample
 from latentflow_nodes.engine.worker import queue_full
@@ -34,6 +36,7 @@ class Engine:
         max_running: Most samples that run at a time, and most in one forward pass.
         max_waiting: Most samples that are queued.
         threads: Torch's threads.
+        load: Where running and queued samples and steps are recorded.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Engine:
         max_running: int,
         max_waiting: int,
         threads: int,
+        load: Load,
         metrics: Instruments,
     ) -> None:
         self._runner = runner
@@ -51,6 +55,7 @@ class Engine:
         self._merged: Hashable = ()
         self._max_running = max_running
         self._max_waiting = max_waiting
+        self._load = load
         self._metrics = metrics
         self._changed = threading.Condition()
         self._queued: dict[int, Sample] = {}
@@ -111,8 +116,7 @@ class Engine:
                 self._run_alone(batch)
         seconds = time.perf_counter() - started
         self._mean_step = seconds if self._mean_step == 0 else 0.9 * self._mean_step + 0.1 * seconds
-        self._metrics.of("latentflow_step_seconds").observe(seconds)
-        self._metrics.of("latentflow_batch_size").observe(len(batch))
+        self._load.passed(_size(batch), requests=len(batch), seconds=seconds)
         return True
 
     def _admit(self) -> None:
@@ -200,8 +204,7 @@ class Engine:
         self._skipped.pop(key, None)
 
     def _report(self) -> None:
-        self._metrics.of("latentflow_queue_depth").set(len(self._queued))
-        self._metrics.of("latentflow_in_flight").set(len(self._running))
+        self._load.set(running=len(self._running), queued=len(self._queued))
 
     def _loop(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -217,7 +220,12 @@ class Engine:
                 # A defect of ours: no request hangs, and later ones are served.
                 _log.exception("step loop failed")
                 self._fail_all(_as_error(error))
-        self._fail_all(UnavailableError("This server is stopping; retry on another replica.", reason="DRAINING"))
+        self._fail_all(UnavailableError("This server is stopping; retry on another replica.", reason=Reason.DRAINING))
+
+
+def _size(batch: Sequence[Sample]) -> PassSize:
+    height, width = batch[0].latents.shape[-2:]
+    return PassSize(rows=sum(sample.settings.guidance.rows for sample in batch), height=height, width=width)
 
 
 def _as_error(error: Exception) -> LatentflowError:
@@ -227,6 +235,6 @@ def _as_error(error: Exception) -> LatentflowError:
     if isinstance(error, RuntimeError) and "size of tensor" in str(error):
         return FailedPreconditionError(
             f"A ControlNet's residuals do not fit this denoiser ({error}); it was trained for another base model.",
-            reason="CONTROLNET_MISMATCH",
+            reason=Reason.CONTROLNET_MISMATCH,
         )
     return InternalError(f"The forward pass failed: {type(error).__name__}: {error}. The server's log has the details.")

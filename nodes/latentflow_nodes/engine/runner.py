@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 from latentflow.errors import InternalError, LatentflowError, UnavailableError
+from latentflow.reasons import Reason
 
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.forward_time import ForwardTime, Stopwatch
@@ -147,7 +148,7 @@ class BatchResiduals:
             except FutureTimeout:
                 late = UnavailableError(
                     f"A ControlNet sent no residuals for step {sample.index + 1} within {_RESIDUAL_SECONDS:g} s.",
-                    reason="PEER_UNAVAILABLE",
+                    reason=Reason.PEER_UNAVAILABLE,
                 )
                 raise SampleError(sample, late) from None
             one = Residuals(down=tuple(self._on_device(t) for t in one.down), mid=self._on_device(one.mid))

@@ -1,7 +1,7 @@
-"""Samplers by name, each request's its own object, and their state as plain data.
+"""Samplers by name, one object for each request, and their state as plain data.
 
-A sampler is a diffusers scheduler made from the model's scheduler config. `snapshot` and `restore` carry one over to
-another process generically: whatever attributes a scheduler changes while it steps are part of its state, so that no
+A sampler is a diffusers scheduler made from the model's scheduler config. `snapshot` and `restore` move its state to
+another process. They are generic: every attribute that a scheduler changes while it steps is part of its state, so no
 sampler needs code of its own.
 """
 
@@ -14,8 +14,9 @@ from typing import Any
 import diffusers
 import torch
 from latentflow.errors import DataLossError, InvalidRequestError
+from latentflow.reasons import Reason
 
-# Names as ComfyUI has them; the settings are those under which diffusers documents each.
+# ComfyUI's names; diffusers documents each sampler with these settings.
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -24,7 +25,7 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "uni_pc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
 }
-# What diffusers keeps about the configuration, not about the run.
+# Attributes for the configuration, which stepping does not change.
 _NOT_STATE = {"_internal_dict", "config"}
 
 
@@ -43,7 +44,7 @@ def build(name: str, config: dict[str, Any]) -> Any:
         return getattr(diffusers, str(config["_class_name"])).from_config(config)
     if name not in SAMPLERS:
         raise InvalidRequestError(
-            f"Sampler {name!r} is not known; use one of {', '.join(available(config))}.", reason="UNKNOWN_SAMPLER"
+            f"Sampler {name!r} is not known; use one of {', '.join(available(config))}.", reason=Reason.UNKNOWN_SAMPLER
         )
     cls, settings = SAMPLERS[name]
     return getattr(diffusers, cls).from_config(config, **settings)
@@ -73,7 +74,7 @@ class Sampler:
 
     @property
     def timesteps(self) -> torch.Tensor:
-        """One for each model evaluation, in order; solvers of second order have more of them than steps."""
+        """One for each forward pass, in order; solvers of second order have more of them than steps."""
         timesteps: torch.Tensor = self._scheduler.timesteps
         return timesteps
 
@@ -96,7 +97,7 @@ class Sampler:
         generator: torch.Generator,
         eta: float,
     ) -> torch.Tensor:
-        """The next latents, [1, channels, height, width] as the others."""
+        """The next latents; all are [1, channels, height, width]."""
         extra: dict[str, Any] = {}
         if self._accepts_generator:
             extra["generator"] = generator
@@ -106,15 +107,15 @@ class Sampler:
         return stepped
 
     def snapshot(self) -> dict[str, Any]:
-        """What stepping has changed since the timesteps were set; for `restore` on an equal sampler."""
+        """The attributes that stepping has changed since the timesteps were set; for `restore` on an equal sampler."""
         return {key: value for key, value in _state(self._scheduler).items() if not _equal(value, self._fresh.get(key))}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over a snapshot. DataLossError for one that would replace a sampler's code."""
-        # Some schedulers make attributes only when they step, so a fresh one need not have them all.
+        """Sets the attributes of a snapshot. DataLossError for a snapshot that would replace a sampler's code."""
+        # Some schedulers create attributes only when they step, so a fresh one may lack them.
         code = [key for key in state if hasattr(type(self._scheduler), key)]
         if code:
-            raise DataLossError(f"A checkpoint of another sampler: it has {sorted(code)}, which are no state.")
+            raise DataLossError(f"A checkpoint belongs to another sampler: its {sorted(code)} are not state.")
         for key, value in state.items():
             setattr(self._scheduler, key, placed(value, self._fresh.get(key), device=self._device))
 

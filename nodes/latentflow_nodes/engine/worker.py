@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import torch
 from latentflow.errors import OverloadedError
-from latentflow.internal.metrics import Instruments
 
 from latentflow_nodes.engine.compute_lock import ComputeLock
+from latentflow_nodes.engine.load import Load, PassSize
 
 T = TypeVar("T")
 
@@ -36,9 +36,10 @@ class Worker:
         threads: Torch's threads in that thread.
         max_waiting: Most calls that are queued behind the running one.
         lock: Held while a callable runs.
+        load: Where calls and their durations are recorded.
     """
 
-    def __init__(self, *, threads: int, max_waiting: int, lock: ComputeLock, metrics: Instruments) -> None:
+    def __init__(self, *, threads: int, max_waiting: int, lock: ComputeLock, load: Load) -> None:
         self._executor = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
         self._max_waiting = max_waiting
         # All calls: the running one and those behind it.
@@ -47,12 +48,13 @@ class Worker:
         self._queued: set[object] = set()
         self._mean = 0.0
         self._lock = lock
-        self._metrics = metrics
+        self._load = load
 
-    async def run(self, work: Callable[[], T], *, resumed: bool = False) -> T:
+    async def run(self, work: Callable[[], T], *, size: PassSize, resumed: bool = False) -> T:
         """The callable's result. OverloadedError when the queue is full; a cancelled caller's work is not started.
 
         Args:
+            size: What the duration of the call depends on.
             resumed: The call belongs to a request that has had forward passes here, so it is not a queued request.
         """
         if self._present > self._max_waiting:
@@ -62,7 +64,7 @@ class Worker:
         if not resumed:
             self._queued.add(call)
         self._report()
-        future = self._executor.submit(self._timed, work, call)
+        future = self._executor.submit(self._timed, work, call, size)
         try:
             return await asyncio.wrap_future(future)
         finally:
@@ -71,7 +73,7 @@ class Worker:
             self._report()
 
     @torch.inference_mode()
-    def _timed(self, work: Callable[[], T], call: object) -> T:
+    def _timed(self, work: Callable[[], T], call: object, size: PassSize) -> T:
         self._queued.discard(call)
         self._report()
         with self._lock:
@@ -81,12 +83,10 @@ class Worker:
             finally:
                 seconds = time.perf_counter() - start
                 self._mean = seconds if self._mean == 0 else 0.9 * self._mean + 0.1 * seconds
-                self._metrics.of("latentflow_step_seconds").observe(seconds)
-                self._metrics.of("latentflow_batch_size").observe(1)
+                self._load.passed(size, requests=1, seconds=seconds)
 
     def _report(self) -> None:
-        self._metrics.of("latentflow_queue_depth").set(len(self._queued))
-        self._metrics.of("latentflow_in_flight").set(min(1, self._present))
+        self._load.set(running=min(1, self._present), queued=len(self._queued))
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)

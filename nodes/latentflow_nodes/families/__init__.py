@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 
 from latentflow_nodes.families.base import Family
 from latentflow_nodes.families.sd import StableDiffusion
@@ -49,4 +50,6 @@ def of_adapter(keys: Sequence[str]) -> Family:
 
 def _unsupported(folder: Path, found: str) -> FailedPreconditionError:
     known = ", ".join(family.title for family in FAMILIES)
-    return FailedPreconditionError(f"{folder} holds {found}; this server runs {known}.", reason="UNSUPPORTED_FAMILY")
+    return FailedPreconditionError(
+        f"{folder} holds {found}; this server runs {known}.", reason=Reason.UNSUPPORTED_FAMILY
+    )

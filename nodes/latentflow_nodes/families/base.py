@@ -190,10 +190,6 @@ class Family(Protocol):
         """Pixels of a control image along the side of one latent pixel."""
         ...
 
-    def residual_channels(self, network: torch.nn.Module) -> list[int]:
-        """Channels of a ControlNet's residuals, the middle block's last."""
-        ...
-
     def residuals(
         self,
         network: torch.nn.Module,

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline, U
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from latentflow.errors import FailedPreconditionError
 from latentflow.internal.guidance import Guidance
+from latentflow.reasons import Reason
 
 from latentflow_nodes.families.base import (
     AdapterState,
@@ -68,7 +69,7 @@ class UNetFamily(ABC):
             raise FailedPreconditionError(
                 f"{root} has the text encoders {sorted(encoders)} and the tokenizers {sorted(tokenizers)}; "
                 "each encoder needs its own tokenizer.",
-                reason="WEIGHTS_UNAVAILABLE",
+                reason=Reason.WEIGHTS_UNAVAILABLE,
             )
         return TextModel(
             encoders=encoders,
@@ -141,10 +142,6 @@ class UNetFamily(ABC):
 
     def image_scale(self, network: torch.nn.Module) -> int:
         return int(2 ** (len(_config(network).conditioning_embedding_out_channels) - 1))
-
-    def residual_channels(self, network: torch.nn.Module) -> list[int]:
-        net: Any = network
-        return [block.out_channels for block in (*net.controlnet_down_blocks, net.controlnet_mid_block)]
 
     def residuals(
         self,
@@ -220,7 +217,7 @@ def _text_encoder(folder: Path, cls: str, dtype: torch.dtype) -> torch.nn.Module
     if cls not in _TEXT_CLASSES:
         raise FailedPreconditionError(
             f"{folder} is a {cls}; this server runs {' and '.join(sorted(_TEXT_CLASSES))}.",
-            reason="UNSUPPORTED_FAMILY",
+            reason=Reason.UNSUPPORTED_FAMILY,
         )
     encoder: torch.nn.Module = getattr(transformers, cls).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, local_files_only=True

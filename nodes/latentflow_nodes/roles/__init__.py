@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2
 
 from latentflow_nodes.context import Context
@@ -50,7 +51,7 @@ def load(context: Context) -> Role:
         raise FailedPreconditionError(
             f"{settings.role} {settings.uri}{'/' + settings.subfolder if settings.subfolder else ''} does not load: "
             f"{type(error).__name__}: {error}. Check that the folder is complete and holds a {settings.role}.",
-            reason="WEIGHTS_UNAVAILABLE",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
         ) from error
     return role
 

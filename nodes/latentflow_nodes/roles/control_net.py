@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from latentflow.errors import InvalidRequestError
+from latentflow.errors import InvalidRequestError, UnimplementedError
+from latentflow.internal import images
 from latentflow.v1 import control_pb2, stage_pb2
 from PIL import Image
 
 from latentflow_nodes import families
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import Stopwatch
+from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.roles.denoiser import warm_up_conditioning
 from latentflow_nodes.roles.role import Role
@@ -44,14 +46,14 @@ class ControlNet(Role):
             threads=settings.threads,
             max_waiting=settings.engine.max_waiting,
             lock=context.compute_lock,
-            metrics=context.metrics,
+            load=context.load,
         )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
-        shapes = self._family.conditioning_shapes(self._network)
-        response.control_net.cross_attention_dim = next(iter(shapes.values()))[-1] or 0
-        response.control_net.latent_channels = self._channels
-        response.control_net.residual_channels.extend(self._family.residual_channels(self._network))
+        described = response.control_net
+        described.latent_channels = self._channels
+        described.conditioning.extend(self._named(self._family.conditioning_shapes(self._network)))
+        described.nets.add(content_digest=self.content_digest)
 
     async def warm_up(self) -> None:
         side = _WARM_UP_SIDE
@@ -60,7 +62,9 @@ class ControlNet(Role):
         inputs = self._inputs(conditioning, rows=2, width=pixels, height=pixels)
         image = self._on_device(torch.zeros(2, 3, pixels, pixels))
         latents = self._on_device(torch.zeros(2, self._channels, side, side))
-        await self._worker.run(lambda: self._run(latents, 1.0, inputs, image, scale=1.0))
+        await self._worker.run(
+            lambda: self._run(latents, 1.0, inputs, image, scale=1.0), size=PassSize(rows=2, height=side, width=side)
+        )
 
     def close(self) -> None:
         self._worker.close()
@@ -77,10 +81,11 @@ class ControlNet(Role):
             async for request in requests:
                 if request.WhichOneof("message") == "open":
                     opening = request.open
-                    rows = 2 if opening.guidance else 1
+                    rows = _rows(opening.half)
                     conditioning = await self._context.peers.conditioning(opening.conditioning, self._context.device)
                     inputs = self._inputs(conditioning, rows=rows, width=opening.width, height=opening.height)
                     image = self._image(opening, rows=rows)
+                    yield stage_pb2.ResidualsResponse(opened=True)
                     continue
                 if inputs is None:
                     raise InvalidRequestError("The first message of a Residuals stream must be `open`.")
@@ -114,11 +119,13 @@ class ControlNet(Role):
                 f"[{rows}, {self._channels}, height, width] does."
             )
         bundle, forward_ns = await self._worker.run(
-            lambda: self._run(latents, step.timestep, inputs, image, scale=step.scale), resumed=resumed
+            lambda: self._run(latents, step.timestep, inputs, image, scale=step.scale),
+            size=PassSize(rows=rows, height=latents.shape[2], width=latents.shape[3]),
+            resumed=resumed,
         )
         return (
             stage_pb2.ResidualsResponse(step=step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0)
-            for chunk in sender.pieces(bundle, memory=step.memory)
+            for chunk in sender.pieces(bundle, memory=step.shared_memory)
         )
 
     def _run(
@@ -139,11 +146,12 @@ class ControlNet(Role):
 
     def _image(self, opening: stage_pb2.ResidualsOpen, *, rows: int) -> torch.Tensor:
         """[rows, 3, height, width] from 0 to 1, as diffusers' ControlNet pipelines prepare it."""
+        form = images.file_format(opening.image, what="The control image")
         try:
-            image = Image.open(io.BytesIO(opening.image)).convert("RGB")
+            image = Image.open(io.BytesIO(opening.image.data), formats=(form,)).convert("RGB")
         except Exception as error:
             # Pillow raises many kinds for damaged files; all of them mean this.
-            raise InvalidRequestError(f"The control image cannot be read as PNG or JPEG: {error}") from None
+            raise InvalidRequestError(f"The control image cannot be read as {form}: {error}") from None
         if image.size != (opening.width, opening.height):
             raise InvalidRequestError(
                 f"The control image is {image.width}x{image.height}, the request {opening.width}x{opening.height}; "
@@ -155,3 +163,14 @@ class ControlNet(Role):
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._context.device, self._context.dtype)
+
+
+def _rows(half: stage_pb2.GuidanceHalf) -> int:
+    """Rows of the samples of a stream. UnimplementedError for a half that this version does not serve alone."""
+    if half == stage_pb2.GUIDANCE_HALF_BOTH:
+        return 2
+    if half == stage_pb2.GUIDANCE_HALF_POSITIVE:
+        return 1
+    if half == stage_pb2.GUIDANCE_HALF_NEGATIVE:
+        raise UnimplementedError("This version does not compute the negative half alone; open the stream for both.")
+    raise InvalidRequestError(f"{half} is not a guidance half; choose one of GuidanceHalf.")

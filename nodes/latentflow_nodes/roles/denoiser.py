@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 import torch
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
 from latentflow.internal.guidance import Guidance
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
 
 from latentflow_nodes import families
@@ -61,6 +62,7 @@ class Denoiser(Role):
             max_running=settings.engine.max_running,
             max_waiting=settings.engine.max_waiting,
             threads=settings.threads,
+            load=context.load,
             metrics=context.metrics,
         )
         self._keys = itertools.count(1)
@@ -70,17 +72,17 @@ class Denoiser(Role):
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         described = response.denoiser
         described.latent_channels = self._family.latent_shape(self._network, height=1, width=1)[1]
-        described.cross_attention_dim = next(iter(self._conditioning.values()))[-1] or 0
-        described.prediction_type = str(self._scheduler.get("prediction_type", "epsilon"))
+        described.conditioning.extend(self._named(self._conditioning))
         described.samplers.extend(samplers.available(self._scheduler))
         described.classifier_free_guidance = not self._embeds_guidance
+        described.adapter_components.append(self._component)
 
     async def warm_up(self) -> None:
         side = self._family.warm_up_side(self._network)
-        request = stage_pb2.DenoiseRequest(steps=1, guidance_scale=2.0, width=side, height=side, scale_factor=1)
+        opening = stage_pb2.DenoiseOpen(steps=1, guidance_scale=2.0, width=side, height=side, scale_factor=1)
         conditioning = warm_up_conditioning(self._conditioning, self._context.device)
         mailbox = _Mailbox(checkpoint_interval=0)
-        sample = self._sample(request, self._sampler(request), conditioning, [], mailbox)
+        sample = self._sample(opening, self._sampler(opening), conditioning, [], mailbox)
         self._engine.start()
         self._engine.submit(sample)
         await mailbox.get()
@@ -88,117 +90,137 @@ class Denoiser(Role):
     def close(self) -> None:
         self._engine.stop()
 
-    async def denoise(self, request: stage_pb2.DenoiseRequest) -> AsyncIterator[stage_pb2.DenoiseResponse]:
+    async def denoise(
+        self, opening: stage_pb2.DenoiseOpen, later: AsyncIterator[stage_pb2.DenoiseRequest]
+    ) -> AsyncIterator[stage_pb2.DenoiseResponse]:
         """The events of one image. Leaving the iterator early frees the engine at the next step boundary."""
         arrived = time.monotonic_ns()
-        _check(request)
+        _check(opening)
         peers = self._context.peers
         pulling = asyncio.gather(
-            peers.conditioning(request.conditioning, self._context.device),
-            peers.adapters(request.adapters, self._component),
+            peers.conditioning(opening.conditioning, self._context.device),
+            peers.adapters(opening.adapters, self._component),
         )
         # The calls to the peers leave before the sampler is made, which takes about as long as their answers.
         await asyncio.sleep(0)
         try:
-            sampler = self._sampler(request)
+            sampler = self._sampler(opening)
         except LatentflowError:
             pulling.cancel()
             raise
         conditioning, adapters = await pulling
-        for ref, (layers, _) in zip(request.adapters, adapters, strict=True):
+        for ref, (layers, _) in zip(opening.adapters, adapters, strict=True):
             self._merger.check(ref.name, layers)
-        mailbox = _Mailbox(checkpoint_interval=request.checkpoint_interval)
-        sample = self._sample(request, sampler, conditioning, adapters, mailbox)
+        mailbox = _Mailbox(checkpoint_interval=opening.checkpoint_interval)
+        sample = self._sample(opening, sampler, conditioning, adapters, mailbox)
         async with AsyncExitStack() as stack:
             controls = []
-            for net in request.control_nets:
-                opening = _opening(request, net, sample.settings.guidance)
-                stream = await stack.enter_async_context(ResidualStream(peers, net, opening))
+            for net in opening.control_nets:
+                residuals = _residuals_opening(opening, net, sample.settings.guidance)
+                stream = await stack.enter_async_context(ResidualStream(peers, net, residuals))
                 controls.append(Control(source=stream, scale=net.scale, start=net.start, end=net.end))
             sample.controls = tuple(controls)
-            if request.checkpoint:
-                sample.restore(request.checkpoint)
+            if opening.checkpoint:
+                sample.restore(opening.checkpoint)
+                mailbox.checkpoint = stage_pb2.Checkpoint(state=opening.checkpoint, step=sample.index)
             self._engine.submit(sample)
+            following = asyncio.create_task(_follow(later, sample, mailbox))
             try:
                 while (progress := await mailbox.get()) is not None:
                     yield stage_pb2.DenoiseResponse(progress=progress)
             finally:
                 self._engine.cancel(sample.key)
-        yield stage_pb2.DenoiseResponse(
-            result=stage_pb2.DenoiseResult(
-                latents=self._context.store.put(sample.latents),
-                forward_ns=sample.forward_time.nanoseconds(),
-                wait_ns=sample.first_step_ns - arrived,
-                residuals_wait_ns=sample.residuals_wait_ns,
-            )
-        )
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+        took = {
+            "forward_ns": sample.forward_time.nanoseconds(),
+            "wait_ns": (sample.first_step_ns or time.monotonic_ns()) - arrived,
+            "residuals_wait_ns": sample.residuals_wait_ns,
+        }
+        if mailbox.is_stopped:
+            yield stage_pb2.DenoiseResponse(stopped=stage_pb2.DenoiseStopped(checkpoint=mailbox.checkpoint, **took))
+        else:
+            latents = self._context.store.put(sample.latents)
+            yield stage_pb2.DenoiseResponse(result=stage_pb2.DenoiseResult(latents=latents, **took))
 
-    def _sampler(self, request: stage_pb2.DenoiseRequest) -> Sampler:
+    def _sampler(self, opening: stage_pb2.DenoiseOpen) -> Sampler:
         return Sampler(
-            name=self._sampler_name(request),
+            name=self._sampler_name(opening),
             config=self._scheduler,
-            steps=request.steps,
+            steps=opening.steps,
             device=self._context.device,
         )
 
-    def _sampler_name(self, request: stage_pb2.DenoiseRequest) -> str:
-        return request.sampler or samplers.available(self._scheduler)[0]
+    def _sampler_name(self, opening: stage_pb2.DenoiseOpen) -> str:
+        return opening.sampler or samplers.available(self._scheduler)[0]
 
     def _sample(
         self,
-        request: stage_pb2.DenoiseRequest,
+        opening: stage_pb2.DenoiseOpen,
         sampler: Sampler,
         conditioning: Conditioning,
         adapters: list[tuple[Layers, float]],
         mailbox: _Mailbox,
     ) -> Sample:
         device, dtype = self._context.device, self._context.dtype
-        guidance = Guidance(scale=request.guidance_scale, is_embedded=self._embeds_guidance)
+        guidance = Guidance(scale=opening.guidance_scale, is_embedded=self._embeds_guidance)
         _check_conditioning(conditioning, self._conditioning, guidance)
         settings = Settings(
-            seed=request.seed,
-            steps=request.steps,
+            seed=opening.seed,
+            steps=opening.steps,
             shape=self._family.latent_shape(
                 self._network,
-                height=request.height // request.scale_factor,
-                width=request.width // request.scale_factor,
+                height=opening.height // opening.scale_factor,
+                width=opening.width // opening.scale_factor,
             ),
             guidance=guidance,
-            sampler=self._sampler_name(request),
-            eta=request.eta,
+            sampler=self._sampler_name(opening),
+            eta=opening.eta,
         )
         generator = torch.Generator("cpu").manual_seed(settings.seed)
         noise = initial_noise(settings.shape, generator=generator, dtype=dtype, device=device)
         return Sample(
             key=next(self._keys),
-            request_id=request.request_id,
+            request_id=opening.request_id,
             settings=settings,
             inputs=self._family.denoiser_inputs(
                 self._network,
                 {name: tensor.to(dtype) for name, tensor in conditioning.items()},
                 guidance=guidance,
-                width=request.width,
-                height=request.height,
+                width=opening.width,
+                height=opening.height,
             ),
             sampler=sampler,
             generator=generator,
             latents=noise * sampler.initial_sigma,
             listener=mailbox,
             adapters=tuple(adapters),
-            adapter_key=tuple((ref.name, ref.digest, ref.weight) for ref in request.adapters),
+            adapter_key=tuple((ref.name, ref.digest, ref.weight) for ref in opening.adapters),
         )
 
 
 class _Mailbox:
-    """Carries a sample's progress from the engine's thread to the event loop."""
+    """Carries a sample's progress from the engine's thread to the event loop, and a request to stop the other way.
+
+    Attributes:
+        is_stopped: `stop` has ended the sample before its last step.
+        checkpoint: Where a stopped sample can be resumed; None: at its start.
+    """
 
     def __init__(self, *, checkpoint_interval: int) -> None:
+        self.is_stopped = False
+        self.checkpoint: stage_pb2.Checkpoint | None = None
+        self._stopping = False
         self._loop = asyncio.get_running_loop()
         self._interval = checkpoint_interval
         self._posted_at = time.monotonic()
         self._queue: asyncio.Queue[stage_pb2.DenoiseProgress | LatentflowError | None] = asyncio.Queue()
 
     def stepped(self, sample: Sample) -> None:
+        if self._stopping:
+            self.checkpoint = _checkpoint(sample)
+            self._end_stopped()
+            return
         keep = self._interval and sample.index % self._interval == 0
         now = time.monotonic()
         if not keep and now - self._posted_at < _PROGRESS_SECONDS:
@@ -206,8 +228,7 @@ class _Mailbox:
         self._posted_at = now
         progress = stage_pb2.DenoiseProgress(step=sample.index, total=sample.total)
         if keep:
-            # Taken in the engine's thread: a step later the state would be another.
-            progress.checkpoint.CopyFrom(stage_pb2.Checkpoint(state=sample.checkpoint(), step=sample.index))
+            progress.checkpoint.CopyFrom(_checkpoint(sample))
         self._post(progress)
 
     def finished(self, sample: Sample) -> None:
@@ -217,6 +238,16 @@ class _Mailbox:
     def failed(self, sample: Sample, error: LatentflowError) -> None:
         self._post(error)
 
+    def stop(self, sample: Sample) -> None:
+        """Ends the sample at its next step boundary, or now if it has not begun its first step. From the event loop."""
+        self._stopping = True
+        if not sample.first_step_ns:
+            self._end_stopped()
+
+    def refuse(self, error: LatentflowError) -> None:
+        """Ends the sample with an error of its caller's."""
+        self._post(error)
+
     async def get(self) -> stage_pb2.DenoiseProgress | None:
         """The next progress; None at the end. Raises the error that failed the sample."""
         posted = await self._queue.get()
@@ -224,8 +255,28 @@ class _Mailbox:
             raise posted
         return posted
 
+    def _end_stopped(self) -> None:
+        self.is_stopped = True
+        self._post(None)
+
     def _post(self, item: stage_pb2.DenoiseProgress | LatentflowError | None) -> None:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+
+async def _follow(later: AsyncIterator[stage_pb2.DenoiseRequest], sample: Sample, mailbox: _Mailbox) -> None:
+    """Acts on the messages after the opening one."""
+    try:
+        async for request in later:
+            if request.WhichOneof("message") != "stop":
+                raise InvalidRequestError("Only the first message of a Denoise stream can be `open`.")
+            mailbox.stop(sample)
+    except LatentflowError as error:
+        mailbox.refuse(error)
+
+
+def _checkpoint(sample: Sample) -> stage_pb2.Checkpoint:
+    """The sample's state. In the engine's thread: a step later it would be another."""
+    return stage_pb2.Checkpoint(state=sample.checkpoint(), step=sample.index)
 
 
 def warm_up_conditioning(shapes: dict[str, Shape], device: torch.device) -> dict[str, torch.Tensor]:
@@ -237,17 +288,17 @@ def warm_up_conditioning(shapes: dict[str, Shape], device: torch.device) -> dict
     return zeros | {NEGATIVE + name: tensor for name, tensor in zeros.items()}
 
 
-def _check(request: stage_pb2.DenoiseRequest) -> None:
+def _check(opening: stage_pb2.DenoiseOpen) -> None:
     """Refuses what no denoiser can do, before anything is pulled."""
-    if not 1 <= request.steps <= _MAX_STEPS:
-        raise InvalidRequestError(f"steps must be from 1 to {_MAX_STEPS}, not {request.steps}.")
-    factor = request.scale_factor
-    if not factor or not request.width or not request.height or request.width % factor or request.height % factor:
+    if not 1 <= opening.steps <= _MAX_STEPS:
+        raise InvalidRequestError(f"steps must be from 1 to {_MAX_STEPS}, not {opening.steps}.")
+    factor = opening.scale_factor
+    if not factor or not opening.width or not opening.height or opening.width % factor or opening.height % factor:
         raise InvalidRequestError(
-            f"The size {request.width}x{request.height} is not a multiple of the VAE's factor {factor}; choose one that is."
+            f"The size {opening.width}x{opening.height} is not a multiple of the VAE's factor {factor}; choose one that is."
         )
-    numbers = [request.guidance_scale, request.eta, *(ref.weight for ref in request.adapters)]
-    numbers += [value for ref in request.control_nets for value in (ref.scale, ref.start, ref.end)]
+    numbers = [opening.guidance_scale, opening.eta, *(ref.weight for ref in opening.adapters)]
+    numbers += [value for ref in opening.control_nets for value in (ref.scale, ref.start, ref.end)]
     if not all(math.isfinite(number) for number in numbers):
         raise InvalidRequestError("Guidance, eta, adapter weights and ControlNet scales must be finite numbers.")
 
@@ -262,7 +313,7 @@ def _check_conditioning(conditioning: Conditioning, shapes: dict[str, Shape], gu
             raise FailedPreconditionError(
                 f"The text encoder's {name} is of shape {_written(found)}, this denoiser takes {_written(shape)}; "
                 "they belong to different base models.",
-                reason="TEXT_ENCODER_MISMATCH",
+                reason=Reason.TEXT_ENCODER_MISMATCH,
             )
 
 
@@ -270,14 +321,16 @@ def _written(shape: Shape) -> str:
     return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
 
 
-def _opening(
-    request: stage_pb2.DenoiseRequest, ref: stage_pb2.ControlNetRef, guidance: Guidance
+def _residuals_opening(
+    opening: stage_pb2.DenoiseOpen, ref: stage_pb2.ControlNetRef, guidance: Guidance
 ) -> stage_pb2.ResidualsOpen:
     return stage_pb2.ResidualsOpen(
-        request_id=request.request_id,
-        conditioning=request.conditioning,
-        guidance=guidance.has_halves,
+        request_id=opening.request_id,
+        conditioning=opening.conditioning,
+        half=stage_pb2.GUIDANCE_HALF_BOTH if guidance.has_halves else stage_pb2.GUIDANCE_HALF_POSITIVE,
         image=ref.image,
-        width=request.width,
-        height=request.height,
+        width=opening.width,
+        height=opening.height,
+        content_digest=ref.peer.content_digest,
+        scheduling=opening.scheduling,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import structlog
 from cachetools import LRUCache
 from latentflow.errors import FailedPreconditionError, LatentflowError, NotFoundError
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2, tensors_pb2
 
 from latentflow_nodes import families
@@ -38,7 +39,7 @@ class LoRAStore(Role):
         if not self._files:
             raise FailedPreconditionError(
                 f"{folder} holds no adapter: neither *.safetensors nor a folder with {' or '.join(lora.FILE_NAMES)}.",
-                reason="WEIGHTS_UNAVAILABLE",
+                reason=Reason.WEIGHTS_UNAVAILABLE,
             )
         self._cache: LRUCache[str, Adapter] = LRUCache(_CACHE_BYTES, getsizeof=_size)
         self._descriptions = [self._description(name, path) for name, path in self._files.items()]
@@ -58,7 +59,7 @@ class LoRAStore(Role):
         if request.name not in self._files:
             raise NotFoundError(
                 f"There is no adapter {request.name!r} in this store; it has {', '.join(self._files)}.",
-                reason="UNKNOWN_ADAPTER",
+                reason=Reason.UNKNOWN_ADAPTER,
             )
         adapter = self._cache.get(request.name)
         if adapter is None:

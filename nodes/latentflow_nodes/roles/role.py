@@ -6,11 +6,13 @@ Each role derives from `Role` and overrides its own calls; those of other roles 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import ClassVar
 
 from latentflow.errors import UnimplementedError
 from latentflow.v1 import control_pb2, stage_pb2, tensors_pb2
+
+from latentflow_nodes.families.base import Shape
 
 
 class Role(ABC):
@@ -41,8 +43,14 @@ class Role(ABC):
     async def encode(self, request: stage_pb2.EncodeRequest) -> stage_pb2.EncodeResponse:
         raise self._refusal("Encode")
 
-    def denoise(self, request: stage_pb2.DenoiseRequest) -> AsyncIterator[stage_pb2.DenoiseResponse]:
-        """The events of one image."""
+    def denoise(
+        self, opening: stage_pb2.DenoiseOpen, later: AsyncIterator[stage_pb2.DenoiseRequest]
+    ) -> AsyncIterator[stage_pb2.DenoiseResponse]:
+        """The events of one image.
+
+        Args:
+            later: The messages of the stream after the opening one.
+        """
         raise self._refusal("Denoise")
 
     async def decode(self, request: stage_pb2.DecodeRequest) -> stage_pb2.DecodeResponse:
@@ -57,6 +65,13 @@ class Role(ABC):
     ) -> AsyncIterator[stage_pb2.ResidualsResponse]:
         """Answers a request's steps in their order."""
         raise self._refusal("Residuals")
+
+    @staticmethod
+    def _named(shapes: Mapping[str, Shape]) -> list[control_pb2.NamedShape]:
+        """Shapes as a description has them."""
+        return [
+            control_pb2.NamedShape(name=name, shape=[size or 0 for size in shape]) for name, shape in shapes.items()
+        ]
 
     def _refusal(self, call: str) -> UnimplementedError:
         return UnimplementedError(

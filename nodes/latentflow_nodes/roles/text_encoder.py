@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from latentflow.errors import InvalidRequestError
+from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
 
 from latentflow_nodes import families
@@ -14,8 +15,9 @@ from latentflow_nodes.adapters.layers import Layers
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import measure
+from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
-from latentflow_nodes.families.base import is_present
+from latentflow_nodes.families.base import Shape, is_present
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.weights import files
 
@@ -43,22 +45,27 @@ class TextEncoder(Role):
             encoder.to(context.device).eval()
         self._mergers = {name: Merger(encoder, what="text encoder") for name, encoder in encoders.items()}
         self._merged: tuple[Any, ...] = ()
+        # Shapes of what `encode` makes of any prompt; known after the warm-up.
+        self._conditioning: dict[str, Shape] = {}
         self._stopwatch = measure(list(encoders.values()), device=context.device)
         settings = context.settings
         self._worker = Worker(
             threads=min(settings.threads, _useful_threads(encoders.values())),
             max_waiting=settings.engine.max_waiting,
             lock=context.compute_lock,
-            metrics=context.metrics,
+            load=context.load,
         )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         for tokenizer in self._text.tokenizers:
             response.text_encoder.tokenizers.add(max_tokens=tokenizer.model_max_length)
+        response.text_encoder.conditioning.extend(self._named(self._conditioning))
+        response.text_encoder.adapter_components.extend(self._mergers)
 
     async def warm_up(self) -> None:
-        request = stage_pb2.EncodeRequest(guidance=True)
-        await self._worker.run(lambda: self._run(request, adapters={}, key=()))
+        request = stage_pb2.EncodeRequest()
+        encoded, _ = await self._worker.run(lambda: self._run(request, adapters={}, key=()), size=PassSize(rows=1))
+        self._conditioning = {name: tuple(tensor.shape) for name, tensor in encoded.items()}
 
     def close(self) -> None:
         self._worker.close()
@@ -69,7 +76,9 @@ class TextEncoder(Role):
             for name in self._mergers:
                 adapters[name] = await self._context.peers.adapters(request.adapters, name)
         key = tuple((ref.name, ref.digest, ref.weight) for ref in request.adapters)
-        encoded, response = await self._worker.run(lambda: self._run(request, adapters=adapters, key=key))
+        encoded, response = await self._worker.run(
+            lambda: self._run(request, adapters=adapters, key=key), size=PassSize(rows=2 if request.guidance else 1)
+        )
         for name, tensor in encoded.items():
             response.conditioning[name].CopyFrom(self._context.store.put(tensor))
         return response
@@ -88,7 +97,7 @@ class TextEncoder(Role):
             raise InvalidRequestError(
                 f"The prompt is longer than the {longest} tokens this model reads; {cut!r} would be cut off. Shorten it, "
                 "or allow the cut (strict_prompt off).",
-                reason="PROMPT_TOO_LONG",
+                reason=Reason.PROMPT_TOO_LONG,
             )
         if key != self._merged:
             self._merged = (None,)

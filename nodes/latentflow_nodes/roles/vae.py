@@ -6,11 +6,13 @@ import io
 
 import torch
 from latentflow.errors import InvalidRequestError
+from latentflow.internal import images
 from latentflow.v1 import control_pb2, stage_pb2
 
 from latentflow_nodes import families
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import measure
+from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.weights import files
@@ -38,7 +40,7 @@ class VAE(Role):
             threads=settings.threads,
             max_waiting=settings.engine.max_waiting,
             lock=context.compute_lock,
-            metrics=context.metrics,
+            load=context.load,
         )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
@@ -47,7 +49,7 @@ class VAE(Role):
 
     async def warm_up(self) -> None:
         latents = torch.zeros(1, self._geometry.latent_channels, _WARM_UP_SIDE, _WARM_UP_SIDE)
-        await self._worker.run(lambda: self._run(latents))
+        await self._worker.run(lambda: self._run(latents), size=_size(latents))
 
     def close(self) -> None:
         self._worker.close()
@@ -59,8 +61,8 @@ class VAE(Role):
                 f"Latents of shape {list(latents.shape)} cannot be decoded here; "
                 f"[1, {self._geometry.latent_channels}, height, width] can."
             )
-        png, forward_ns = await self._worker.run(lambda: self._run(latents))
-        return stage_pb2.DecodeResponse(png=png, forward_ns=forward_ns)
+        png, forward_ns = await self._worker.run(lambda: self._run(latents), size=_size(latents))
+        return stage_pb2.DecodeResponse(image=images.png(png), forward_ns=forward_ns)
 
     def _run(self, latents: torch.Tensor) -> tuple[bytes, int]:
         self._stopwatch.take()
@@ -68,3 +70,8 @@ class VAE(Role):
         stream = io.BytesIO()
         image.save(stream, format="PNG", compress_level=4)
         return stream.getvalue(), self._stopwatch.take().nanoseconds()
+
+
+def _size(latents: torch.Tensor) -> PassSize:
+    rows, _, height, width = latents.shape
+    return PassSize(rows=rows, height=height, width=width)

@@ -24,7 +24,7 @@ _DTYPES: dict[Any, torch.dtype] = {
 }
 _WIRE = {dtype: wire for wire, dtype in _DTYPES.items()}
 _MAX_DIMENSIONS = 8
-# No tensor of an image workflow comes near it; a header that promises more is nonsense.
+# No tensor of an image workflow is nearly so large; a larger header is invalid.
 _MAX_BYTES = 8 << 30
 
 
@@ -34,7 +34,7 @@ def inline(tensor: torch.Tensor) -> tensors_pb2.Tensor:
 
 
 def described(tensor: torch.Tensor, handle: tensors_pb2.Handle) -> tensors_pb2.Tensor:
-    """A tensor that its owner holds."""
+    """A message for a tensor that its owner holds."""
     return tensors_pb2.Tensor(dtype=_wire(tensor.dtype), shape=list(tensor.shape), handle=handle)
 
 
@@ -74,7 +74,7 @@ def headers(tensors: Mapping[str, torch.Tensor]) -> list[tensors_pb2.TensorHeade
 
 
 def empty(headers: Iterable[tensors_pb2.TensorHeader]) -> dict[str, torch.Tensor]:
-    """The bundle that headers describe, its values not set. DataLossError where they are nonsense."""
+    """The bundle that headers describe, its values not set. DataLossError where they are invalid."""
     return {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in _described(headers)}
 
 
@@ -85,9 +85,9 @@ def view(tensor: torch.Tensor) -> memoryview:
 
 
 class Assembler:
-    """Puts a bundle together again from its pieces.
+    """Assembles a bundle from its pieces.
 
-    `add` each piece; it returns True with the last one, and `tensors` then holds the bundle by name.
+    `add` each piece; it returns True for the last one, and `tensors` then holds the bundle by name.
     """
 
     def __init__(self) -> None:
@@ -97,17 +97,17 @@ class Assembler:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def add(self, chunk: tensors_pb2.TensorChunk) -> bool:
-        """Takes one piece. DataLossError where pieces are missing, doubled or do not fit the headers."""
+        """Adds one piece. DataLossError where pieces are missing, repeated or do not fit the headers."""
         if self._headers is None:
             self._headers = _described(chunk.headers)
             total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self._headers)
             self._buffer = bytearray(total)
         elif chunk.headers:
-            raise DataLossError("A tensor bundle carries its headers twice; pieces were mixed up.")
+            raise DataLossError("A tensor bundle carries its headers twice; pieces of two bundles were mixed.")
         end = chunk.offset + len(chunk.data)
         if chunk.offset != self._filled or end > len(self._buffer):
             raise DataLossError(
-                f"A piece for bytes {chunk.offset}-{end} arrived where {self._filled} of {len(self._buffer)} were there."
+                f"A piece for bytes {chunk.offset}-{end} arrived after {self._filled} of {len(self._buffer)} bytes."
             )
         self._buffer[chunk.offset : end] = chunk.data
         self._filled = end
@@ -136,13 +136,13 @@ def _wire(dtype: torch.dtype) -> Any:
     try:
         return _WIRE[dtype]
     except KeyError:
-        raise TypeError(f"{dtype} does not travel between servers.") from None
+        raise TypeError(f"{dtype} cannot be sent between servers.") from None
 
 
 def _described(headers: Iterable[tensors_pb2.TensorHeader]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     described = [(h.name, *_checked(h.dtype, h.shape)) for h in headers]
     if len({name for name, _, _ in described}) != len(described):
-        raise DataLossError("A tensor bundle names a tensor twice; the sender is broken.")
+        raise DataLossError("A tensor bundle names a tensor twice; the sender is defective.")
     total = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in described)
     if total > _MAX_BYTES:
         raise InvalidRequestError(f"A tensor bundle of {total} bytes is over the limit of {_MAX_BYTES}.")
@@ -154,7 +154,7 @@ def _checked(dtype: int, shape: Iterable[int]) -> tuple[torch.dtype, tuple[int, 
     if dtype not in _DTYPES:
         raise InvalidRequestError(f"Element type {dtype} is not known to this server.")
     if len(sizes) > _MAX_DIMENSIONS or any(size < 0 for size in sizes):
-        raise InvalidRequestError(f"Shape {sizes} is none: at most {_MAX_DIMENSIONS} dimensions, each at least 0.")
+        raise InvalidRequestError(f"Shape {sizes} is invalid: at most {_MAX_DIMENSIONS} dimensions, each at least 0.")
     return _DTYPES[dtype], sizes
 
 

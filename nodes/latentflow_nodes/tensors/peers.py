@@ -1,8 +1,8 @@
 """This server's connections to its peers: tensors it pulls, adapters it pulls, streams it opens.
 
-Peers are dialled by the addresses that a request names, never others. Channels are kept and reused. Whatever goes wrong
-on the way becomes an error that tells the gateway what to do: OWNER_LOST to make a tensor again, PEER_UNAVAILABLE to
-try again with another peer.
+A server dials only the addresses that a request names. Channels are kept and reused. Every failure of a call becomes an
+error on which the gateway can act: on OWNER_LOST it produces the tensor again, on PEER_UNAVAILABLE it retries with another
+peer.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cachetools import LRUCache
 from latentflow.errors import InvalidRequestError, LatentflowError, OwnerLostError, UnavailableError
 from latentflow.internal import rpc, status
 from latentflow.internal.metrics import Instruments
+from latentflow.reasons import Reason
 from latentflow.v1 import stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
 
 from latentflow_nodes.adapters.layers import Layers, layers_bytes, unpack_layers
@@ -28,7 +29,7 @@ from latentflow_nodes.tensors.shared_memory import PageError
 from latentflow_nodes.tensors.transfer import Transport
 
 _log = structlog.get_logger()
-# Adapters kept after a request, so that the next one with the same need not pull them.
+# Adapters are kept after a request, so that the next request for the same ones need not pull them.
 _ADAPTER_CACHE_BYTES = 1 << 30
 _FETCH_SECONDS = 60.0
 _ADAPTER_SECONDS = 300.0
@@ -40,7 +41,7 @@ class Peers:
     Args:
         token: Sent as bearer token.
         tls: Credentials of this side; None for plain connections.
-        transport: What receives tensors.
+        transport: Makes the receivers.
     """
 
     def __init__(self, *, token: str | None, tls: rpc.Tls | None, transport: Transport, metrics: Instruments) -> None:
@@ -63,16 +64,16 @@ class Peers:
             await channel.close(grace=None)
 
     def channel(self, address: str) -> grpc.aio.Channel:
-        """The channel to an address, made when first asked for. InvalidRequestError where that is no host:port."""
+        """The channel to an address, created at its first use. InvalidRequestError where it is not host:port."""
         if address not in self._channels:
             host, _, port = address.rpartition(":")
             if not host or not port.isdecimal():
-                raise InvalidRequestError(f"{address!r} is no peer's address; host:port is.")
+                raise InvalidRequestError(f"{address!r} is not the address of a peer; host:port is expected.")
             self._channels[address] = rpc.channel(address, tls=self._tls)
         return self._channels[address]
 
     def metadata(self) -> list[tuple[str, str]]:
-        """Metadata of a call to a peer: the token, and the trace and request that this task works for."""
+        """Metadata of a call to a peer: the token, and the trace and request id of the current task."""
         bound = structlog.contextvars.get_contextvars()
         trace = rpc.Trace.parse(bound.get("traceparent"))
         return rpc.metadata(
@@ -82,23 +83,23 @@ class Peers:
     async def conditioning(
         self, tensors: Mapping[str, tensors_pb2.Tensor], device: torch.device
     ) -> dict[str, torch.Tensor]:
-        """Pulls named tensors, all at a time."""
+        """Pulls named tensors concurrently."""
         pulled = await asyncio.gather(*(self.fetch(tensor, name=name) for name, tensor in tensors.items()))
         return {name: tensor.to(device) for name, tensor in zip(tensors, pulled, strict=True)}
 
     async def fetch(self, tensor: tensors_pb2.Tensor, *, name: str) -> torch.Tensor:
-        """The values of a tensor message. OwnerLostError where its owner is gone or no longer has it."""
+        """The values of a tensor message. OwnerLostError where its owner has ended or no longer holds it."""
         if tensor.WhichOneof("content") == "inline":
             return codec.from_inline(tensor)
         try:
             return await self._fetch(tensor.handle, name=name, memory=self.transport.memory)
         except PageError as error:
-            _log.warning("page not readable; fetching bytes", tensor=name, problem=error.message)
+            _log.warning("page not readable; fetching bytes instead instead", tensor=name, problem=error.message)
             return await self._fetch(tensor.handle, name=name, memory="")
 
     async def _fetch(self, handle: tensors_pb2.Handle, *, name: str, memory: str) -> torch.Tensor:
         stub = tensors_pb2_grpc.TensorsStub(self.channel(handle.owner))
-        request = tensors_pb2.FetchRequest(id=handle.id, boot_id=handle.boot_id, memory=memory)
+        request = tensors_pb2.FetchRequest(id=handle.id, boot_id=handle.boot_id, shared_memory=memory)
         started = time.perf_counter()
         receiver = self.transport.receiver()
         try:
@@ -114,7 +115,7 @@ class Peers:
             raise known from None
         if not receiver.tensors:
             raise OwnerLostError(
-                f"{handle.owner} sent no whole tensor {name!r}.", details={"owner": handle.owner, "tensor": name}
+                f"{handle.owner} sent an incomplete tensor {name!r}.", details={"owner": handle.owner, "tensor": name}
             )
         self.transport.count(receiver.kind, "receive", size=receiver.size, seconds=time.perf_counter() - started)
         return next(iter(receiver.tensors.values()))
@@ -158,8 +159,8 @@ class Peers:
         known = status.error_of_peer(error)
         if isinstance(known, UnavailableError):
             return UnavailableError(
-                f"The {what} {peer.model or '?'} at {peer.address} is not to be reached: {known.message}",
-                reason="PEER_UNAVAILABLE",
+                f"The {what} {peer.model or '?'} at {peer.address} cannot be reached: {known.message}",
+                reason=Reason.PEER_UNAVAILABLE,
                 details={"peer": peer.address, "model": peer.model},
             )
         return known

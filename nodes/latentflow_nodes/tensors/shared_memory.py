@@ -1,13 +1,14 @@
-"""Memory that servers of one machine share: pages that their owner writes and others copy out.
+"""Shared memory of the servers of one machine: pages that their owner writes and readers copy.
 
-Servers meet in a folder on memory (a tmpfs: a pod's memory volume, a folder in /dev/shm). It holds `id`, by which they
-know that they mean the same memory, and for each server a folder with its pages. A server's folder is locked for as
-long as the server lives, however it ends; what is found unlocked is nobody's, and whoever sees it first removes it.
+Servers share a folder on a tmpfs (a pod's memory volume, a folder in /dev/shm). It contains the file `id`, by which
+servers recognise the same memory, and for each server a folder with its pages. A server holds a lock on its folder until
+its process ends, however that happens. An unlocked folder has no owner, and the first server that finds it removes it.
 
-Pages are written and read as files, not mapped: a full memory is then an error to the writer, not a SIGBUS, a reader
-has its own copy before the page is written anew, and no peer can shorten a file under a reader's mapping.
+Pages are written and read as files and not mapped, for three reasons: a full memory is an error for the writer instead
+of a SIGBUS; a reader has its own copy before the page is overwritten; no peer can truncate a file under a reader's
+mapping.
 
-Knows neither tensors nor gRPC; `transport` sends with it.
+Knows neither tensors nor gRPC; `transfer` sends with it.
 """
 
 from __future__ import annotations
@@ -22,24 +23,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from latentflow.errors import DataLossError, FailedPreconditionError
+from latentflow.reasons import Reason
 
 _TOKEN = re.compile(r"[0-9a-f]{32}")
 _PAGE = re.compile(rf"{_TOKEN.pattern}/{_TOKEN.pattern}")
 _PRIVATE = re.compile(rf"latentflow-{_TOKEN.pattern}")
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# A peer that puts a symbolic link or a pipe where a page should be makes nobody follow it or wait for it.
+# A peer that replaces a page by a symbolic link or a pipe makes no reader follow it or block on it.
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class PageError(DataLossError):
-    """A page that cannot be read here; the same values can be asked for as bytes."""
+    """A page that cannot be read here; the values can be requested as bytes instead."""
 
 
 class Page:
-    """A file of shared memory. Its writer may write it anew; closing removes it.
+    """A file of shared memory. Its writer may overwrite it; closing removes it.
 
     Attributes:
-        name: By which a server that shares the memory reads it.
+        name: The name by which a server that shares the memory reads it.
     """
 
     def __init__(self, *, folder: int, owner: str) -> None:
@@ -49,7 +51,7 @@ class Page:
         self._file = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder)
 
     def write(self, buffers: Sequence[memoryview]) -> None:
-        """Writes the buffers of bytes one behind the other. OSError where the memory is full; close it then."""
+        """Writes the buffers one after the other. OSError where the memory is full; the page must then be closed."""
         offset = 0
         for buffer in buffers:
             while buffer:
@@ -63,7 +65,7 @@ class Page:
 
 
 class Memory:
-    """One server's part in a shared memory.
+    """A server's access to a shared memory.
 
     Args:
         folder: The folder that the servers share. FailedPreconditionError where it cannot be used.
@@ -85,9 +87,9 @@ class Memory:
                 opened.callback(shutil.rmtree, self._owner, ignore_errors=True, dir_fd=self._folder)
             except OSError as error:
                 raise FailedPreconditionError(
-                    f"The shared memory {folder} cannot be used ({error.strerror}): it has to be a folder that this "
-                    "server may write to, of which all servers run as one user. Mount it, or leave --shared-memory out.",
-                    reason="SHARED_MEMORY_UNUSABLE",
+                    f"The shared memory {folder} cannot be used ({error.strerror}): it must be a folder that this "
+                    "server may write to, and all servers that share it must run as one user. Mount it, or omit --shared-memory.",
+                    reason=Reason.SHARED_MEMORY_UNUSABLE,
                 ) from None
             self._opened = opened.pop_all()
 
@@ -100,9 +102,9 @@ class Memory:
         return Page(folder=self._own, owner=self._owner)
 
     def read(self, name: str, buffers: Sequence[memoryview]) -> None:
-        """Fills the buffers of bytes, one behind the other, from a page of any server. PageError where it cannot."""
+        """Fills the buffers one after the other from a page of any server. PageError where the page cannot be read."""
         if not _PAGE.fullmatch(name):
-            raise PageError(f"{name!r} is no name of a page; the sender is broken.")
+            raise PageError(f"{name!r} is not the name of a page; the sender is defective.")
         try:
             with self._reading(name) as file:
                 offset = 0
@@ -110,13 +112,13 @@ class Memory:
                     while buffer:
                         count = os.preadv(file, [buffer], offset)
                         if not count:
-                            raise PageError(f"The page {name} ends after {offset} bytes, before its values do.")
+                            raise PageError(f"The page {name} ends after {offset} bytes, before all values are read.")
                         buffer, offset = buffer[count:], offset + count
         except OSError as error:
-            raise PageError(f"The page {name} cannot be read ({error.strerror}); its owner may be gone.") from None
+            raise PageError(f"The page {name} cannot be read ({error.strerror}); its owner may have ended.") from None
 
     def sweep(self) -> None:
-        """Removes the pages of servers that ended without doing so."""
+        """Removes the pages of servers that ended without removing them."""
         _remove_abandoned(self._folder, _TOKEN)
 
     @contextlib.contextmanager
@@ -137,7 +139,7 @@ class Memory:
 def private_folder(parent: Path = Path("/dev/shm")) -> Iterator[Path | None]:
     """A folder for the servers of one runtime, removed at the end; None where the machine has no such memory.
 
-    What runtimes that were killed have left is removed on the way.
+    Also removes the folders of runtimes that were killed.
     """
     with contextlib.ExitStack() as stack:
         name = f"latentflow-{_token()}"
@@ -158,12 +160,12 @@ def _token() -> str:
 
 
 def _id(folder: int) -> str:
-    """The memory's id, made by whoever comes first."""
+    """The memory's id, created by the first server."""
     file = os.open("id", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file).st_uid != os.geteuid():
-            # Only root gets here. Others could not read the pages that it makes.
+            # Only root reaches this line. The other servers could not read root's pages.
             raise PermissionError(1, "it belongs to another user")
         known = os.pread(file, 64, 0).decode("ascii", "replace")
         if not _TOKEN.fullmatch(known):
@@ -176,10 +178,10 @@ def _id(folder: int) -> str:
 
 
 def _claim(parent: int, name: str) -> int:
-    """Makes a folder and locks it; the descriptor holds the lock."""
+    """Creates a folder and locks it; the returned descriptor holds the lock."""
     while True:
         os.mkdir(name, 0o700, dir_fd=parent)
-        # Between making and locking it looks abandoned, and another process may remove it.
+        # Between creation and locking it looks abandoned, and another process may remove it.
         with contextlib.suppress(FileNotFoundError):
             own = os.open(name, _FOLDER_FLAGS, dir_fd=parent)
             try:
@@ -192,12 +194,12 @@ def _claim(parent: int, name: str) -> int:
 
 
 def _remove_abandoned(parent: int, names: re.Pattern[str]) -> None:
-    """Removes the folders that `_claim` made and nobody holds any more."""
+    """Removes the folders of `_claim` whose lock is no longer held."""
     for name in filter(names.fullmatch, os.listdir(parent)):
         try:
             found = os.open(name, _FOLDER_FLAGS, dir_fd=parent)
         except OSError:
-            # Gone by now, or another user's.
+            # Removed in the meantime, or owned by another user.
             continue
         try:
             fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,8 @@
-"""A denoiser's conversation with one ControlNet, on one gRPC stream for the whole request.
+"""A denoiser's exchange with one ControlNet, on one gRPC stream for the whole request.
 
-The engine's thread asks for a step's residuals and gets a future; the event loop sends, receives and resolves. A
-question is sent when the one before is answered: the ControlNet may then write the answer where that one was.
+The engine's thread requests a step's residuals and gets a future; the event loop sends, receives and resolves it. A
+request is sent after the one before it was answered, because the ControlNet may write the answer to the same page of
+shared memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import grpc
 import structlog
 import torch
 from latentflow.errors import LatentflowError, UnavailableError
+from latentflow.reasons import Reason
 from latentflow.v1 import stage_pb2, stage_pb2_grpc
 
 from latentflow_nodes.families.base import Residuals
@@ -30,7 +32,7 @@ _log = structlog.get_logger()
 class ResidualStream:
     """One request's stream to one ControlNet; a `ResidualSource` for the engine.
 
-    Use as an async context manager in the event loop; leaving it ends the stream and fails what is still asked for.
+    Use as an async context manager in the event loop; leaving it ends the stream and fails all open requests.
     """
 
     def __init__(self, peers: Peers, ref: stage_pb2.ControlNetRef, opening: stage_pb2.ResidualsOpen) -> None:
@@ -39,8 +41,11 @@ class ResidualStream:
         self._opening = opening
         self._loop = asyncio.get_running_loop()
         self._outgoing: asyncio.Queue[stage_pb2.ResidualsRequest | None] = asyncio.Queue()
-        # Not answered yet; the ControlNet has the first of them.
-        self._asked: deque[tuple[stage_pb2.ResidualsRequest, Future[Residuals]]] = deque()
+        # Requests without an answer; only the first of them has been sent.
+        self._open: deque[tuple[stage_pb2.ResidualsRequest, Future[Residuals]]] = deque()
+        # A step that is sent before the ControlNet has accepted the opening message would hide the reason of a refusal:
+        # gRPC reports the failed write in its place.
+        self._opened = False
         self._memory = peers.transport.memory
         self._ended: LatentflowError | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -57,10 +62,10 @@ class ResidualStream:
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
-        self._end(UnavailableError("The request has ended.", reason="PEER_UNAVAILABLE"))
+        self._end(UnavailableError("The request has ended.", reason=Reason.PEER_UNAVAILABLE))
 
     def request(self, *, step: int, timestep: float, sample: torch.Tensor, scale: float) -> Future[Residuals]:
-        """Asks for a step's residuals. From any thread."""
+        """Requests a step's residuals. May be called from any thread."""
         future: Future[Residuals] = Future()
         message = stage_pb2.ResidualsRequest(
             step=stage_pb2.ResidualsStep(step=step, timestep=timestep, sample=codec.inline(sample), scale=scale)
@@ -72,13 +77,13 @@ class ResidualStream:
         if self._ended is not None:
             future.set_exception(self._ended)
             return
-        self._asked.append((message, future))
-        if len(self._asked) == 1:
-            self._ask()
+        self._open.append((message, future))
+        if self._opened and len(self._open) == 1:
+            self._send_first()
 
-    def _ask(self) -> None:
-        message, _ = self._asked[0]
-        message.step.memory = self._memory
+    def _send_first(self) -> None:
+        message, _ = self._open[0]
+        message.step.shared_memory = self._memory
         self._outgoing.put_nowait(message)
 
     async def _requests(self) -> AsyncIterator[stage_pb2.ResidualsRequest]:
@@ -90,35 +95,42 @@ class ResidualStream:
         receiver, started = transport.receiver(), 0.0
         try:
             async for response in stub.Residuals(self._requests(), metadata=self._peers.metadata()):
+                if response.opened:
+                    self._opened = True
+                    if self._open:
+                        self._send_first()
+                    continue
                 started = started or time.perf_counter()
                 try:
                     whole = receiver.add(response.chunk)
                 except PageError as error:
                     if not self._memory:
                         raise
-                    _log.warning("page not readable; asking for bytes", step=response.step, problem=error.message)
+                    _log.warning("page not readable; requesting bytes", step=response.step, problem=error.message)
                     self._memory = ""
-                    self._ask()
+                    self._send_first()
                     continue
                 if not whole:
                     continue
                 transport.count(receiver.kind, "receive", size=receiver.size, seconds=time.perf_counter() - started)
                 bundle, receiver, started = receiver.tensors, transport.receiver(), 0.0
                 down = tuple(bundle[f"down.{i}"] for i in range(len(bundle) - 1))
-                _, future = self._asked.popleft()
+                _, future = self._open.popleft()
                 future.set_result(Residuals(down=down, mid=bundle["mid"]))
-                if self._asked:
-                    self._ask()
+                if self._open:
+                    self._send_first()
         except grpc.RpcError as error:
             self._end(self._peers.peer_error(error, peer=self._ref.peer, what="ControlNet"))
         except (LatentflowError, KeyError, IndexError) as error:
-            self._end(UnavailableError(f"The ControlNet sent nonsense: {error}", reason="PEER_UNAVAILABLE"))
+            self._end(
+                UnavailableError(f"The ControlNet sent an invalid answer: {error}", reason=Reason.PEER_UNAVAILABLE)
+            )
         finally:
-            self._end(UnavailableError("The ControlNet ended the stream.", reason="PEER_UNAVAILABLE"))
+            self._end(UnavailableError("The ControlNet ended the stream.", reason=Reason.PEER_UNAVAILABLE))
 
     def _end(self, error: LatentflowError) -> None:
         self._ended = self._ended or error
         self._outgoing.put_nowait(None)
-        while self._asked:
-            _, future = self._asked.popleft()
+        while self._open:
+            _, future = self._open.popleft()
             future.set_exception(self._ended)

@@ -1,7 +1,7 @@
-"""Tensors that this server holds for others, each under a lease.
+"""Tensors that this server holds for other servers, each under a lease.
 
-Roles `put` what they made and send the handle; the Tensors servicer reads, renews and releases; `sweep` frees what
-nobody renewed, so that a consumer that died leaks nothing. Used from the event loop's thread only.
+Roles `put` their results and send the handles; the Tensors servicer reads, renews and releases. `sweep` frees tensors
+whose lease has expired, so that a dead consumer leaks nothing. Used from the event loop's thread only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from latentflow_nodes.tensors.transfer import Sender, Transport
 
 @dataclass(slots=True)
 class Held:
-    """A tensor, and what sends it."""
+    """A tensor and its sender."""
 
     tensor: torch.Tensor
     expires: float
@@ -37,7 +37,7 @@ class TensorStore:
         address: host:port that peers fetch from.
         lease: Seconds a handle lives unless renewed.
         clock: Monotonic seconds.
-        transport: What sends them.
+        transport: Makes the senders.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class TensorStore:
         )
 
     def get(self, *, boot_id: str, key: bytes) -> Held:
-        """The tensor of a handle. OwnerLostError where it is not held, whatever the reason."""
+        """The tensor of a handle. OwnerLostError where this server does not hold it."""
         held = self._held.get(key) if boot_id == self.boot_id else None
         if held is None:
             raise OwnerLostError(
-                f"{self._address} does not hold this tensor (any more): it restarted, or the lease ended. "
-                "Run the stage that made it again.",
+                f"{self._address} does not hold this tensor: it restarted, or the lease expired. "
+                "Run the stage that produced it again.",
                 details={"owner": self._address},
             )
         return held
@@ -97,12 +97,12 @@ class TensorStore:
         return sum(self._drop(key) for key in keys) if boot_id == self.boot_id else 0
 
     def sweep(self) -> int:
-        """Frees what expired; returns how many."""
+        """Frees the tensors whose lease has expired; returns how many."""
         now = self._clock()
         return sum(self._drop(key) for key in [k for k, held in self._held.items() if held.expires <= now])
 
     async def emptied(self) -> None:
-        """Returns when nothing is held: all was released, or its lease has ended."""
+        """Returns when no tensor is held: all were released, or their leases have expired."""
         await self._empty.wait()
 
     def close(self) -> None:

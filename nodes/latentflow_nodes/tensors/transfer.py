@@ -1,9 +1,8 @@
-"""How bundles of tensors get from server to server: the one place that knows more than one way.
+"""How bundles of tensors move between servers: the one place that knows more than one transport.
 
-Bytes in gRPC messages go anywhere. Where two servers share a memory, the values go through a page of it and gRPC
-carries the page's name. The reader says in every question which memory it reads. The owner answers with a page where
-that is its own memory and has room, else with bytes; so nothing is negotiated, and a pair that does not share, or of
-which one knows no pages, never notices.
+Bytes in gRPC messages reach any server. Where two servers share a memory, the values are written to a page of it and gRPC
+carries the page's name. The reader names its memory in every request. The owner answers with a page where it shares that
+memory and has room in it, and with bytes otherwise. So the servers negotiate nothing.
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ Kind = Literal["grpc", "shared-memory"]
 
 
 class Transport:
-    """One server's ways to its peers.
+    """A server's transports to its peers.
 
     Args:
-        memory: The memory that it shares with some of them; None: with nobody.
+        memory: The memory that it shares with some of them; None: it shares none.
     """
 
     def __init__(self, *, memory: Memory | None, metrics: Instruments) -> None:
         self._memory = memory
         self._metrics = metrics
-        self._troubled = False
+        self._failing = False
 
     @property
     def memory(self) -> str:
-        """What to say in a question that may be answered with a page; empty: nothing."""
+        """The memory to name in a request that may be answered with a page; empty: none."""
         return self._memory.id if self._memory else ""
 
     def sender(self, *, constant: bool = False) -> Sender:
-        """For bundles to one reader, or with `constant` for one bundle to any number of readers."""
+        """A sender of bundles to one reader, or with `constant` of one bundle to any number of readers."""
         return Sender(self, self._memory, constant=constant)
 
     def receiver(self) -> Receiver:
-        """For one bundle."""
+        """A receiver of one bundle."""
         return Receiver(self._memory)
 
     def count(self, kind: Kind, direction: Literal["send", "receive"], *, size: int, seconds: float) -> None:
@@ -56,17 +55,17 @@ class Transport:
         self._metrics.of("latentflow_tensor_seconds_total", transport=kind, direction=direction).inc(seconds)
 
     def report(self, problem: str | None) -> None:
-        """Says once that the shared memory cannot be written to, until it can again."""
-        if problem and not self._troubled:
-            _log.warning("the shared memory takes nothing; tensors go over gRPC", problem=problem)
-        self._troubled = problem is not None
+        """Logs once that the shared memory cannot be written; logs again only after a write has succeeded."""
+        if problem and not self._failing:
+            _log.warning("shared memory cannot be written; sending tensors over gRPC", problem=problem)
+        self._failing = problem is not None
 
 
 class Sender:
-    """Sends bundles, and keeps the page that their reader may be reading until it is closed.
+    """Sends bundles; keeps the page, from which the reader may be reading, until it is closed.
 
-    The page is written anew for the next bundle. So the reader asks for that only when it has read the last; a constant
-    sender's bundles are all the same, and its page is written once.
+    The next bundle overwrites the page, so the reader requests it only after it has read the last one. The bundles of a
+    constant sender are all equal, and its page is written once.
     """
 
     def __init__(self, transport: Transport, memory: Memory | None, *, constant: bool) -> None:
@@ -89,7 +88,7 @@ class Sender:
             self._page = None
 
     def pieces(self, tensors: Mapping[str, torch.Tensor], *, memory: str) -> Iterator[tensors_pb2.TensorChunk]:
-        """The messages of a bundle for a reader of that memory; counts them when all have been taken."""
+        """The messages of a bundle for a reader of that memory; counts the transfer when all have been consumed."""
         started, size = time.perf_counter(), codec.total_bytes(tensors.values())
         kind: Kind = "grpc"
         page = self._written(self._memory, tensors) if self._memory and self._memory.id == memory and size else None
@@ -101,7 +100,7 @@ class Sender:
         self._transport.count(kind, "send", size=size, seconds=time.perf_counter() - started)
 
     def _written(self, memory: Memory, tensors: Mapping[str, torch.Tensor]) -> Page | None:
-        """The page with the bundle in it; None where there is no room."""
+        """The page that holds the bundle; None where the memory is full."""
         if self._page is not None and self._constant:
             return self._page
         try:
@@ -116,10 +115,10 @@ class Sender:
 
 
 class Receiver:
-    """Puts one bundle together from its messages.
+    """Assembles one bundle from its messages.
 
-    `add` each; it returns True with the last one, and `tensors` then holds the bundle by name, `size` its bytes and
-    `kind` how they came.
+    `add` each; it returns True for the last one. `tensors` then holds the bundle by name, `size` its bytes and `kind` the
+    transport.
     """
 
     def __init__(self, memory: Memory | None) -> None:
@@ -128,7 +127,7 @@ class Receiver:
         self._read: dict[str, torch.Tensor] | None = None
 
     def add(self, chunk: tensors_pb2.TensorChunk) -> bool:
-        """Takes one message. DataLossError where the bundle is damaged: PageError where its page cannot be read."""
+        """Adds one message. DataLossError where the bundle is damaged; PageError where its page cannot be read."""
         if not chunk.page:
             return self._assembler.add(chunk)
         if self._memory is None:

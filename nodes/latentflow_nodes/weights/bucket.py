@@ -1,8 +1,8 @@
 """Weights from an S3 bucket: `s3://bucket/path` sources, by boto3, into a cache that several servers may share.
 
-boto3, because endpoint, region and credentials then come from wherever AWS's own tools take them: environment, profile, the
-identity of a pod or a machine. What a listing names is fetched into a folder whose name is made of the listing; the folder
-gets that name when all of it is there, so a folder of that name is whole, whoever was killed when.
+boto3 takes endpoint, region and credentials from the same places as AWS's own tools: environment, profile, the identity of
+a pod or a machine. The files of a listing are downloaded into a folder, which is renamed to a hash of the listing when all
+of them are there. So a folder of that name is complete, even if a process was killed during the download.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 from filelock import FileLock, Timeout
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 
 from latentflow_nodes.weights.fetching import Progress, Wanted
 
 _log = structlog.get_logger()
 _FILES_AT_ONCE, _CONNECT_SECONDS, _SERVER_FAILED = 4, 10, 500
-_CHANGED = "what is there has changed while it was fetched; start again"
+_CHANGED = "the files changed during the download; start again"
 _DENIED = {"AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
-    """A file of the source: its path there, and what its content is known by."""
+    """A file of the source: its path, and what identifies its content."""
 
     path: str
     key: str
@@ -47,10 +48,10 @@ class _File:
 
 
 def fetch(uri: str, *, wanted: Wanted, cache: Path, progress: Progress) -> Path:
-    """The folder of the files under a prefix; FailedPreconditionError, in one sentence, where they cannot be had.
+    """The folder of the files under a prefix; FailedPreconditionError, in one sentence, where they cannot be fetched.
 
     Args:
-        cache: Where downloads are kept; may be shared with other servers, of other nodes too.
+        cache: Where downloads are kept; may be shared with servers of other nodes.
     """
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     home = cache / "s3" / _digest([uri, wanted.allow, wanted.ignore])
@@ -58,20 +59,20 @@ def fetch(uri: str, *, wanted: Wanted, cache: Path, progress: Progress) -> Path:
     try:
         session = boto3.Session()
         signed = session.get_credentials() is not None
-        # Without credentials there is still what is public.
+        # Public buckets need no credentials.
         config = Config(signature_version=None if signed else UNSIGNED, connect_timeout=_CONNECT_SECONDS)
         client = session.client("s3", config=config)
         listed = functools.partial(_listed, client, bucket, prefix.strip("/"), wanted)
         files = listed()
         if files:
             return _download(client, bucket, files, home, progress, listed=listed)
-        why = "nothing there is weights or configuration of this role; check the path and the subfolder"
+        why = "it contains neither weights nor configuration of this role; check the path and the subfolder"
     except (BotoCoreError, ClientError, S3TransferFailedError, OSError, ValueError) as error:
         if _is_out_of_reach(error) and (kept := _newest(home)):
-            _log.warning("the bucket is out of reach; serving what was fetched before", source=uri, error=_line(error))
+            _log.warning("bucket cannot be reached; serving the last download", source=uri, error=_line(error))
             return kept
         why = _why(error, bucket, cache, signed=signed)
-    raise FailedPreconditionError(f"{uri} could not be fetched: {why}.", reason="WEIGHTS_UNAVAILABLE") from None
+    raise FailedPreconditionError(f"{uri} could not be fetched: {why}.", reason=Reason.WEIGHTS_UNAVAILABLE) from None
 
 
 def _listed(client: Any, bucket: str, prefix: str, wanted: Wanted) -> list[_File]:
@@ -84,7 +85,7 @@ def _listed(client: Any, bucket: str, prefix: str, wanted: Wanted) -> list[_File
     return [
         _File(path=path, key=found[path]["Key"], size=found[path]["Size"], etag=found[path]["ETag"])
         for path in wanted.of(sorted(found))
-        # An object's key may be anything; a file's path stays in its folder.
+        # An object's key may be any text; a file's path must stay in its folder.
         if not {"", ".", ".."} & set(path.split("/"))
     ]
 
@@ -122,7 +123,7 @@ def _alone(lock: FileLock, progress: Progress) -> AbstractContextManager[Any]:
 
 
 def _fill(client: Any, bucket: str, files: list[_File], folder: Path, progress: Progress) -> None:
-    """Fetches what a folder lacks. A file has its name only when it is whole; what has another name was being fetched."""
+    """Downloads the missing files of a folder. A partial download has another name than the complete file."""
     missing = [file for file in files if not (folder / file.path).is_file()]
     for path in list(_inside(folder)):
         if str(path.relative_to(folder)) not in {file.path for file in files}:

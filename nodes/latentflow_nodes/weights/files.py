@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.errors import DataLossError, FailedPreconditionError
+from latentflow.reasons import Reason
 from safetensors import SafetensorError, safe_open
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -25,20 +26,20 @@ def config(folder: Path, name: str = "config.json") -> dict[str, Any]:
         loaded = json.loads(path.read_text())
     except FileNotFoundError:
         raise FailedPreconditionError(
-            f"{path} is missing; {folder} is not a diffusers component folder.", reason="WEIGHTS_UNAVAILABLE"
+            f"{path} is missing; {folder} is not a diffusers component folder.", reason=Reason.WEIGHTS_UNAVAILABLE
         ) from None
     except (OSError, ValueError) as error:
         raise DataLossError(f"{path} cannot be read: {error}. Fetch the folder again.") from None
     if not isinstance(loaded, dict):
-        raise DataLossError(f"{path} holds no JSON object. Fetch the folder again.")
+        raise DataLossError(f"{path} does not hold a JSON object. Fetch the folder again.")
     return loaded
 
 
 def check(folder: Path) -> list[Path]:
-    """The safetensors files of a component folder, each proven whole. Pickles are refused."""
+    """The safetensors files of a component folder, each checked to be complete. Pickles are refused."""
     if not folder.is_dir():
         raise FailedPreconditionError(
-            f"The component folder {folder} is missing; check the source.", reason="WEIGHTS_UNAVAILABLE"
+            f"The component folder {folder} is missing; check the source.", reason=Reason.WEIGHTS_UNAVAILABLE
         )
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -47,10 +48,10 @@ def check(folder: Path) -> list[Path]:
             raise FailedPreconditionError(
                 f"{folder} holds a pickle ({pickles[0]}) and no safetensors. Weights load from safetensors only: "
                 "a pickle can run code. Convert it, for instance with diffusers' save_pretrained.",
-                reason="PICKLE_REFUSED",
+                reason=Reason.PICKLE_REFUSED,
             )
         raise FailedPreconditionError(
-            f"{folder} holds no *.safetensors file; check the source.", reason="WEIGHTS_UNAVAILABLE"
+            f"{folder} holds no *.safetensors file; check the source.", reason=Reason.WEIGHTS_UNAVAILABLE
         )
     for path in files:
         check_file(path)
@@ -58,13 +59,13 @@ def check(folder: Path) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """DataLossError unless the file's header parses and all the data it promises is there."""
+    """DataLossError unless the file's header parses and the file holds all the data that it describes."""
     try:
         with safe_open(path, framework="pt") as opened:
             opened.keys()
     except (SafetensorError, OSError) as error:
         raise DataLossError(
-            f"{path} is damaged or cut off ({error}; {path.stat().st_size} bytes). Fetch the file again."
+            f"{path} is damaged or truncated ({error}; {path.stat().st_size} bytes). Fetch the file again."
         ) from None
 
 

@@ -1,7 +1,7 @@
 """Weights from a hub of models: `hf://` sources, by huggingface_hub, whose cache several servers may share.
 
-That library keeps what it has, takes a broken download up again, locks a file while it is fetched, and asks the hub nothing
-about a commit that is here whole.
+That library caches files, resumes interrupted downloads, locks a file during its download, and sends no request for a
+commit that is completely in the cache.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 from tqdm.auto import tqdm
 
 from latentflow_nodes.weights.fetching import Progress, Wanted
 
 
 def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress) -> Path:
-    """The folder of a repository's files; FailedPreconditionError, in one sentence, where it cannot be had."""
+    """The folder of a repository's files; FailedPreconditionError, in one sentence, where it cannot be fetched."""
     repository = urlparse(uri).netloc + urlparse(uri).path
     at = f"{uri}@{revision}" if revision else uri
     try:
@@ -40,34 +41,32 @@ def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress)
                 revision=revision,
                 allow_patterns=list(wanted.allow),
                 ignore_patterns=list(wanted.ignore),
-                # Read now, as the library reads it when it is imported.
+                # Read at each call; the library itself reads it only at its import.
                 endpoint=os.environ.get("HF_ENDPOINT"),
                 tqdm_class=_bars(progress),
             )
         )
     except GatedRepoError:
-        why = "the hub gives it only to those who accepted its terms; accept them, and set HF_TOKEN to a token of that account"
+        why = "the repository is gated; accept its terms, and set HF_TOKEN to a token of that account"
     except RepositoryNotFoundError:
-        why = (
-            "the hub has no such repository, or shows it to others only; check the name, and HF_TOKEN if it is private"
-        )
+        why = "the hub has no such repository, or it is private; check the name and HF_TOKEN"
     except RevisionNotFoundError:
         why = "the repository has no such branch, tag or commit; check the revision"
     except HFValidationError as error:
-        why = f"that is no name of a repository ({_line(error)}); check the uri"
+        why = f"that is not the name of a repository ({_line(error)}); check the uri"
     except (IncompleteSnapshotError, LocalEntryNotFoundError):
-        why = "the hub is out of reach, and not all of it is in the cache; check the network and HF_ENDPOINT"
+        why = "the hub cannot be reached and the cache is incomplete; check the network and HF_ENDPOINT"
     except HfHubHTTPError as error:
         why = f"the hub answered {error.response.status_code}; try again later, or check HF_ENDPOINT and HF_TOKEN"
     except (httpx2.HTTPError, OSError) as error:
         why = f"{_line(error)}; check the network, HF_ENDPOINT and the space of the cache"
-    raise FailedPreconditionError(f"{at} could not be fetched: {why}.", reason="WEIGHTS_UNAVAILABLE") from None
+    raise FailedPreconditionError(f"{at} could not be fetched: {why}.", reason=Reason.WEIGHTS_UNAVAILABLE) from None
 
 
 def _bars(progress: Progress) -> type[tqdm[Any]]:
-    """A class of progress bars, as the library wants one, that tells `progress` instead of drawing.
+    """A class of progress bars, as the library expects, that reports to `progress` instead of drawing.
 
-    The library makes several, of which those of bytes matter; which of them moves depends on how a file travels.
+    The library makes several bars. Those that count bytes matter; which of them advances depends on the transfer protocol.
     """
     lock, bars = threading.Lock(), list[Any]()
 
@@ -81,13 +80,13 @@ def _bars(progress: Progress) -> type[tqdm[Any]]:
         def update(self, n: float | None = 1) -> None:
             with lock:
                 self.n += n or 0
-                self._tell()
+                self._report()
 
         def refresh(self, *args: Any, **options: Any) -> None:
             with lock:
-                self._tell()
+                self._report()
 
-        def _tell(self) -> None:
+        def _report(self) -> None:
             if self._counts_bytes:
                 progress.at(int(max(bar.n for bar in bars)), int(max(bar.total or 0 for bar in bars)))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
 
 from latentflow_nodes.weights.fetching import Progress, wanted
 
@@ -25,7 +26,7 @@ class Source:
     component: Path | None = None
 
     def part(self, name: str) -> Path:
-        """Folder of a part of the pipeline, or the one component that was named instead, or that the source itself is."""
+        """Folder of a part of the pipeline, or the one component that `subfolder` named, or the source itself if it is one."""
         if self.component is not None:
             return self.component
         folder = self.pipeline / name
@@ -56,7 +57,7 @@ def locate(
         FailedPreconditionError: There is no such folder, or it cannot be fetched.
     """
     scheme = urlparse(uri).scheme
-    # Imported here: only such sources need them.
+    # Imported here, because only such sources need them.
     if scheme == "hf":
         from latentflow_nodes.weights import hub
 
@@ -72,18 +73,18 @@ def locate(
         if not root.resolve().is_relative_to(model_root.resolve()):
             raise FailedPreconditionError(
                 f"Source {uri!r} leaves the model root {model_root}; name a folder under it, or use file:///…",
-                reason="WEIGHTS_UNAVAILABLE",
+                reason=Reason.WEIGHTS_UNAVAILABLE,
             )
     else:
         raise FailedPreconditionError(
             f"This server cannot read {scheme}:// sources ({uri!r}); use a folder, file:///…, hf://org/repo or "
             "s3://bucket/path.",
-            reason="WEIGHTS_UNAVAILABLE",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
         )
     folder = root / subfolder if subfolder else root
     if not folder.is_dir():
         raise FailedPreconditionError(
             f"There is no weights folder {folder} (source {uri!r}); check the uri, the subfolder and the model root.",
-            reason="WEIGHTS_UNAVAILABLE",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
         )
     return Source(pipeline=root, component=folder if subfolder else None)

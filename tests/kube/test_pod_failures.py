@@ -1,13 +1,13 @@
-"""What ails a pod shows on its workflow as itself, over a real API server; the tests act the scheduler's and kubelet's part."""
+"""The failure of a pod is reported on its workflow, on a real API server; the tests write the pod statuses."""
 
 from __future__ import annotations
 
 import pytest
-from kube.acting import report, workflow
+from kube.simulated_kubelet import report, workflow
 from support.kubectl import Body, Namespace, condition
 from support.operating import Operator
 
-TROUBLES = [
+FAILURES = [
     (
         "ImagePullBackOff",
         {"state": {"waiting": {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}}},
@@ -50,8 +50,8 @@ TROUBLES = [
 ]
 
 
-@pytest.mark.parametrize(("reason", "state", "words"), TROUBLES, ids=[reason for reason, _, _ in TROUBLES])
-def test_what_ails_a_pod_shows_on_the_workflow_as_itself(
+@pytest.mark.parametrize(("reason", "state", "words"), FAILURES, ids=[reason for reason, _, _ in FAILURES])
+def test_a_container_failure_is_reported_on_the_workflow_with_its_reason(
     operator: Operator, namespace: Namespace, reason: str, state: Body, words: str
 ) -> None:
     namespace.create(workflow())
@@ -60,7 +60,7 @@ def test_what_ails_a_pod_shows_on_the_workflow_as_itself(
     container = {"name": "node", "image": "latentflow-node:test", "imageID": "", "ready": False, "restartCount": 1}
     report(namespace, name, ready=False, containerStatuses=[container | state])
     shown = namespace.until(
-        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Degraded").get("reason") == reason, seconds=5
+        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Degraded").get("reason") == reason
     )["shapes"]
     model = pod["metadata"]["labels"]["latentflow.io/model"]
     for about in ("Ready", "Degraded"):
@@ -72,7 +72,7 @@ def test_what_ails_a_pod_shows_on_the_workflow_as_itself(
 @pytest.mark.parametrize(
     ("message", "reason", "words"),
     [
-        ("0/1 nodes are available: 1 Insufficient cpu.", "Unschedulable", "No node takes the pod: 0/1 nodes"),
+        ("0/1 nodes are available: 1 Insufficient cpu.", "Unschedulable", "No node can run the pod: 0/1 nodes"),
         (
             '0/1 nodes are available: persistentvolumeclaim "weights" not found.',
             "PersistentVolumeClaimNotFound",
@@ -80,7 +80,7 @@ def test_what_ails_a_pod_shows_on_the_workflow_as_itself(
         ),
     ],
 )
-def test_why_a_pod_has_no_node_shows_on_the_workflow(
+def test_the_reason_why_a_pod_has_no_node_is_reported_on_the_workflow(
     operator: Operator, namespace: Namespace, message: str, reason: str, words: str
 ) -> None:
     namespace.create(workflow())
@@ -88,6 +88,6 @@ def test_why_a_pod_has_no_node_shows_on_the_workflow(
     unscheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
     namespace.patch("Pod", name, {"status": {"conditions": [unscheduled]}}, subresource="status")
     shown = namespace.until(
-        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Scheduled").get("reason") == reason, seconds=5
+        "DiffusionWorkflow", lambda found: condition(found["shapes"], "Scheduled").get("reason") == reason
     )["shapes"]
     assert words in condition(shown, "Scheduled")["message"]

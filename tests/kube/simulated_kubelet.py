@@ -1,4 +1,4 @@
-"""Workflows as tests write them, and the scheduler's and kubelet's part, which tests act where no node is."""
+"""Workflows for tests, and the pod statuses of scheduler and kubelet, which tests write because there is no node."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def workflow(name: str = "shapes", **base: Any) -> Body:
 
 
 def serve(namespace: Namespace, models: Collection[str] | None = None) -> None:
-    """Acts the scheduler and the kubelet: every pod (of some models) runs and is ready."""
+    """Writes that every pod (of the given models) runs and is ready."""
     wanted = set(models or ())
     found = namespace.until("DiffusionModel", lambda found: bool(found) and wanted <= found.keys())
     for model in found if models is None else models:
@@ -44,11 +44,11 @@ def serve(namespace: Namespace, models: Collection[str] | None = None) -> None:
 
 
 def report(namespace: Namespace, pod: str, *, ready: bool, **status: Any) -> None:
-    """Writes a pod's status as the kubelet does."""
-    word = "True" if ready else "False"
+    """Writes a pod's status in the form of the kubelet."""
+    is_ready_word = "True" if ready else "False"
     conditions = [
         {"type": kind, "status": state}
-        for kind, state in (("PodScheduled", "True"), ("ContainersReady", word), ("Ready", word))
+        for kind, state in (("PodScheduled", "True"), ("ContainersReady", is_ready_word), ("Ready", is_ready_word))
     ]
     namespace.patch(
         "Pod", pod, {"status": {"phase": "Running", "conditions": conditions} | status}, subresource="status"

@@ -1,0 +1,119 @@
+"""The load of a server: how many requests run and are queued, and how long its forward passes take.
+
+The engine and the workers record it, from their threads. Metrics count it, and `watch` reports it to gateways, which
+cannot wait for the next scrape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cachetools import LRUCache
+from latentflow.internal.metrics import Instruments
+
+# Callers choose the sizes, so the number of sizes that are kept is bounded.
+_KEPT_SIZES = 64
+# Weight of the newest pass in a mean.
+_NEWEST = 0.1
+_WATCH_SECONDS = 0.1
+
+
+class PassSize(NamedTuple):
+    """What the duration of a forward pass depends on: rows of the batch, and size of the latents; 0: none."""
+
+    rows: int
+    height: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadState:
+    """The load at one moment.
+
+    Attributes:
+        running: Requests that take part in forward passes.
+        queued: Requests that wait until they may run.
+        is_draining: The server refuses new requests.
+        pass_seconds: Mean duration of a pass, by its size.
+    """
+
+    running: int
+    queued: int
+    is_draining: bool
+    pass_seconds: Mapping[PassSize, float]
+
+
+class Load:
+    """The load of this server. Methods may be called from any thread.
+
+    Args:
+        metrics: Counts running and queued requests and passes.
+    """
+
+    def __init__(self, metrics: Instruments) -> None:
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._running = 0
+        self._queued = 0
+        self._is_draining = False
+        self._pass_seconds: LRUCache[PassSize, float] = LRUCache(_KEPT_SIZES)
+        self._watchers: dict[object, Callable[[], object]] = {}
+
+    def set(self, *, running: int, queued: int) -> None:
+        """Records the numbers of requests."""
+        self._metrics.of("latentflow_in_flight").set(running)
+        self._metrics.of("latentflow_queue_depth").set(queued)
+        with self._lock:
+            changed = (running, queued) != (self._running, self._queued)
+            self._running, self._queued = running, queued
+            if changed:
+                self._notify()
+
+    def passed(self, size: PassSize, *, requests: int, seconds: float) -> None:
+        """Records one forward pass that `requests` requests shared."""
+        self._metrics.of("latentflow_step_seconds").observe(seconds)
+        self._metrics.of("latentflow_batch_size").observe(requests)
+        with self._lock:
+            mean = self._pass_seconds.get(size)
+            self._pass_seconds[size] = seconds if mean is None else mean + _NEWEST * (seconds - mean)
+            self._notify()
+
+    def drain(self) -> None:
+        """Records that the server refuses new requests from now on."""
+        with self._lock:
+            self._is_draining = True
+            self._notify()
+
+    def state(self) -> LoadState:
+        with self._lock:
+            return LoadState(
+                running=self._running,
+                queued=self._queued,
+                is_draining=self._is_draining,
+                pass_seconds=dict(self._pass_seconds),
+            )
+
+    async def watch(self) -> AsyncGenerator[LoadState, None]:
+        """The load now, and after each change; several changes within a tenth of a second are one."""
+        loop, changed, key = asyncio.get_running_loop(), asyncio.Event(), object()
+        try:
+            while True:
+                changed.clear()
+                with self._lock:
+                    self._watchers[key] = lambda: loop.call_soon_threadsafe(changed.set)
+                yield self.state()
+                await asyncio.sleep(_WATCH_SECONDS)
+                await changed.wait()
+        finally:
+            with self._lock:
+                self._watchers.pop(key, None)
+
+    def _notify(self) -> None:
+        # Once until the watcher looks again: waking an event loop takes time from the step loop.
+        for wake in self._watchers.values():
+            wake()
+        self._watchers.clear()
