@@ -64,5 +64,5 @@ def _check(device: torch.device) -> None:
         raise FailedPreconditionError(
             f"This server cannot use the device {device}: {problem}. Check the driver and the number of the GPU, or use "
             "the device cpu.",
-            reason="DEVICE_UNAVAILABLE",
+            reason=Reason.DEVICE_UNAVAILABLE,
         ) from None

@@ -45,8 +45,10 @@ class Answering(stage_pb2_grpc.StageServicer):
     ) -> AsyncIterator[stage_pb2.ResidualsResponse]:
         with self._transport.sender() as sender:
             async for request in requests:
-                if request.WhichOneof("message") == "step":
-                    for chunk in sender.pieces(self._bundle, memory=request.step.memory):
+                if request.WhichOneof("message") == "open":
+                    yield stage_pb2.ResidualsResponse(opened=True)
+                else:
+                    for chunk in sender.pieces(self._bundle, memory=request.step.shared_memory):
                         yield stage_pb2.ResidualsResponse(step=request.step.step, chunk=chunk)
 
 

@@ -12,7 +12,7 @@ from latentflow.api.types import Engine
 from latentflow.v1 import stage_pb2
 from latentflow_nodes.engine.samplers import SAMPLERS
 from support.packs import MODELS, SHAPES
-from support.stack import SECONDS, Request, Stack, started
+from support.stack import Request, Stack, started
 
 from gpucheck.parity import exact
 from gpucheck.report import Report
@@ -62,7 +62,7 @@ async def _own(report: Report, device: str, dtype: str, cls: str, pack: Path) ->
 
 
 async def _resume(report: Report, name: str, stack: Stack, request: Request) -> None:
-    message = await stack.denoise_request(request)
+    message = await stack.denoise_open(request)
     states, latents = await _denoised(stack, message)
     if not torch.isfinite(latents).all():
         raise AssertionError("The latents are not finite: nothing can be compared.")
@@ -74,11 +74,11 @@ async def _resume(report: Report, name: str, stack: Stack, request: Request) -> 
     report.at_most(f"{name}, of {len(states)} resumed ended otherwise", differing, 0)
 
 
-async def _denoised(stack: Stack, message: stage_pb2.DenoiseRequest) -> tuple[list[bytes], torch.Tensor]:
+async def _denoised(stack: Stack, message: stage_pb2.DenoiseOpen) -> tuple[list[bytes], torch.Tensor]:
     """A checkpoint after every step, and the final latents."""
     message.checkpoint_interval = 1
     states: list[bytes] = []
-    async for event in stack.stage("base").Denoise(message, timeout=SECONDS):
+    async for event in stack.denoising(message):
         if event.WhichOneof("event") == "result":
             return states, await stack.peers.fetch(event.result.latents, name="latents")
         if event.progress.HasField("checkpoint"):

@@ -16,6 +16,7 @@ from latentflow.internal.metrics import NODE, Instruments
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.engine import Engine
+from latentflow_nodes.engine.load import Load
 from latentflow_nodes.engine.runner import EagerRunner
 from latentflow_nodes.engine.sample import Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
@@ -140,27 +141,35 @@ def _served(
 ) -> float:
     """Seconds of a step of the engine, in its thread, with several requests."""
     place = torch.device(device)
+    metrics = Instruments(NODE, model="m", role="Denoiser")
     engine = Engine(
         runner=EagerRunner(network=network, family=StableDiffusionXL(), device=place, lock=ComputeLock(None)),
         merger=Merger(network, what="denoiser"),
         max_running=requests,
         max_waiting=requests,
         threads=1,
-        metrics=Instruments(NODE, model="m", role="Denoiser"),
+        load=Load(metrics),
+        metrics=metrics,
     )
-    listener = Listener(requests)
-    for key in range(1, requests + 1):
-        engine.submit(_sample(key, device, inputs, listener, steps=steps, guidance=guidance))
-    _synchronize(device)
-    began = time.perf_counter()
     engine.start()
     try:
+        # The first request in a thread makes the thread's CUDA handles, which a server does at its start.
+        warm_up = Listener(1)
+        engine.submit(_sample(0, device, inputs, warm_up, steps=1, guidance=guidance))
+        warm_up.wait()
+        listener = Listener(requests)
+        samples = [
+            _sample(key, device, inputs, listener, steps=steps, guidance=guidance) for key in range(1, requests + 1)
+        ]
+        _synchronize(device)
+        began = time.perf_counter()
+        for sample in samples:
+            engine.submit(sample)
         listener.wait()
         _synchronize(device)
-        seconds = time.perf_counter() - began
+        return (time.perf_counter() - began) / steps
     finally:
         engine.stop()
-    return seconds / steps
 
 
 def _sample(key: int, device: str, inputs: dict[str, Any], listener: Listener, *, steps: int, guidance: bool) -> Sample:
