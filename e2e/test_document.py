@@ -59,4 +59,5 @@ def test_every_command_of_the_kubernetes_page_works_in_order(cluster: ApiServer,
         )
         state = "" if done.returncode == 0 else cluster.kubectl("describe", "dwf,dm,pods", "--all-namespaces")
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}\n{state}"
-    assert Image.open(tmp_path / "circle.png").size == (64, 64)
+    with Image.open(tmp_path / "circle.png") as image:
+        assert image.size == (64, 64)

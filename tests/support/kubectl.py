@@ -124,10 +124,11 @@ class Namespace:
         method, url, headers, *_ = request
         response = self._api.rest_client.pool_manager.request(method, url, headers=headers, preload_content=False)
         buffer = b""
-        for chunk in response.stream(None):
-            buffer += chunk
-            *lines, buffer = buffer.split(b"\n")
-            yield from (json.loads(line) for line in lines if line)
+        with contextlib.closing(response):
+            for chunk in response.stream(None):
+                buffer += chunk
+                *lines, buffer = buffer.split(b"\n")
+                yield from (json.loads(line) for line in lines if line)
 
 
 def condition(body: Body, about: str) -> Body:
