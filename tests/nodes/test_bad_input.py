@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -11,10 +14,11 @@ from latentflow.errors import FailedPreconditionError, LatentflowError, OwnerLos
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.internal.status import error_from
 from latentflow.reasons import Reason
-from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, tensors_pb2
+from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, tensors_pb2, tensors_pb2_grpc
 from latentflow_nodes.adapters import lora
 from latentflow_nodes.server import serve
 from latentflow_nodes.settings import NodeSettings
+from latentflow_nodes.tensors import peers
 from latentflow_nodes.tensors.peers import Peers
 from latentflow_nodes.tensors.transfer import Transport
 from safetensors.torch import save_file
@@ -59,6 +63,23 @@ async def test_lost_embeddings_name_their_owner(shapes: Stack) -> None:
     error = await refused(shapes, request)
     assert isinstance(error, OwnerLostError)
     assert error.details == {"owner": shapes.nodes["text"].address, "tensor": "prompt_embeds"}
+
+
+async def test_a_tensor_whose_owner_does_not_answer_is_lost(shapes: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent(tensors_pb2_grpc.TensorsServicer):
+        async def Fetch(self, request: Any, context: Any) -> AsyncIterator[tensors_pb2.FetchResponse]:  # noqa: N802
+            await asyncio.Event().wait()
+            yield tensors_pb2.FetchResponse()
+
+    monkeypatch.setattr(peers, "_FETCH_SECONDS", 0.2)
+    server = grpc.aio.server()
+    tensors_pb2_grpc.add_TensorsServicer_to_server(Silent(), server)
+    owner = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    with pytest.raises(OwnerLostError) as caught:
+        await shapes.peers.fetch(tensors_pb2.Tensor(handle=tensors_pb2.Handle(owner=owner)), name="latents")
+    assert caught.value.details == {"owner": owner, "tensor": "latents"}
+    await server.stop(None)
 
 
 async def test_an_adapter_for_another_base_model_is_refused_before_the_first_step(

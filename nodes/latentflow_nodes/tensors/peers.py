@@ -17,7 +17,7 @@ import grpc.aio
 import structlog
 import torch
 from cachetools import LRUCache
-from latentflow.errors import InvalidRequestError, LatentflowError, OwnerLostError, UnavailableError
+from latentflow.errors import DeadlineError, InvalidRequestError, LatentflowError, OwnerLostError, UnavailableError
 from latentflow.internal import rpc, status
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
@@ -94,7 +94,7 @@ class Peers:
         try:
             return await self._fetch(tensor.handle, name=name, memory=self.transport.memory)
         except PageError as error:
-            _log.warning("page not readable; fetching bytes instead instead", tensor=name, problem=error.message)
+            _log.warning("page not readable; fetching bytes instead", tensor=name, problem=error.message)
             return await self._fetch(tensor.handle, name=name, memory="")
 
     async def _fetch(self, handle: tensors_pb2.Handle, *, name: str, memory: str) -> torch.Tensor:
@@ -107,7 +107,8 @@ class Peers:
                 receiver.add(response.chunk)
         except grpc.aio.AioRpcError as error:
             known = status.error_of_peer(error)
-            if isinstance(known, OwnerLostError | UnavailableError):
+            # The deadline is this call's own and not the request's: an owner that does not answer has lost the tensor, too.
+            if isinstance(known, OwnerLostError | UnavailableError | DeadlineError):
                 raise OwnerLostError(
                     f"The tensor {name!r} is lost with its owner {handle.owner}: {known.message}",
                     details={"owner": handle.owner, "tensor": name},
