@@ -21,8 +21,9 @@ def test_the_mid_model_is_written_as_a_pipeline_with_the_same_weights_each_time(
     folder = models.write(MODELS["mid"], tmp_path)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    (image,) = pipeline("a red circle", num_inference_steps=1, width=128, height=128).images
-    assert image.size == (128, 128)
+    side = MODELS["mid"].side
+    (image,) = pipeline("a red circle", num_inference_steps=1, width=side, height=side).images
+    assert image.size == (side, side)
     torch.manual_seed(models.SEED)
     again = models.mid_unet().state_dict()
     assert all(torch.equal(value, again[name]) for name, value in pipeline.unet.state_dict().items())
