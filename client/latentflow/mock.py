@@ -113,7 +113,7 @@ def _description() -> generation_pb2.DescribeWorkflowResponse:
     return generation_pb2.DescribeWorkflowResponse(
         workflow="default/mock",
         task="TextToImage",
-        family="sd",
+        family="mock",
         ready=True,
         default_width=64,
         default_height=64,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from latentflow.api import DiffusionWorkflow, Role, identity
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, NotFoundError, UnimplementedError
 from latentflow.internal import images, unserved
+from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, generation_pb2
 from PIL import Image
@@ -178,7 +179,7 @@ def plan(
         prompt=request.prompt,
         negative_prompt=negative,
         strict_prompt=request.strict_prompt,
-        guidance=guidance_scale > 1 and denoiser.classifier_free_guidance,
+        guidance=Guidance(scale=guidance_scale, is_embedded=not denoiser.classifier_free_guidance).has_halves,
         guidance_scale=guidance_scale,
         width=width,
         height=height,
