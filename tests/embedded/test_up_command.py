@@ -95,7 +95,7 @@ def test_the_error_for_a_truncated_weights_file_names_it(tmp_path: Path) -> None
     broken = next((tmp_path / "shapes/vae").glob("*.safetensors"))
     broken.write_bytes(broken.read_bytes()[:-100])
     message = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
-    assert f"{broken.name} is damaged or cut off" in message
+    assert f"{broken.name} is damaged or truncated" in message
 
 
 def test_weights_in_a_pickle_file_are_refused(tmp_path: Path) -> None:

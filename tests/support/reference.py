@@ -26,12 +26,12 @@ def reference(
     """What diffusers makes of a request: final latents, on the CPU, and the image."""
     names = [name for name, _, _ in request.controls]
     folders = {"edges": "controlnet-edges", "layout": "controlnet-layout", "control": "controlnet"}
-    nets = [ControlNetModel.from_pretrained(root / folders[name], torch_dtype=dtype) for name in names]
+    nets = [ControlNetModel.from_pretrained(root / folders[name], dtype=dtype) for name in names]
     plain: Any = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     with_nets: Any = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
     extra: dict[str, Any] = {}
     if nets:
-        pipe = with_nets.from_pretrained(root, controlnet=nets if len(nets) > 1 else nets[0], torch_dtype=dtype)
+        pipe = with_nets.from_pretrained(root, controlnet=nets if len(nets) > 1 else nets[0], dtype=dtype)
         images = [image for _, image, _ in request.controls]
         scales = [scale for _, _, scale in request.controls]
         extra = {
@@ -39,7 +39,7 @@ def reference(
             "controlnet_conditioning_scale": scales if len(nets) > 1 else scales[0],
         }
     else:
-        pipe = plain.from_pretrained(root, torch_dtype=dtype)
+        pipe = plain.from_pretrained(root, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     if request.sampler:

@@ -207,9 +207,7 @@ class _Middle:
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    module: torch.nn.Module = cls.from_pretrained(
-        folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-    )
+    module: torch.nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     return module
 
 
