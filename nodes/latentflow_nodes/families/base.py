@@ -19,6 +19,8 @@ from latentflow.internal.guidance import Guidance
 from PIL import Image
 
 NEGATIVE = "negative_"
+# Size of the dimensions that the warm-up request may choose.
+_WARM_UP_TOKENS = 8
 Conditioning = Mapping[str, torch.Tensor]
 # The shape of a named tensor; None: any size.
 Shape = tuple[int | None, ...]
@@ -242,6 +244,15 @@ def stack(inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else stack([one[key] for one in inputs])
         for key, value in first.items()
     }
+
+
+def warm_up_conditioning(shapes: dict[str, Shape], device: torch.device) -> dict[str, torch.Tensor]:
+    """Zeros in the shapes that a network takes, for both guidance halves."""
+    zeros = {
+        name: torch.zeros([_WARM_UP_TOKENS if size is None else size for size in shape], device=device)
+        for name, shape in shapes.items()
+    }
+    return zeros | {NEGATIVE + name: tensor for name, tensor in zeros.items()}
 
 
 def halves(conditioning: Conditioning, name: str, *, rows: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import Stopwatch
 from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
-from latentflow_nodes.roles.denoiser import warm_up_conditioning
+from latentflow_nodes.families.base import warm_up_conditioning
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.tensors import codec
 from latentflow_nodes.tensors.transfer import Sender

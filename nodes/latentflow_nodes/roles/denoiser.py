@@ -24,14 +24,12 @@ from latentflow_nodes.engine.engine import Engine
 from latentflow_nodes.engine.runner import EagerRunner
 from latentflow_nodes.engine.sample import Control, Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
-from latentflow_nodes.families.base import NEGATIVE, Conditioning, Shape
+from latentflow_nodes.families.base import NEGATIVE, Conditioning, Shape, warm_up_conditioning
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.tensors.step_stream import ResidualStream
 from latentflow_nodes.weights import files
 
 _MAX_STEPS = 1000
-# Size of the dimensions that the warm-up request may choose.
-_WARM_UP_TOKENS = 8
 # Progress is for people to watch. Messages of quicker steps are left out, because each one takes the processor from the
 # step loop for a while (20 steps of 9 ms each took 12 % longer).
 _PROGRESS_SECONDS = 0.1
@@ -277,15 +275,6 @@ async def _follow(later: AsyncIterator[stage_pb2.DenoiseRequest], sample: Sample
 def _checkpoint(sample: Sample) -> stage_pb2.Checkpoint:
     """The sample's state. In the engine's thread: a step later it would be another."""
     return stage_pb2.Checkpoint(state=sample.checkpoint(), step=sample.index)
-
-
-def warm_up_conditioning(shapes: dict[str, Shape], device: torch.device) -> dict[str, torch.Tensor]:
-    """Zeros in the shapes that a network takes, for both guidance halves."""
-    zeros = {
-        name: torch.zeros([_WARM_UP_TOKENS if size is None else size for size in shape], device=device)
-        for name, shape in shapes.items()
-    }
-    return zeros | {NEGATIVE + name: tensor for name, tensor in zeros.items()}
 
 
 def _check(opening: stage_pb2.DenoiseOpen) -> None:
