@@ -9,7 +9,7 @@ from pathlib import Path
 from latentflow import AsyncClient, ControlImage, results
 from latentflow.api import load_workflows
 from latentflow_local.runtime import run
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -17,14 +17,6 @@ HERE = Path(__file__).parent
 OUT = Path("out/demo.png")
 PROMPT = "a large red star in the center, white background"
 ENLARGED = 6
-
-
-def star(side: int = 64) -> Image.Image:
-    """The input of the edges ControlNet: the outline of a star, white on black."""
-    image = Image.new("RGB", (side, side))
-    points = [(32, 12), (36, 26), (52, 26), (40, 35), (44, 51), (32, 42), (20, 51), (24, 35), (12, 26), (28, 26)]
-    ImageDraw.Draw(image).polygon(points, outline="white")
-    return image
 
 
 async def demo() -> None:
@@ -48,7 +40,7 @@ async def demo() -> None:
             async with AsyncClient(runtime.target, timeout=300) as client:
                 async for event in client.stream(
                     PROMPT,
-                    control_images={"edges": ControlImage(image=star(), scale=1.0)},
+                    control_images={"edges": ControlImage(image=HERE / "star.png", scale=1.0)},
                     loras={"outline": 0.8},
                     seed=11,
                 ):
