@@ -155,6 +155,12 @@ class Reason(Documented):
         "A model's weights cannot be fetched or loaded: the source is wrong, incomplete, or needs credentials.",
         "Correct the source in the workflow. docs/weights.md lists the kinds of sources and their credentials.",
     )
+    WEIGHTS_MISMATCH = (
+        "WEIGHTS_MISMATCH",
+        "A file of weights has other tensors than its configuration describes: some are missing, unexpected or of another "
+        "shape.",
+        "Fetch the folder again, or convert the weights, for instance with diffusers' `save_pretrained`.",
+    )
     PICKLE_REFUSED = (
         "PICKLE_REFUSED",
         "A model's weights are a pickle, which can run code when it is loaded.",

@@ -45,6 +45,7 @@ class Context:
             uri=settings.uri,
             subfolder=settings.subfolder,
             revision=settings.revision,
+            variant=settings.variant,
             role=settings.role,
             parts=families.parts(settings.role),
             model_root=settings.model_root,

@@ -22,7 +22,7 @@ class NodeSettings:
 
     Attributes:
         role: The role to load and serve.
-        uri, subfolder, revision: The model's source.
+        uri, subfolder, revision, variant: The model's source.
         model_root: The folder against which relative URIs resolve.
         cache: Where downloads from buckets are kept.
         identity: The model's identity, for logs and `Describe`.
@@ -42,6 +42,7 @@ class NodeSettings:
     uri: str
     subfolder: str | None = None
     revision: str | None = None
+    variant: str | None = None
     model_root: Path = Path("models")
     cache: Path = _CACHE
     identity: str = ""
@@ -87,6 +88,7 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     )
     add("--subfolder", help="one component of the source")
     add("--revision", help="revision of an hf:// source")
+    add("--variant", help="variant of the weight files, such as fp16")
     add(
         "--model-root",
         type=Path,
@@ -140,6 +142,8 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
         args.engine.check(Role(args.role))
     except ValueError as error:
         parser.error(f"--engine: {error}")
+    if args.variant and args.role == Role.LORA_STORE:
+        parser.error("--variant: the files of a LoRAStore have no variants")
     tls = None
     if args.tls_cert or args.tls_key or args.tls_ca:
         if not (args.tls_cert and args.tls_key):

@@ -72,6 +72,13 @@ def _engine() -> Iterator[Rule]:
             )
 
 
+# A store reads every file of its folder.
+_STORE_VARIANT = Rule(
+    cel="self.role != 'LoRAStore' || !has(self.source) || !has(self.source.variant)",
+    message="the files of a LoRAStore have no variants; remove source.variant",
+)
+
+
 def _served(type_: type[Typed]) -> Iterator[Rule]:
     """Rules for the fields of a type of which this version serves only some values."""
     for field in type_.model_fields.values():
@@ -106,8 +113,12 @@ _OWN: dict[str, tuple[Rule, ...]] = {
             message="a relative URI stays under the model root; write file:///… for a folder elsewhere",
         ),
         Rule(
-            cel="!self.uri.startsWith('file:') || self.uri.startsWith('file:///')",
+            cel="!self.uri.startsWith('file:') || self.uri.matches('^file:(//(localhost)?/|/[^/])')",
             message="a file URI names an absolute path: file:///abs/path, with three slashes",
+        ),
+        Rule(
+            cel="!self.uri.matches('^(file|pvc):') || !self.uri.matches('[?#]|%00')",
+            message="? and # end the path of a URI; write %3F and %23 for those of a folder's name",
         ),
         Rule(
             cel="!self.uri.startsWith('hf:') || self.uri.matches('^hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
@@ -143,9 +154,10 @@ _OWN: dict[str, tuple[Rule, ...]] = {
             f"{', '.join(OPERATOR_LABELS)}",
         ),
     ),
-    "ColocatedModel": tuple(_engine()),
+    "ColocatedModel": (*_engine(), _STORE_VARIANT),
     "Model": (
         *_engine(),
+        _STORE_VARIANT,
         Rule(
             cel="has(self.source) != has(self.modelRef)",
             message='"model \'" + self.name + "\' needs exactly one of source and modelRef"',
@@ -209,6 +221,7 @@ _OWN: dict[str, tuple[Rule, ...]] = {
     ),
     "ModelSpec": (
         *_engine(),
+        _STORE_VARIANT,
         *(
             Rule(
                 cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",

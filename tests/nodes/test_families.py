@@ -23,6 +23,7 @@ from latentflow_nodes.families.base import (
     VaeGeometry,
     halves,
 )
+from latentflow_nodes.weights.source import Source
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.stack import SECONDS, Request, Stack, started
@@ -70,23 +71,23 @@ class Alphabet:
     def owns_pipeline(self, class_name: str) -> bool:
         return class_name == "AlphabetPipeline"
 
-    def owns_control_net(self, config: Mapping[str, Any]) -> bool:
-        return config.get("alphabet") is True
+    def owns_component(self, role: str, config: Mapping[str, Any]) -> bool:
+        return role == "ControlNet" and config.get("alphabet") is True
 
     def owns_adapter(self, keys: Sequence[str]) -> bool:
         return any(key.startswith("transformer.") for key in keys)
 
-    def load_text(self, root: Path, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
-        encoder = Scale(root / "letters")
+    def load_text(self, source: Source, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
+        encoder = Scale(source.beside("letters"))
         return TextModel(encoders={"letters": encoder}, tokenizers=[Letters()], pipeline=None)
 
-    def load_denoiser(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
+    def load_denoiser(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
         return Scale(folder)
 
-    def load_control_net(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
+    def load_control_net(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
         return Scale(folder)
 
-    def load_vae(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
+    def load_vae(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
         return Scale(folder)
 
     def encode(

@@ -58,6 +58,7 @@ class Remote:
             uri=source.get("uri") or self.uri,
             subfolder=source.get("subfolder"),
             revision=source.get("revision"),
+            variant=source.get("variant"),
             role=role,
             parts=families.parts(role),
             model_root=Path(),
@@ -108,7 +109,8 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-VAE = {"model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
+FULL = "vae/diffusion_pytorch_model.safetensors"
+VAE = {"model_index.json", "vae/config.json", FULL}
 
 
 @pytest.mark.asyncio(loop_scope="session")
@@ -121,6 +123,45 @@ async def test_a_fetched_pack_serves_the_image_of_the_folder(remote: Remote, sha
 
 def test_a_role_fetches_what_it_reads_and_no_pickle(remote: Remote) -> None:
     assert content(remote.fetch()) == {name: (SHAPES / name).read_bytes() for name in VAE}
+
+
+def test_of_a_variant_only_its_weights_are_fetched(remote: Remote) -> None:
+    found = content(remote.fetch(variant="fp16"))
+    assert found.keys() == {*(VAE - {FULL}), "vae/diffusion_pytorch_model.fp16.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        ("fp16.safetensors", "vae holds its weights only as the variant fp16. Set source.variant: fp16"),
+        ("bin", "vae holds a pickle (diffusion_pytorch_model.bin) and no safetensors"),
+    ],
+)
+def test_weights_that_are_left_out_are_named(remote: Remote, tmp_path: Path, kept: str, words: str) -> None:
+    for path in (tmp_path / "shapes/vae").glob("diffusion_pytorch_model.*"):
+        if not path.name.endswith(f"model.{kept}"):
+            path.unlink()
+    if isinstance(remote.server, Hub):
+        remote.server.push("org/shapes", tmp_path / "shapes")
+    else:
+        remote.server.client().delete_object(Bucket=BUCKET, Key=f"packs/shapes/{FULL}")
+        if kept == "bin":
+            half = "packs/shapes/vae/diffusion_pytorch_model.fp16.safetensors"
+            remote.server.client().delete_object(Bucket=BUCKET, Key=half)
+    with pytest.raises(FailedPreconditionError) as caught:
+        remote.fetch()
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("role", ["VAE", "Denoiser", "TextEncoder"])
+def test_a_repository_may_be_a_component_of_its_own(remote: Remote, role: str) -> None:
+    part = {"VAE": "vae", "Denoiser": "unet", "TextEncoder": "text_encoder"}[role]
+    if isinstance(remote.server, Hub):
+        remote.server.push("org/alone", SHAPES / part)
+    else:
+        remote.server.upload(SHAPES / part, "packs/alone")
+    found = remote.fetch(role, uri=remote.uri.replace("shapes", "alone"))
+    assert content(found) == content(SHAPES / part)
 
 
 def test_a_subfolder_limits_what_is_fetched(remote: Remote) -> None:

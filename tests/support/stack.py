@@ -147,8 +147,9 @@ async def started(
     async with contextlib.AsyncExitStack() as stack:
         nodes = {}
         for name, (role, subfolder) in parts.items():
-            its = {"engine": Engine(threads=1)} | settings | (own or {}).get(name, {})
-            node = NodeSettings(role=role, uri=uri, subfolder=subfolder, model_root=root, identity=name, **its)  # type: ignore[arg-type]
+            shared = {"uri": uri, "subfolder": subfolder, "engine": Engine(threads=1)} | settings
+            its = shared | (own or {}).get(name, {})
+            node = NodeSettings(role=role, model_root=root, identity=name, **its)  # type: ignore[arg-type]
             nodes[name] = await stack.enter_async_context(serve(node))
         metrics = next(iter(nodes.values())).context.metrics
         peers = await stack.enter_async_context(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from pydantic.alias_generators import to_camel
 
 from latentflow.api.fields import Limits, field, limits_of, unserved
+from latentflow.internal import file_uri
 
 API_VERSION = "latentflow.io/v1alpha1"
 # On everything that serves a model in a cluster.
@@ -85,15 +86,17 @@ class Source(Typed):
         min_length=1,
         max_length=1024,
         description="A folder under the model root, or file:///abs/path, hf://org/repo, pvc://claim/path, s3://bucket/path, "
-        "oci://registry/image. Names a diffusers pipeline folder, out of which the role takes its parts.",
+        "oci://registry/image. Names a diffusers pipeline folder, out of which the role takes its parts, or one component's "
+        "folder.",
     )
     subfolder: str | None = Field(
         default=None, max_length=512, description="One component of the pipeline folder, such as controlnet-edges."
     )
     revision: str | None = Field(default=None, max_length=256, description="Branch, tag or commit of an hf:// source.")
-    variant: Word | None = field(
-        description="Variant of the weight files, such as fp16 for files named model.fp16.safetensors.",
-        limits=Limits(only=[None]),
+    variant: Word | None = Field(
+        default=None,
+        description="Variant of the weight files, such as fp16 for files named model.fp16.safetensors; absent: the files "
+        "without a variant in their names.",
     )
     parts: list[Word] | None = field(
         min_length=1,
@@ -114,8 +117,11 @@ class Source(Typed):
             raise ValueError(f"the scheme {parsed.scheme!r} is unknown; use a folder under the model root or {known}")
         if parsed.scheme == "" and (uri.startswith("/") or ".." in uri.split("/")):
             raise ValueError("a relative URI stays under the model root; write file:///… for a folder elsewhere")
-        if parsed.scheme == "file" and (parsed.netloc or not parsed.path.startswith("/")):
-            raise ValueError("a file URI names an absolute path: file:///abs/path, with three slashes")
+        if parsed.scheme == "file":
+            file_uri.path(uri)
+        if parsed.scheme == "pvc":
+            # The claim is mounted, and the servers read file:///MOUNT/path.
+            file_uri.path(f"file://{uri.removeprefix('pvc:/')}")
         if parsed.scheme == "hf" and not re.fullmatch(r"hf://[\w.-]+/[\w.-]+", uri):
             raise ValueError("a hub URI names organisation and repository: hf://org/repo")
         if parsed.scheme in ("pvc", "s3", "oci") and not parsed.netloc:
@@ -326,6 +332,8 @@ class ServedModel(Typed):
     @model_validator(mode="after")
     def _options_of_its_role(self) -> Self:
         self.engine.check(self.role)
+        if self.role is Role.LORA_STORE and self.source is not None and self.source.variant is not None:
+            raise ValueError("the files of a LoRAStore have no variants; remove source.variant")
         return self
 
     @field_serializer("engine")

@@ -5,7 +5,7 @@ Imports neither gRPC nor the wire. No other package of the server names a family
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from latentflow_nodes.families.base import Family
 from latentflow_nodes.families.sd import StableDiffusion
 from latentflow_nodes.families.sdxl import StableDiffusionXL
 from latentflow_nodes.weights import files
+from latentflow_nodes.weights.source import Source
 
 FAMILIES: list[Family] = [StableDiffusion(), StableDiffusionXL()]
 
@@ -34,13 +35,42 @@ def of_pipeline(pipeline: Path) -> Family:
     raise _unsupported(pipeline, f"a {name}" if name else "a pipeline without a class name")
 
 
-def of_control_net(folder: Path) -> Family:
-    """The family of a ControlNet's folder. FailedPreconditionError where it belongs to none."""
-    config: dict[str, Any] = files.config(folder)
+def of_source(source: Source, role: str) -> Family:
+    """The family of a source's pipeline; of a component alone that of its configuration. FailedPreconditionError for none.
+
+    A ControlNet always belongs to the family of its own configuration, whichever pipeline is around it.
+    """
+    if source.is_pipeline and role != "ControlNet":
+        return of_pipeline(source.pipeline)
+    folders = [source.part(family.parts[role][0]) if role != "TextEncoder" else source.alone for family in FAMILIES]
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if folder is None:
+        raise _no_model(source, role)
+    config = files.config(folder)
     for family in FAMILIES:
-        if family.owns_control_net(config):
+        if family.owns_component(role, config):
             return family
-    raise _unsupported(folder, "a ControlNet of an unknown kind")
+    raise _unsupported(folder, f"a {_class(config)}, which does not serve as a {role}")
+
+
+def text_index(source: Source, family: Family) -> Mapping[str, Any]:
+    """The pipeline's index, by which a text encoder finds its parts; of an encoder alone, what such an index would name."""
+    if source.is_pipeline:
+        return files.config(source.pipeline, "model_index.json")
+    name = _class(files.config(source.alone))
+    return {part: ["transformers", name if part in family.encoders else ""] for part in family.parts["TextEncoder"]}
+
+
+def _class(config: Mapping[str, Any]) -> str:
+    return str(config.get("_class_name") or next(iter(config.get("architectures") or ()), "component without a class"))
+
+
+def _no_model(source: Source, role: str) -> FailedPreconditionError:
+    where = "the pipeline around it has none" if source.is_pipeline else "it holds no model_index.json of a pipeline"
+    return FailedPreconditionError(
+        f"{source.alone} holds no {role}: its config.json is missing, and {where}. Correct the uri or the subfolder.",
+        reason=Reason.WEIGHTS_UNAVAILABLE,
+    )
 
 
 def of_adapter(keys: Sequence[str]) -> Family:

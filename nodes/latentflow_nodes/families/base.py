@@ -18,6 +18,8 @@ import torch
 from latentflow.internal.guidance import Guidance
 from PIL import Image
 
+from latentflow_nodes.weights.source import Source
+
 NEGATIVE = "negative_"
 # Size of the dimensions that the warm-up request may choose.
 _WARM_UP_TOKENS = 8
@@ -106,25 +108,26 @@ class Family(Protocol):
         """Whether a pipeline with this `_class_name` in its model_index.json belongs to the family."""
         ...
 
-    def owns_control_net(self, config: Mapping[str, Any]) -> bool:
-        """Whether a ControlNet with this configuration belongs to the family."""
+    def owns_component(self, role: str, config: Mapping[str, Any]) -> bool:
+        """Whether a component folder with this configuration, which a role is to serve, belongs to the family."""
         ...
 
     def owns_adapter(self, keys: Sequence[str]) -> bool:
         """Whether an adapter file with these keys is certainly the family's."""
         ...
 
-    # Loading: each reads a component folder whose files have been checked
+    # Loading: each reads a component folder whose files have been checked, of the variant that the source names.
+    # FailedPreconditionError for a network of a kind that the family does not run, and for weights of another one.
 
-    def load_text(self, root: Path, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
-        """Every text encoder and tokenizer of a pipeline folder. FailedPreconditionError where they do not match."""
+    def load_text(self, source: Source, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
+        """Every text encoder and tokenizer that an index names. FailedPreconditionError where they do not match."""
         ...
 
-    def load_denoiser(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module: ...
+    def load_denoiser(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module: ...
 
-    def load_control_net(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module: ...
+    def load_control_net(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module: ...
 
-    def load_vae(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module: ...
+    def load_vae(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module: ...
 
     # Text encoding
 

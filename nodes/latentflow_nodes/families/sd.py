@@ -11,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from PIL import Image
 
+from latentflow_nodes.families import kinds
 from latentflow_nodes.families.base import TextModel
 from latentflow_nodes.families.unet import UNetFamily
 
@@ -29,8 +30,12 @@ class StableDiffusion(UNetFamily):
             ("StableDiffusionXL", "StableDiffusion3")
         )
 
-    def owns_control_net(self, config: Mapping[str, Any]) -> bool:
-        return config.get("_class_name") == "ControlNetModel" and config.get("addition_embed_type") is None
+    def owns_component(self, role: str, config: Mapping[str, Any]) -> bool:
+        if role == "VAE":
+            return kinds.is_text_to_image_vae(config) and not kinds.is_xl_vae(config)
+        if role == "TextEncoder":
+            return config.get("architectures") == ["CLIPTextModel"]
+        return kinds.is_network(role, config) and not kinds.is_xl(config)
 
     def owns_adapter(self, keys: Sequence[str]) -> bool:
         # Its keys are among those of every larger family.

@@ -11,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from PIL import Image
 
+from latentflow_nodes.families import kinds
 from latentflow_nodes.families.base import Conditioning, Shape, TextModel, halves
 from latentflow_nodes.families.unet import UNetFamily
 
@@ -30,8 +31,11 @@ class StableDiffusionXL(UNetFamily):
     def owns_pipeline(self, class_name: str) -> bool:
         return class_name.startswith("StableDiffusionXL")
 
-    def owns_control_net(self, config: Mapping[str, Any]) -> bool:
-        return config.get("addition_embed_type") == "text_time"
+    def owns_component(self, role: str, config: Mapping[str, Any]) -> bool:
+        if role == "VAE":
+            return kinds.is_text_to_image_vae(config) and kinds.is_xl_vae(config)
+        # One of its two text encoders alone is not the family's text encoder.
+        return role != "TextEncoder" and kinds.is_network(role, config) and kinds.is_xl(config)
 
     def owns_adapter(self, keys: Sequence[str]) -> bool:
         return any("text_encoder_2" in key or "lora_te2" in key for key in keys)

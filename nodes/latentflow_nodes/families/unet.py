@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from latentflow.errors import FailedPreconditionError
 from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 
+from latentflow_nodes.families import kinds
 from latentflow_nodes.families.base import (
     AdapterState,
     Conditioning,
@@ -26,8 +27,11 @@ from latentflow_nodes.families.base import (
     halves,
     is_present,
 )
+from latentflow_nodes.weights import files
+from latentflow_nodes.weights.source import Source
 
 _WARM_UP_SIDE = 16
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _TEXT_CLASSES = {"CLIPTextModel", "CLIPTextModelWithProjection"}
 
 
@@ -56,21 +60,21 @@ class UNetFamily(ABC):
     def adapter_components(self) -> tuple[str, ...]:
         return ("unet", *self.encoders)
 
-    def load_text(self, root: Path, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
+    def load_text(self, source: Source, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
         encoders = {
-            name: _text_encoder(root / name, index[name][1], dtype) for name in self.encoders if is_present(index, name)
-        }
-        tokenizers = {
-            name: transformers.CLIPTokenizer.from_pretrained(root / name, local_files_only=True)
-            for name in self.tokenizers
+            name: _text_encoder(source.beside(name), index[name][1], dtype, source.variant)
+            for name in self.encoders
             if is_present(index, name)
         }
+        tokenizers = {name: _tokenizer(source.beside(name)) for name in self.tokenizers if is_present(index, name)}
         if len(encoders) != len(tokenizers) or not encoders:
             raise FailedPreconditionError(
-                f"{root} has the text encoders {sorted(encoders)} and the tokenizers {sorted(tokenizers)}; "
+                f"{source.pipeline} has the text encoders {sorted(encoders)} and the tokenizers {sorted(tokenizers)}; "
                 "each encoder needs its own tokenizer.",
                 reason=Reason.WEIGHTS_UNAVAILABLE,
             )
+        for (name, encoder), tokenizer in zip(encoders.items(), tokenizers.values(), strict=True):
+            _check_tokenizer(source.beside(name), encoder, tokenizer)
         return TextModel(
             encoders=encoders,
             tokenizers=list(tokenizers.values()),
@@ -81,14 +85,17 @@ class UNetFamily(ABC):
     def text_pipeline(self, parts: Mapping[str, Any], *, index: Mapping[str, Any]) -> Any:
         """diffusers' pipeline of the family with only its text parts."""
 
-    def load_denoiser(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
-        return _load(UNet2DConditionModel, folder, dtype)
+    def load_denoiser(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
+        _check_kind(folder, kinds.of_denoiser)
+        return _load(UNet2DConditionModel, folder, dtype, variant)
 
-    def load_control_net(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
-        return _load(ControlNetModel, folder, dtype)
+    def load_control_net(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
+        _check_kind(folder, kinds.of_control_net)
+        return _load(ControlNetModel, folder, dtype, variant)
 
-    def load_vae(self, folder: Path, *, dtype: torch.dtype) -> torch.nn.Module:
-        return _load(AutoencoderKL, folder, dtype)
+    def load_vae(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
+        _check_kind(folder, kinds.of_vae)
+        return _load(AutoencoderKL, folder, dtype, variant)
 
     def embeds_guidance(self, network: torch.nn.Module) -> bool:
         return _config(network).time_cond_proj_dim is not None
@@ -206,21 +213,61 @@ class _Middle:
         return sample + self._residuals.wait().mid
 
 
-def _load(cls: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-    module: torch.nn.Module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    return module
+def _check_kind(folder: Path, kind: Callable[[kinds.Config], str | None]) -> None:
+    """Before anything is loaded, which may take minutes."""
+    if other := kind(files.config(folder)):
+        raise FailedPreconditionError(
+            f"{folder} is {other}; this version does not serve it. Choose a text-to-image model.",
+            reason=Reason.UNSUPPORTED_FAMILY,
+        )
 
 
-def _text_encoder(folder: Path, cls: str, dtype: torch.dtype) -> torch.nn.Module:
+def _load(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
+    # With `ignore_mismatched_sizes` the report names them all; without it the loader's error names the first.
+    module, report = cls.from_pretrained(
+        folder,
+        dtype=dtype,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    files.check_complete(folder, report)
+    loaded: torch.nn.Module = module
+    return loaded
+
+
+def _text_encoder(folder: Path, cls: str, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
     if cls not in _TEXT_CLASSES:
         raise FailedPreconditionError(
             f"{folder} is a {cls}; this server runs {' and '.join(sorted(_TEXT_CLASSES))}.",
             reason=Reason.UNSUPPORTED_FAMILY,
         )
-    encoder: torch.nn.Module = getattr(transformers, cls).from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True
-    )
-    return encoder
+    return _load(getattr(transformers, cls), folder, dtype, variant)
+
+
+def _tokenizer(folder: Path) -> Any:
+    # transformers makes a tokenizer without words of a folder without a vocabulary.
+    if not any(all((folder / name).is_file() for name in one) for one in _VOCABULARIES):
+        raise FailedPreconditionError(
+            f"{folder} holds no tokenizer: neither {' nor '.join(' and '.join(one) for one in _VOCABULARIES)}. Copy the "
+            "tokenizer of the base model there.",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
+        )
+    return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _check_tokenizer(folder: Path, encoder: torch.nn.Module, tokenizer: Any) -> None:
+    config = _config(encoder)
+    longest, words = config.max_position_embeddings, config.vocab_size
+    if tokenizer.model_max_length > longest or len(tokenizer) > words:
+        raise FailedPreconditionError(
+            f"The tokenizer for {folder} has {len(tokenizer)} tokens and a model_max_length of "
+            f"{tokenizer.model_max_length}; the encoder has {words} and {longest}. Correct tokenizer_config.json, or copy the "
+            "tokenizer of the base model.",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
+        )
 
 
 def _config(network: torch.nn.Module) -> Any:

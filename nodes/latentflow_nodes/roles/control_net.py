@@ -34,11 +34,13 @@ class ControlNet(Role):
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        folder = context.source().part("controlnet")
-        self._family = families.of_control_net(folder)
+        source = context.source()
+        self._family = families.of_source(source, "ControlNet")
         self.family = self._family.name
-        self.content_digest = files.digest(files.check(folder))
-        self._network = self._family.load_control_net(folder, dtype=context.dtype).to(context.device).eval()
+        folder = source.part(self._family.parts["ControlNet"][0])
+        self.content_digest = files.digest(files.check(folder, variant=source.variant))
+        network = self._family.load_control_net(folder, dtype=context.dtype, variant=source.variant)
+        self._network = network.to(context.device).eval()
         self._channels = self._family.latent_shape(self._network, height=1, width=1)[1]
         self._stopwatch = Stopwatch(context.device)
         settings = context.settings

@@ -33,13 +33,14 @@ class TextEncoder(Role):
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        root = context.source().pipeline
-        self._family = families.of_pipeline(root)
+        source = context.source()
+        self._family = families.of_source(source, "TextEncoder")
         self.family = self._family.name
-        index = files.config(root, "model_index.json")
-        present = [name for name in self._family.encoders if is_present(index, name)]
-        self.content_digest = files.digest([path for name in present for path in files.check(root / name)])
-        self._text = self._family.load_text(root, index=index, dtype=context.dtype)
+        index = families.text_index(source, self._family)
+        present = [source.beside(name) for name in self._family.encoders if is_present(index, name)]
+        weights = [path for folder in present for path in files.check(folder, variant=source.variant)]
+        self.content_digest = files.digest(weights)
+        self._text = self._family.load_text(source, index=index, dtype=context.dtype)
         encoders = self._text.encoders
         for encoder in encoders.values():
             encoder.to(context.device).eval()

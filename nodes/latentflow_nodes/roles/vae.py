@@ -28,11 +28,12 @@ class VAE(Role):
     def __init__(self, context: Context) -> None:
         self._context = context
         source = context.source()
-        self._family = families.of_pipeline(source.pipeline)
+        self._family = families.of_source(source, "VAE")
         self.family = self._family.name
         folder = source.part(self._family.parts["VAE"][0])
-        self.content_digest = files.digest(files.check(folder))
-        self._vae = self._family.load_vae(folder, dtype=context.dtype).to(context.device).eval()
+        self.content_digest = files.digest(files.check(folder, variant=source.variant))
+        vae = self._family.load_vae(folder, dtype=context.dtype, variant=source.variant)
+        self._vae = vae.to(context.device).eval()
         self._geometry = self._family.vae_geometry(self._vae)
         self._stopwatch = measure(self._family.decoding_modules(self._vae), device=context.device)
         settings = context.settings

@@ -53,16 +53,12 @@ def fetch(uri: str, *, wanted: Wanted, cache: Path, progress: Progress) -> Path:
     Args:
         cache: Where downloads are kept; may be shared with servers of other nodes.
     """
-    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    bucket, prefix = _split(uri)
     home = cache / "s3" / _digest([uri, wanted.allow, wanted.ignore])
     signed = True
     try:
-        session = boto3.Session()
-        signed = session.get_credentials() is not None
-        # Public buckets need no credentials.
-        config = Config(signature_version=None if signed else UNSIGNED, connect_timeout=_CONNECT_SECONDS)
-        client = session.client("s3", config=config)
-        listed = functools.partial(_listed, client, bucket, prefix.strip("/"), wanted)
+        client, signed = _client()
+        listed = functools.partial(_listed, client, bucket, prefix, wanted)
         files = listed()
         if files:
             return _download(client, bucket, files, home, progress, listed=listed)
@@ -75,13 +71,41 @@ def fetch(uri: str, *, wanted: Wanted, cache: Path, progress: Progress) -> Path:
     raise FailedPreconditionError(f"{uri} could not be fetched: {why}.", reason=Reason.WEIGHTS_UNAVAILABLE) from None
 
 
-def _listed(client: Any, bucket: str, prefix: str, wanted: Wanted) -> list[_File]:
+def names(uri: str) -> list[str]:
+    """The paths of all files under a prefix; none where the store cannot list them."""
+    try:
+        client, _ = _client()
+        return sorted(_entries(client, *_split(uri)))
+    except (BotoCoreError, ClientError, OSError, ValueError):
+        return []
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    return bucket, prefix.strip("/")
+
+
+def _client() -> tuple[Any, bool]:
+    """A client of the store, and whether it has credentials."""
+    session = boto3.Session()
+    signed = session.get_credentials() is not None
+    # Public buckets need no credentials.
+    config = Config(signature_version=None if signed else UNSIGNED, connect_timeout=_CONNECT_SECONDS)
+    return session.client("s3", config=config), signed
+
+
+def _entries(client: Any, bucket: str, prefix: str) -> dict[str, Any]:
+    """What the store lists under a prefix, by the path behind it."""
     root = f"{prefix}/" if prefix else ""
-    found = {
+    return {
         entry["Key"].removeprefix(root): entry
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=root)
         for entry in page.get("Contents", ())
     }
+
+
+def _listed(client: Any, bucket: str, prefix: str, wanted: Wanted) -> list[_File]:
+    found = _entries(client, bucket, prefix)
     return [
         _File(path=path, key=found[path]["Key"], size=found[path]["Size"], etag=found[path]["ETag"])
         for path in wanted.of(sorted(found))

@@ -16,11 +16,19 @@ import structlog
 from latentflow.internal import sizes
 from latentflow.internal.metrics import Instruments
 
+from latentflow_nodes.weights.names import SUFFIX
+
 _log = structlog.get_logger()
 _LOG_SECONDS = 10.0
-_SUFFIXES = (".safetensors", ".json", ".txt")
-# A ControlNet's repository often is the component folder itself.
-_COMPONENT = {"ControlNet": ("config", "diffusion_pytorch_model*")}
+_DESCRIPTIONS = (".json", ".txt")
+# What a role reads of a source that is the component folder itself.
+_NETWORK = ("config", "diffusion_pytorch_model*")
+_COMPONENT = {
+    "ControlNet": _NETWORK,
+    "VAE": _NETWORK,
+    "Denoiser": (*_NETWORK, "scheduler_config"),
+    "TextEncoder": ("config", "model*", "vocab", "merges", "tokenizer*", "special_tokens_map", "added_tokens"),
+}
 # What a role reads beside the one component that a subfolder names.
 _BESIDE = {"Denoiser": ("scheduler",)}
 _INDEX = "model_index.json"
@@ -43,27 +51,35 @@ class Wanted:
         ]
 
 
-def wanted(role: str, subfolder: str | None, *, parts: Sequence[str]) -> Wanted:
-    """The files of a source that a role reads: weights, configuration and vocabularies; of several precisions the full one.
+def wanted(role: str, subfolder: str | None, *, parts: Sequence[str], variant: str | None = None) -> Wanted:
+    """The files of a source that a role reads: configuration, vocabularies, and the weights of one variant.
 
     Args:
         role: Name of the role.
         subfolder: The one component that is served, if the source names one.
         parts: The folders of a pipeline that the role may read.
+        variant: The variant of the weights; None: the files without a variant in their names.
     """
     if role == "LoRAStore":
         # Every file of a store is an adapter of its own, whatever its name.
         folders = f"{glob.escape(subfolder)}/*" if subfolder else "*"
-        return Wanted(allow=(_INDEX, *(folders + suffix for suffix in _SUFFIXES)), ignore=())
+        return Wanted(allow=(_INDEX, *(folders + suffix for suffix in (*_DESCRIPTIONS, SUFFIX))), ignore=())
     if subfolder:
         # A text encoder reads all its parts, whichever of them the source names.
         beside = parts if role == "TextEncoder" else _BESIDE.get(role, ())
         patterns = [f"{glob.escape(subfolder)}/*", *(f"{part}/*" for part in beside)]
     else:
         patterns = [*(f"{part}/*" for part in parts), *_COMPONENT.get(role, ())]
-    variants = ("*.fp16.*", "*.fp16-*", "*.non_ema.*", "*.non_ema-*")
-    allow = (_INDEX, *(f"{pattern}{suffix}" for pattern in patterns for suffix in _SUFFIXES))
-    return Wanted(allow=allow, ignore=variants)
+    described = [pattern + suffix for pattern in patterns for suffix in _DESCRIPTIONS]
+    weights = [pattern for pattern in patterns if pattern.endswith("*")]
+    if variant:
+        # Of one file, of the parts of an index, and of such parts as earlier versions of diffusers named them.
+        of_variant = [pattern + f".{variant}{end}{SUFFIX}" for pattern in weights for end in ("", "-*-of-*")]
+        return Wanted(allow=(_INDEX, *described, *of_variant), ignore=())
+    return Wanted(
+        allow=(_INDEX, *described, *(pattern + SUFFIX for pattern in weights)),
+        ignore=tuple(f"{pattern}.*{SUFFIX}" for pattern in weights),
+    )
 
 
 class Progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from latentflow.errors import DataLossError, FailedPreconditionError
 from latentflow.reasons import Reason
 from safetensors import SafetensorError, safe_open
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from latentflow_nodes.weights import names
+
+_DIFFERENCES = {"missing_keys": "missing", "unexpected_keys": "unexpected"}
 _BLOCK = 1 << 20
 
 
@@ -35,27 +38,72 @@ def config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return loaded
 
 
-def check(folder: Path) -> list[Path]:
-    """The safetensors files of a component folder, each checked to be complete. Pickles are refused."""
+def check(folder: Path, *, variant: str | None = None) -> list[Path]:
+    """The weight files that a component folder's loader reads, each checked to be complete. Pickles are refused.
+
+    Args:
+        variant: As in the source; None: the files without a variant in their names.
+    """
     if not folder.is_dir():
         raise FailedPreconditionError(
             f"The component folder {folder} is missing; check the source.", reason=Reason.WEIGHTS_UNAVAILABLE
         )
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weights(folder, variant)
     if not files:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        if pickles:
-            raise FailedPreconditionError(
-                f"{folder} holds a pickle ({pickles[0]}) and no safetensors. Weights load from safetensors only: "
-                "a pickle can run code. Convert it, for instance with diffusers' save_pretrained.",
-                reason=Reason.PICKLE_REFUSED,
-            )
-        raise FailedPreconditionError(
-            f"{folder} holds no *.safetensors file; check the source.", reason=Reason.WEIGHTS_UNAVAILABLE
-        )
+        raise names.refusal(str(folder), [path.name for path in folder.iterdir()], variant=variant)
     for path in files:
         check_file(path)
     return files
+
+
+def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
+    """FailedPreconditionError unless the weights of a folder are exactly those that its configuration describes.
+
+    Loaders leave what a file lacks at random values, and ignore what they do not expect.
+
+    Args:
+        report: As `from_pretrained` of diffusers and transformers returns it with `output_loading_info`.
+    """
+    problems = [f"{word} {names.listed(report[key])}" for key, word in _DIFFERENCES.items() if report[key]]
+    if report["mismatched_keys"]:
+        problems.append(
+            "of another shape "
+            + names.listed([f"{key} ({_shape(found)}, not {_shape(need)})" for key, found, need in report["mismatched_keys"]])
+        )
+    if problems:
+        raise FailedPreconditionError(
+            f"The weights in {folder} are not those that its config.json describes: {'; '.join(problems)}. Fetch the folder "
+            "again, or convert the weights to this layout.",
+            reason=Reason.WEIGHTS_MISMATCH,
+        )
+
+
+def _weights(folder: Path, variant: str | None) -> list[Path]:
+    for stem in names.STEMS:
+        whole, index = folder / names.whole(stem, variant), folder / names.index(stem, variant)
+        # Where a folder has both, transformers reads the whole file and diffusers the index.
+        if whole.is_file() and (stem == "model" or not index.is_file()):
+            return [whole]
+        if index.is_file():
+            return _shards(index)
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    found = config(index.parent, index.name).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise DataLossError(f"{index} does not map tensors to files. Fetch the folder again.")
+    shards = sorted({index.parent / str(name) for name in found.values()})
+    if missing := [path.name for path in shards if not path.is_file()]:
+        raise FailedPreconditionError(
+            f"{index} names {names.listed(missing)}, which {index.parent} lacks; fetch the folder again.",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
+        )
+    return shards
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return f"[{', '.join(str(size) for size in shape)}]"
 
 
 def check_file(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import httpx2
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -32,12 +32,11 @@ from latentflow_nodes.weights.fetching import Progress, Wanted
 
 def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress) -> Path:
     """The folder of a repository's files; FailedPreconditionError, in one sentence, where it cannot be fetched."""
-    repository = urlparse(uri).netloc + urlparse(uri).path
     at = f"{uri}@{revision}" if revision else uri
     try:
         return Path(
             snapshot_download(
-                repository,
+                _repository(uri),
                 revision=revision,
                 allow_patterns=list(wanted.allow),
                 ignore_patterns=list(wanted.ignore),
@@ -61,6 +60,18 @@ def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress)
     except (httpx2.HTTPError, OSError) as error:
         why = f"{_line(error)}; check the network, HF_ENDPOINT and the space of the cache"
     raise FailedPreconditionError(f"{at} could not be fetched: {why}.", reason=Reason.WEIGHTS_UNAVAILABLE) from None
+
+
+def names(uri: str, *, revision: str | None) -> list[str]:
+    """The paths of all files of a repository; none where the hub cannot list them."""
+    try:
+        return HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(_repository(uri), revision=revision)
+    except (HfHubHTTPError, httpx2.HTTPError, OSError):
+        return []
+
+
+def _repository(uri: str) -> str:
+    return urlparse(uri).netloc + urlparse(uri).path
 
 
 def _bars(progress: Progress) -> type[tqdm[Any]]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
-from latentflow.errors import FailedPreconditionError
+from latentflow.errors import FailedPreconditionError, LatentflowError
+from latentflow.internal import file_uri
 from latentflow.reasons import Reason
 
+from latentflow_nodes.weights import names
 from latentflow_nodes.weights.fetching import Progress, wanted
 
 
@@ -20,10 +22,22 @@ class Source:
     Attributes:
         pipeline: The diffusers pipeline folder.
         component: The one component folder that `subfolder` named, or None.
+        variant: The variant of the weight files, or None.
     """
 
     pipeline: Path
     component: Path | None = None
+    variant: str | None = None
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether a pipeline is there, around the component if the source names one."""
+        return (self.pipeline / "model_index.json").is_file()
+
+    @property
+    def alone(self) -> Path:
+        """The folder that holds the model itself, where no pipeline is around it."""
+        return self.component or self.pipeline
 
     def part(self, name: str) -> Path:
         """Folder of a part of the pipeline, or the one component that `subfolder` named, or the source itself if it is one."""
@@ -33,12 +47,19 @@ class Source:
         is_component = not folder.is_dir() and (self.pipeline / "config.json").is_file()
         return self.pipeline if is_component else folder
 
+    def beside(self, name: str) -> Path:
+        """Folder of a part that belongs to the model whichever component the source names, such as a tokenizer."""
+        if self.is_pipeline:
+            return self.pipeline / name
+        return self.alone / name if (self.alone / name).is_dir() else self.alone
+
 
 def locate(
     *,
     uri: str,
     subfolder: str | None,
     revision: str | None,
+    variant: str | None = None,
     role: str,
     parts: Sequence[str],
     model_root: Path,
@@ -48,6 +69,7 @@ def locate(
     """Finds a source's folder; downloads what the role reads of it for `hf://` and `s3://`.
 
     Args:
+        variant: The variant of the weight files; None: the files without a variant in their names.
         role: The role that reads it.
         parts: The folders of a pipeline that the role may read.
         cache: Where downloads from buckets are kept; those from hubs are where huggingface_hub keeps them.
@@ -57,17 +79,27 @@ def locate(
         FailedPreconditionError: There is no such folder, or it cannot be fetched.
     """
     scheme = urlparse(uri).scheme
+    remote = wanted(role, subfolder, parts=parts, variant=variant)
     # Imported here, because only such sources need them.
     if scheme == "hf":
         from latentflow_nodes.weights import hub
 
-        root = hub.fetch(uri, revision=revision, wanted=wanted(role, subfolder, parts=parts), progress=progress)
+        root = hub.fetch(uri, revision=revision, wanted=remote, progress=progress)
+        if bare := _bare(root, role):
+            raise _refusal(uri, bare, hub.names(uri, revision=revision), variant)
     elif scheme == "s3":
         from latentflow_nodes.weights import bucket
 
-        root = bucket.fetch(uri, wanted=wanted(role, subfolder, parts=parts), cache=cache, progress=progress)
+        root = bucket.fetch(uri, wanted=remote, cache=cache, progress=progress)
+        if bare := _bare(root, role):
+            raise _refusal(uri, bare, bucket.names(uri), variant)
     elif scheme == "file":
-        root = Path(urlparse(uri).path)
+        try:
+            root = file_uri.path(uri)
+        except ValueError as error:
+            raise FailedPreconditionError(
+                f"Source {uri!r} cannot be read: {error}.", reason=Reason.WEIGHTS_UNAVAILABLE
+            ) from None
     elif scheme == "":
         root = model_root / uri
         if not root.resolve().is_relative_to(model_root.resolve()):
@@ -87,4 +119,19 @@ def locate(
             f"There is no weights folder {folder} (source {uri!r}); check the uri, the subfolder and the model root.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
-    return Source(pipeline=root, component=folder if subfolder else None)
+    return Source(pipeline=root, component=folder if subfolder else None, variant=variant)
+
+
+def _bare(root: Path, role: str) -> str | None:
+    """The path of a downloaded component folder without weights, which were left out or are not there."""
+    if role == "LoRAStore":
+        return None
+    folders = sorted(path.parent for path in root.rglob("config.json"))
+    return next((str(f.relative_to(root)) for f in folders if not any(f.glob(f"*{names.SUFFIX}"))), None)
+
+
+def _refusal(uri: str, folder: str, paths: Sequence[str], variant: str | None) -> LatentflowError:
+    """Why a component of a remote source came without weights, by the paths of all its files."""
+    prefix = "" if folder == "." else f"{folder}/"
+    inside = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    return names.refusal(f"{uri}/{prefix}".rstrip("/"), inside, variant=variant)

@@ -1,0 +1,90 @@
+"""The names of weight files: which of a folder's files diffusers and transformers read, and why they read none. Pure.
+
+A component's weights are one file, or several with an index. A variant, such as fp16, is part of the names of both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
+
+# Of diffusers and of transformers.
+STEMS = ("diffusion_pytorch_model", "model")
+SUFFIX = ".safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SHARD = r"(?:-\d+-of-\d+)?"
+_NAME = re.compile(rf"(?:{'|'.join(STEMS)}){_SHARD}(?:\.([A-Za-z0-9_-]+?))?{_SHARD}\.safetensors")
+_SHOWN = 3
+
+
+def whole(stem: str, variant: str | None) -> str:
+    """The name of the one file that holds all weights."""
+    return f"{stem}{_dotted(variant)}{SUFFIX}"
+
+
+def index(stem: str, variant: str | None) -> str:
+    """The name of the index of weights in several files."""
+    return f"{stem}{SUFFIX}.index{_dotted(variant)}.json"
+
+
+def variants(names: Iterable[str]) -> list[str]:
+    """The variants of the weights among these files, without the empty one."""
+    return sorted({match[1] for name in names if (match := _NAME.fullmatch(name)) and match[1]})
+
+
+def refusal(folder: str, names: Collection[str], *, variant: str | None) -> FailedPreconditionError:
+    """Why the weights of a component cannot be read from a folder with these files.
+
+    Args:
+        folder: Its name in the message.
+        variant: The one that the source names.
+    """
+    there = variants(names)
+    if variant and (there or _has_plain(names)):
+        known = " and ".join([*there, *(["files without a variant"] if _has_plain(names) else [])])
+        return _refusal(
+            f"{folder} holds no weights of the variant {variant!r}; it holds {known}. Correct source.variant."
+        )
+    if not variant and there:
+        return _refusal(
+            f"{folder} holds its weights only as the variant {' and '.join(there)}. Set source.variant: {there[0]} for this "
+            "model in the workflow."
+        )
+    if _has_plain(names):
+        return _refusal(
+            f"{folder} holds parts of weights without their index {index(STEMS[0], variant)}; fetch the folder again."
+        )
+    if others := sorted(name for name in names if name.endswith(SUFFIX)):
+        return _refusal(
+            f"{folder} holds {listed(others)}, which is not the name of a component's weights: "
+            f"{' or '.join(whole(stem, variant) for stem in STEMS)}. Rename the file or correct the source."
+        )
+    if pickles := sorted(name for name in names if name.endswith(_PICKLES)):
+        return FailedPreconditionError(
+            f"{folder} holds a pickle ({pickles[0]}) and no safetensors. Weights load from safetensors only: "
+            "a pickle can run code. Convert it, for instance with diffusers' save_pretrained.",
+            reason=Reason.PICKLE_REFUSED,
+        )
+    return _refusal(f"{folder} holds no *{SUFFIX} file; check the source.")
+
+
+def listed(names: Collection[str]) -> str:
+    """Some names as part of a sentence."""
+    some = sorted(names)
+    more = f" and {len(some) - _SHOWN} more" if len(some) > _SHOWN else ""
+    return ", ".join(some[:_SHOWN]) + more
+
+
+def _has_plain(names: Iterable[str]) -> bool:
+    return any((match := _NAME.fullmatch(name)) and not match[1] for name in names)
+
+
+def _dotted(variant: str | None) -> str:
+    return f".{variant}" if variant else ""
+
+
+def _refusal(message: str) -> FailedPreconditionError:
+    return FailedPreconditionError(message, reason=Reason.WEIGHTS_UNAVAILABLE)
