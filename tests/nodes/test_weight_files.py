@@ -75,7 +75,12 @@ NETWORK = "diffusion_pytorch_model.safetensors"
         ("Denoiser", f"unet/{NETWORK}", wrapped, "missing "),
         ("Denoiser", f"unet/{NETWORK}", extended, "unexpected model_ema.decay"),
         ("Denoiser", f"unet/{NETWORK}", cut("conv_in.bias"), "of another shape conv_in.bias ([63], not [64])"),
-        ("VAE", f"vae/{NETWORK}", without("decoder.conv_out"), "missing decoder.conv_out.bias, decoder.conv_out.weight"),
+        (
+            "VAE",
+            f"vae/{NETWORK}",
+            without("decoder.conv_out"),
+            "missing decoder.conv_out.bias, decoder.conv_out.weight",
+        ),
         ("ControlNet", f"controlnet-edges/{NETWORK}", without("controlnet_mid_block"), "missing controlnet_mid_block"),
     ],
 )
@@ -94,7 +99,9 @@ async def test_a_text_encoder_of_sdxl_without_its_projection_is_refused(tmp_path
     tiny_sdxl(tmp_path / "m")
     change(tmp_path / "m/text_encoder_2/model.safetensors", without("text_projection"))
     error = await refused(tmp_path, "TextEncoder")
-    assert "text_encoder_2 are not those that its config.json describes: missing text_projection.weight" in error.message
+    assert (
+        "text_encoder_2 are not those that its config.json describes: missing text_projection.weight" in error.message
+    )
 
 
 async def test_old_names_of_attention_layers_load_as_in_diffusers(pack: Path) -> None:

@@ -76,7 +76,9 @@ def is_xl(config: Config) -> bool:
 def is_text_to_image_vae(config: Config) -> bool:
     """Whether an autoencoder makes the latents of one of these families."""
     has_shift = config.get("shift_factor") is not None
-    return of_vae(config) is None and config.get("latent_channels", _LATENT_CHANNELS) == _LATENT_CHANNELS and not has_shift
+    return (
+        of_vae(config) is None and config.get("latent_channels", _LATENT_CHANNELS) == _LATENT_CHANNELS and not has_shift
+    )
 
 
 def is_xl_vae(config: Config) -> bool:

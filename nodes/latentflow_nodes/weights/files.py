@@ -68,7 +68,9 @@ def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
     if report["mismatched_keys"]:
         problems.append(
             "of another shape "
-            + names.listed([f"{key} ({_shape(found)}, not {_shape(need)})" for key, found, need in report["mismatched_keys"]])
+            + names.listed(
+                [f"{key} ({_shape(found)}, not {_shape(need)})" for key, found, need in report["mismatched_keys"]]
+            )
         )
     if problems:
         raise FailedPreconditionError(
