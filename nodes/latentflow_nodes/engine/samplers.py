@@ -80,7 +80,8 @@ class Sampler:
             self._scheduler.set_timesteps(steps, device=device)
         except (ValueError, IndexError, ZeroDivisionError) as error:
             raise InvalidRequestError(f"This sampler cannot run {steps} steps: {error}") from None
-        accepted = _step_parameters(type(self._scheduler))
+        scheduler_class: Any = type(self._scheduler)
+        accepted = _step_parameters(scheduler_class)
         self._accepts_generator = "generator" in accepted
         self._accepts_eta = "eta" in accepted
         self._fresh = copy.deepcopy(_state(self._scheduler))
