@@ -10,6 +10,7 @@ from latentflow.api.conditions import ConditionReason
 from latentflow.errors import CLASSES
 from latentflow.internal.metrics import TABLES
 from latentflow.reasons import Reason
+from latentflow_gateway.http.errors import STATUS
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -63,14 +64,14 @@ def errors() -> str:
         NOTE,
         "# Errors\n\nEvery error has a message, which names what failed, where and what to do; a class, of one gRPC status "
         "code; and a reason, which programs may test and metrics count by. Over gRPC the reason is in `google.rpc.ErrorInfo` "
-        "with the domain `latentflow.io`. Clients retry the classes marked so; a request keeps its seed and its idempotency "
+        "with the domain `latentflow.io`, over [HTTP](http.md#errors) it is the `code`. Clients retry the classes marked so; a request keeps its seed and its idempotency "
         "key. From `client/latentflow/errors.py` and `client/latentflow/reasons.py`.\n\n## Classes\n\n",
-        "| class | gRPC status code | retried | meaning |\n|---|---|---|---|\n",
+        "| class | gRPC status code | HTTP status | retried | meaning |\n|---|---|---|---|---|\n",
     ]
     for kind in CLASSES:
         meaning = (kind.__doc__ or "").strip()
         retried = "yes" if kind.retryable else "no"
-        pages.append(f"| `{kind.__name__}` | `{kind.code.name}` | {retried} | {meaning} |\n")
+        pages.append(f"| `{kind.__name__}` | `{kind.code.name}` | {STATUS[kind]} | {retried} | {meaning} |\n")
     pages.append("\n## Reasons\n\n| reason | meaning | remedy |\n|---|---|---|\n")
     pages += [f"| `{reason}` | {reason.meaning} | {reason.remedy} |\n" for reason in sorted(Reason)]
     return "".join(pages)

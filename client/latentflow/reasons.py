@@ -77,7 +77,8 @@ class Reason(Documented):
     API_KEY_MISSING = (
         "API_KEY_MISSING",
         "The gateway requires an API key, and the call carries none.",
-        "Pass `api_key` to the client or `--api-key` to the command, or set LATENTFLOW_API_KEY.",
+        "Pass `api_key` to the client or `--api-key` to the command, set LATENTFLOW_API_KEY, or over HTTP send the header "
+        "`Authorization: Bearer KEY`.",
     )
     API_KEY_UNKNOWN = (
         "API_KEY_UNKNOWN",

@@ -66,9 +66,10 @@ def caller() -> str:
 class ApiKeys:
     """The current keys of a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, metrics: Instruments) -> None:
         """FailedPreconditionError where the folder cannot be read."""
         self._folder = folder
+        self._metrics = metrics
         try:
             self._seen: _Stamp | None = _stamp(folder)
             self._known = _read(folder)
@@ -78,13 +79,19 @@ class ApiKeys:
             ) from None
         _log.info("API keys read", clients=sorted(self._known))
 
-    def client(self, authorization: str) -> str | None:
-        """The client whose key an authorization header carries; None where the key is unknown.
+    def admit(self, authorization: str) -> None:
+        """Binds the client whose key an authorization header carries to this task and its log context.
 
-        While the folder cannot be read, the keys that were read last stay valid.
+        AuthenticationError where the key is unknown. While the folder cannot be read, the keys that were read last stay
+        valid.
         """
         self._refresh()
-        return client_of(authorization, self._known)
+        client = client_of(authorization, self._known)
+        self._metrics.of("latentflow_gateway_authentications_total", client=client or "?").inc()
+        if client is None:
+            raise _unknown() if authorization else _missing()
+        _caller.set(client)
+        structlog.contextvars.bind_contextvars(client=client)
 
     def _refresh(self) -> None:
         try:
@@ -101,35 +108,33 @@ class ApiKeys:
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses calls without a valid key, and binds the client's name to the log context of the others."""
+    """Refuses gRPC calls without a valid key."""
 
-    def __init__(self, keys: ApiKeys, *, metrics: Instruments) -> None:
+    def __init__(self, keys: ApiKeys) -> None:
         self._keys = keys
-        self._metrics = metrics
-        self._missing = refusing(
-            AuthenticationError(
-                "This gateway requires an API key: pass Client(api_key=…) or --api-key, or set LATENTFLOW_API_KEY.",
-                reason=Reason.API_KEY_MISSING,
-            )
-        )
-        self._wrong = refusing(
-            AuthenticationError(
-                "This gateway does not accept the API key; it may have been replaced. Ask for the current one.",
-                reason=Reason.API_KEY_UNKNOWN,
-            )
-        )
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        if details.method.startswith(_WITHOUT_KEY):
-            return await continuation(details)
-        sent = str(dict(details.invocation_metadata).get(rpc.AUTHORIZATION, ""))
-        client = self._keys.client(sent)
-        self._metrics.of("latentflow_gateway_authentications_total", client=client or "?").inc()
-        if client is None:
-            return self._wrong if sent else self._missing
-        _caller.set(client)
-        structlog.contextvars.bind_contextvars(client=client)
+        if not details.method.startswith(_WITHOUT_KEY):
+            try:
+                self._keys.admit(str(dict(details.invocation_metadata).get(rpc.AUTHORIZATION, "")))
+            except AuthenticationError as error:
+                return refusing(error)
         return await continuation(details)
+
+
+def _missing() -> AuthenticationError:
+    return AuthenticationError(
+        "This gateway requires an API key: pass Client(api_key=…) or --api-key, set LATENTFLOW_API_KEY, or send the HTTP "
+        "header `Authorization: Bearer KEY`.",
+        reason=Reason.API_KEY_MISSING,
+    )
+
+
+def _unknown() -> AuthenticationError:
+    return AuthenticationError(
+        "This gateway does not accept the API key; it may have been replaced. Ask for the current one.",
+        reason=Reason.API_KEY_UNKNOWN,
+    )
 
 
 def _digest(key: bytes) -> Digest:

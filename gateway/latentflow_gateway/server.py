@@ -1,10 +1,11 @@
-"""The gateway's process: follows the directory, serves Generation, drains at SIGTERM.
+"""The gateway's process: follows the directory, serves gRPC and HTTP, drains at SIGTERM.
 
 `main` is the command `latentflow-gateway`; `serve` runs one gateway inside an event loop, for tests and embedding.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -22,6 +23,9 @@ from latentflow.v1 import generation_pb2, generation_pb2_grpc
 from latentflow_gateway import directory_file
 from latentflow_gateway import settings as settings_module
 from latentflow_gateway.api_keys import ApiKeys, KeyInterceptor
+from latentflow_gateway.generation import Generation
+from latentflow_gateway.http.app import HttpApi
+from latentflow_gateway.http.server import HttpServer
 from latentflow_gateway.replicas import Replicas
 from latentflow_gateway.servicers import GenerationServicer
 from latentflow_gateway.settings import GatewaySettings
@@ -32,29 +36,33 @@ SERVICE: str = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_nam
 
 @dataclass(frozen=True, kw_only=True)
 class Gateway:
-    """A running gateway."""
+    """A running gateway. `http` is None where it does not serve HTTP."""
 
     address: str
     metrics_port: int
     replicas: Replicas
-    servicer: GenerationServicer
+    generation: Generation
     server: grpc.aio.Server
+    http: HttpServer | None
     health: health.aio.HealthServicer
 
     async def stop(self, grace: float) -> None:
         """Admits no new requests and gives the running ones `grace` seconds to finish."""
-        self.servicer.running.draining = True
+        self.generation.running.draining = True
         await self.health.enter_graceful_shutdown()
-        await self.server.stop(grace)
-        await self.servicer.released()
+        stopping = [self.server.stop(grace)]
+        if self.http is not None:
+            stopping.append(self.http.stop(grace))
+        await asyncio.gather(*stopping)
+        await self.generation.released()
 
 
 @contextlib.asynccontextmanager
 async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
     """A gateway that serves while entered. LatentflowError where a port, the directory or the API keys cannot be used."""
     metrics = Instruments(GATEWAY)
-    keys = [KeyInterceptor(ApiKeys(settings.api_keys), metrics=metrics)] if settings.api_keys else []
-    server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS), interceptors=keys)
+    keys = ApiKeys(settings.api_keys, metrics=metrics) if settings.api_keys else None
+    server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS), interceptors=[KeyInterceptor(keys)] if keys else [])
     address = serving.bind(server, settings.listen, tls=settings.tls)
     metrics_port = serving.serve_metrics(metrics, settings.metrics)
     directories = _directories(settings)
@@ -62,9 +70,14 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         contextlib.aclosing(directories),
         Replicas(directories=directories, token=settings.token, tls=settings.node_tls, metrics=metrics) as replicas,
     ):
-        servicer = GenerationServicer(settings=settings, replicas=replicas, metrics=metrics)
+        generation = Generation(settings=settings, replicas=replicas, metrics=metrics)
+        http = None
+        if settings.http is not None:
+            api = HttpApi(generation, settings=settings, keys=keys, metrics=metrics)
+            http = HttpServer(api, listen=settings.http, tls=settings.tls)
+            await http.start()
         checks = health.aio.HealthServicer()
-        generation_pb2_grpc.add_GenerationServicer_to_server(servicer, server)
+        generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(generation), server)
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         for service in ("", SERVICE):
@@ -74,11 +87,12 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
             address=address,
             metrics_port=metrics_port,
             replicas=replicas,
-            servicer=servicer,
+            generation=generation,
             server=server,
+            http=http,
             health=checks,
         )
-        _log.info("serving", address=gateway.address, metrics_port=metrics_port)
+        _log.info("serving", address=address, http=http.address if http else None, metrics_port=metrics_port)
         try:
             yield gateway
         finally:

@@ -1,57 +1,34 @@
-"""The public service: runs Generate requests and describes workflows."""
+"""The public gRPC service: passes each call to `Generation`."""
 
 from __future__ import annotations
 
-import asyncio
-import secrets
 from collections.abc import AsyncIterator
-from dataclasses import replace
-from functools import partial
 
-import structlog
-from latentflow.api import DiffusionWorkflow, Role, identity
-from latentflow.errors import NotFoundError
-from latentflow.internal.calls import Accounting, Call, Context, Outcome, Running, answered, served
-from latentflow.internal.metrics import Instruments
+from latentflow.internal.calls import Call, Context, answered, served
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
-from latentflow_gateway import api_keys, planning
-from latentflow_gateway.admission import Admission
-from latentflow_gateway.execution import Execution
-from latentflow_gateway.idempotency import Broadcast, IdempotentRequests
-from latentflow_gateway.replicas import Replicas
-from latentflow_gateway.settings import GatewaySettings
-
-_log = structlog.get_logger()
+from latentflow_gateway.generation import Generation
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServicer):
-    """The Generation service, over the replicas of a directory."""
+    """The service `latentflow.v1.Generation`."""
 
-    def __init__(self, *, settings: GatewaySettings, replicas: Replicas, metrics: Instruments) -> None:
-        self._settings = settings
-        self._replicas = replicas
-        self._metrics = metrics
-        self._admission = Admission(max_running=settings.max_running, max_queued=settings.max_queued, metrics=metrics)
-        self._requests = IdempotentRequests()
-        self.running = Running()
-        self._releasing: set[asyncio.Task[None]] = set()
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        call = Call.of("Generate", context)
-        # The id is the gateway's, so that clients cannot make two requests look like one in the logs.
-        call = replace(call, request_id=secrets.token_hex(8), trace=call.trace.child())
-        accounting = Accounting(running=self.running, ended=partial(self._ended, self._name(request)))
-        async for response in served(call, self._events(call, request), context, accounting):
+        call = Call.of("Generate", context).identified()
+        events = self._generation.events(call, request)
+        async for response in served(call, events, context, self._generation.accounting(request)):
             yield response
 
     async def DescribeWorkflow(
         self, request: generation_pb2.DescribeWorkflowRequest, context: Context
     ) -> generation_pb2.DescribeWorkflowResponse:
         async def description() -> generation_pb2.DescribeWorkflowResponse:
-            return self._described(planning.find(self._replicas.directory.workflows, request.workflow))
+            return self._generation.describe(request.workflow)
 
         described: generation_pb2.DescribeWorkflowResponse = await answered(
             Call.of("DescribeWorkflow", context), description(), context
@@ -61,140 +38,5 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def ListWorkflows(
         self, request: generation_pb2.ListWorkflowsRequest, context: Context
     ) -> generation_pb2.ListWorkflowsResponse:
-        names = [workflow.full_name for workflow in self._replicas.directory.workflows]
+        names = [workflow.full_name for workflow in self._generation.workflows]
         return generation_pb2.ListWorkflowsResponse(workflows=names)
-
-    async def released(self) -> None:
-        """Returns when the tensors of ended requests have been released."""
-        await asyncio.gather(*self._releasing)
-
-    async def _events(
-        self, call: Call, request: generation_pb2.GenerateRequest
-    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        """The events of a request, which may have started with an earlier call with the same idempotency key."""
-        workflow = planning.find(self._replicas.directory.workflows, request.workflow)
-        longest = asyncio.get_running_loop().time() + self._settings.request_seconds
-        call = replace(call, deadline=min(call.deadline, longest))
-
-        async def work(broadcast: Broadcast) -> None:
-            await self._run(call, workflow, request, broadcast)
-
-        async for event in self._requests.submit(request, work, client=api_keys.caller()).listen():
-            yield event
-
-    async def _run(
-        self,
-        call: Call,
-        workflow: DiffusionWorkflow,
-        request: generation_pb2.GenerateRequest,
-        broadcast: Broadcast,
-    ) -> None:
-        """One request, from planning to its last event. The work of a `Broadcast`."""
-        ready_seconds = min(self._settings.ready_seconds, max(0.0, call.deadline - asyncio.get_running_loop().time()))
-        with self._admission.admit(workflow.full_name):
-            plan = await self._planned(workflow, request, seed=secrets.randbits(32), seconds=ready_seconds)
-            accepted = generation_pb2.Accepted(
-                request_id=call.request_id,
-                queue_position=self._admission.queued,
-                seed=plan.seed,
-                workflow=plan.workflow,
-            )
-            broadcast.emit(generation_pb2.GenerateResponse(accepted=accepted))
-            _log.info("request accepted", workflow=plan.workflow, images=plan.images, steps=plan.steps)
-            # All models that are not ready start at the same time, before the request takes a running slot.
-            await self._replicas.wait_ready(planning.needed(workflow, request).values(), seconds=ready_seconds)
-            async with self._admission.slot(plan.workflow):
-                # The workflow's binding to models may have changed while the request was queued.
-                current = planning.find(self._replicas.directory.workflows, plan.workflow)
-                if current is not workflow:
-                    plan = await self._planned(current, request, seed=plan.seed, seconds=ready_seconds)
-                await self._execute(call, plan, broadcast)
-
-    async def _execute(self, call: Call, plan: planning.Plan, broadcast: Broadcast) -> None:
-        execution = Execution(
-            plan=plan,
-            request_id=call.request_id,
-            trace=call.trace,
-            deadline=call.deadline,
-            emit=broadcast.emit,
-            replicas=self._replicas,
-            token=self._settings.token,
-            metrics=self._metrics,
-            checkpoint_interval=self._settings.checkpoint_interval,
-            ready_seconds=self._settings.ready_seconds,
-        )
-        try:
-            await execution.run(arrived=call.arrived)
-        finally:
-            releasing = asyncio.create_task(execution.release())
-            self._releasing.add(releasing)
-            releasing.add_done_callback(self._releasing.discard)
-
-    async def _planned(
-        self, workflow: DiffusionWorkflow, request: generation_pb2.GenerateRequest, *, seed: int, seconds: float
-    ) -> planning.Plan:
-        """The plan of a request, which needs the description of each of its models; waits for those.
-
-        Args:
-            seed: For a request without a seed.
-        """
-        needed, known = planning.needed(workflow, request), self._replicas.descriptions
-        await self._replicas.wait_ready([model for model in needed.values() if model not in known], seconds=seconds)
-        return planning.plan(
-            workflow=workflow,
-            request=request,
-            descriptions=self._replicas.descriptions,
-            limits=self._settings.limits,
-            seed=seed,
-        )
-
-    def _name(self, request: generation_pb2.GenerateRequest) -> str:
-        """The request's workflow for metrics and logs; "?" for any that does not exist, so that clients create no series."""
-        try:
-            return planning.find(self._replicas.directory.workflows, request.workflow).full_name
-        except NotFoundError:
-            return "?"
-
-    def _ended(self, workflow: str, outcome: Outcome) -> None:
-        code, reason = outcome.code.name, outcome.reason
-        self._metrics.of("latentflow_gateway_requests_total", workflow=workflow, code=code).inc()
-        self._metrics.of("latentflow_gateway_request_seconds", workflow=workflow).observe(outcome.seconds)
-        if reason:
-            self._metrics.of("latentflow_gateway_errors_total", workflow=workflow, reason=reason).inc()
-        _log.info("request ended", workflow=workflow, code=code, reason=reason, seconds=round(outcome.seconds, 3))
-
-    def _described(self, workflow: DiffusionWorkflow) -> generation_pb2.DescribeWorkflowResponse:
-        limits, defaults = self._settings.limits, workflow.spec.defaults
-        response = generation_pb2.DescribeWorkflowResponse(
-            workflow=workflow.full_name,
-            task=workflow.spec.task,
-            default_width=defaults.width,
-            default_height=defaults.height,
-            default_steps=defaults.steps,
-            default_guidance_scale=defaults.guidance_scale,
-            max_pixels=limits.max_pixels,
-            max_steps=limits.max_steps,
-            max_images=limits.max_images,
-            max_control_image_bytes=limits.max_control_image_bytes,
-            ready=all(self._replicas.ready(identity(model)) for model in workflow.spec.models),
-        )
-        for model in workflow.spec.models:
-            key = identity(model)
-            description = self._replicas.descriptions.get(key)
-            entry = response.models.add(
-                name=model.name, role=model.role.value, model=key, ready_replicas=len(self._replicas.ready(key))
-            )
-            if description is None:
-                continue
-            entry.content_digest = description.content_digest
-            if model.role is Role.DENOISER:
-                response.family = description.family
-                own = defaults.sampler or description.denoiser.samplers[0]
-                response.samplers.extend([own, *(name for name in description.denoiser.samplers if name != own)])
-            elif model.role is Role.VAE:
-                response.size_multiple = description.vae.scale_factor
-            elif model.role is Role.TEXT_ENCODER:
-                response.max_prompt_tokens = min(t.max_tokens for t in description.text_encoder.tokenizers)
-            elif model.role is Role.LORA_STORE:
-                entry.adapters.extend(adapter.name for adapter in description.lora_store.adapters)
-        return response

@@ -30,6 +30,8 @@ class GatewaySettings:
         directory: The directory file, which the gateway follows; None: it follows the objects of a Kubernetes cluster.
         namespaces: Namespaces of the cluster whose workflows are served; empty: all.
         listen: host:port for gRPC.
+        http: host:port for the HTTP API; None: it is not served.
+        cors_origins: Origins of web pages that may use the HTTP API, such as https://app.example; "*": all.
         metrics: host:port for /metrics.
         max_running: Requests that run at a time.
         max_queued: Requests that are queued beyond those; any further one is refused.
@@ -39,13 +41,15 @@ class GatewaySettings:
         drain: Seconds that running requests get to finish after SIGTERM.
         token: The secret that gateways and model servers share.
         api_keys: A folder with one file for each client, which holds its API key. None: clients need no key.
-        tls: For connections from clients; None: without TLS.
+        tls: For connections from clients, over gRPC and HTTP; None: without TLS.
         node_tls: For connections to model servers; None: without TLS.
     """
 
     directory: Path | None
     namespaces: tuple[str, ...] = ()
     listen: str = "127.0.0.1:8400"
+    http: str | None = None
+    cors_origins: tuple[str, ...] = ()
     metrics: str = "127.0.0.1:0"
     limits: Limits = field(default_factory=Limits)
     max_running: int = 32
@@ -82,6 +86,18 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         help="with --kube: serve only this namespace; may be repeated (default: all namespaces)",
     )
     add("--listen", default="127.0.0.1:8400", help="host:port on which to serve gRPC (default: 127.0.0.1:8400)")
+    add(
+        "--http-listen",
+        default="127.0.0.1:8402",
+        help="host:port on which to serve the HTTP API, or off (default: 127.0.0.1:8402)",
+    )
+    add(
+        "--http-cors-origin",
+        action="append",
+        default=[],
+        help="origin of web pages that may use the HTTP API, such as https://app.example, or * for all; may be repeated "
+        "(default: none)",
+    )
     add("--metrics", default="127.0.0.1:0", help="host:port on which to serve /metrics (default: a free port)")
     add("--max-running", type=int, default=32, help="requests that run at a time (default: 32)")
     add(
@@ -165,6 +181,8 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         directory=args.directory,
         namespaces=tuple(args.namespace),
         listen=args.listen,
+        http=None if args.http_listen == "off" else args.http_listen,
+        cors_origins=tuple(args.http_cors_origin),
         metrics=args.metrics,
         limits=Limits(
             max_pixels=args.max_pixels,

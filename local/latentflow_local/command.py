@@ -30,6 +30,17 @@ def up(
         Path, typer.Option("--model-root", help="Folder that contains the relative sources.", file_okay=False)
     ] = Path("models"),
     listen: Annotated[str, typer.Option("--listen", help="host:port of the gateway.")] = "127.0.0.1:8400",
+    http: Annotated[
+        str, typer.Option("--http-listen", help="host:port of the gateway's HTTP API (OpenAI's images API), or off.")
+    ] = "127.0.0.1:8402",
+    cors_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--http-cors-origin",
+            help="Origin of web pages that may use the HTTP API, or * for all; may be repeated.",
+            show_default="none",
+        ),
+    ] = None,
     metrics: Annotated[
         str,
         typer.Option(
@@ -55,6 +66,8 @@ def up(
             workflows,
             model_root=model_root,
             listen=listen,
+            http=None if http == "off" else http,
+            cors_origins=cors_origins or [],
             metrics=metrics,
             threads=threads,
             device=device,
@@ -69,6 +82,8 @@ async def _serve(
     *,
     model_root: Path,
     listen: str,
+    http: str | None,
+    cors_origins: list[str],
     metrics: str,
     threads: int | None,
     device: str | None,
@@ -80,6 +95,8 @@ async def _serve(
         workflows,
         model_root=model_root,
         listen=listen,
+        http=http,
+        cors_origins=cors_origins,
         metrics=metrics,
         threads=threads,
         device=device,
@@ -93,6 +110,8 @@ async def _serve(
         if not stopped.done():
             ready.result()
             _console.print(_table(runtime))
+            if runtime.http is not None:
+                _console.print(f"\nOpenAI API: http://{runtime.http}/v1", highlight=False, soft_wrap=True)
             name = workflows[0].name if len(workflows) > 1 else None
             _console.print(_hint(runtime.target, name), highlight=False, soft_wrap=True)
             failed = asyncio.create_task(runtime.supervisor.wait_failed())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
@@ -147,8 +147,21 @@ def next_gpu(device: str | None, others: Iterable[ProcessSpec], *, gpus: int) ->
     return min(range(gpus), key=lambda gpu: taken[gpu])
 
 
-def plan_gateway(*, directory: Path, listen: str, metrics: str, log_format: str) -> ProcessSpec:
-    """The gateway's process."""
+def plan_gateway(
+    *,
+    directory: Path,
+    listen: str,
+    http: str | None,
+    cors_origins: Sequence[str],
+    metrics: str,
+    log_format: str,
+) -> ProcessSpec:
+    """The gateway's process.
+
+    Args:
+        http: host:port of the HTTP API; None: it is not served.
+        cors_origins: Origins of web pages that may use the HTTP API.
+    """
     return ProcessSpec(
         name=GATEWAY,
         model=GATEWAY,
@@ -156,7 +169,12 @@ def plan_gateway(*, directory: Path, listen: str, metrics: str, log_format: str)
         uses=(),
         address=listen,
         metrics=metrics,
-        options=(f"--directory={directory}", f"--log-format={log_format}"),
+        options=(
+            f"--directory={directory}",
+            f"--http-listen={http or 'off'}",
+            *(f"--http-cors-origin={origin}" for origin in cors_origins),
+            f"--log-format={log_format}",
+        ),
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +40,16 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """A running runtime. `target` is the gateway's host:port, `metrics` that of the runtime's own `/metrics`."""
+    """A running runtime.
+
+    Attributes:
+        target: host:port of the gateway.
+        http: host:port of the gateway's HTTP API; None: it is not served.
+        metrics: host:port of the runtime's own `/metrics`.
+    """
 
     target: str
+    http: str | None
     metrics: str
     supervisor: Supervisor
 
@@ -58,6 +65,8 @@ async def run(
     *,
     model_root: Path = Path("models"),
     listen: str = "127.0.0.1:8400",
+    http: str | None = None,
+    cors_origins: Sequence[str] = (),
     metrics: str = "127.0.0.1:0",
     threads: int | None = None,
     device: str | None = None,
@@ -74,6 +83,8 @@ async def run(
 
     Args:
         listen: host:port of the gateway; port 0 selects a free port.
+        http: host:port of the gateway's HTTP API; port 0 selects a free port. None: it is not served.
+        cors_origins: Origins of web pages that may use the HTTP API; "*": all.
         metrics: host:port of this process's own `/metrics`; port 0 selects a free port.
         threads, device: Override the workflows' values for every model.
         drain: Seconds that running requests get when a process is ended.
@@ -86,6 +97,7 @@ async def run(
     workflows = await asyncio.to_thread(pinned, workflows)
     models = models_of(workflows)
     target, metrics = addresses.check_free(listen), addresses.check_free(metrics)
+    http = addresses.check_free(http) if http else None
     cores = cores or usable_cores()
     uses_gpus = any(on_gpu(model, device=device) for model in models.values())
     gpus = await asyncio.to_thread(devices.gpus) if uses_gpus else 0
@@ -111,7 +123,14 @@ async def run(
         )
         specs = [*firsts, *_additional(firsts, models, free[2 * len(models) :], gpus=gpus)]
         directory = Path(folder) / "directory.json"
-        gateway = plan_gateway(directory=directory, listen=target, metrics=free[-1], log_format=log_format)
+        gateway = plan_gateway(
+            directory=directory,
+            listen=target,
+            http=http,
+            cors_origins=cors_origins,
+            metrics=free[-1],
+            log_format=log_format,
+        )
         supervisor = Supervisor(
             [*specs, gateway],
             environment={"LATENTFLOW_TOKEN": secrets.token_hex(16), "LATENTFLOW_LOG_LEVEL": log_level},
@@ -132,7 +151,7 @@ async def run(
         async with supervisor:
             task = asyncio.create_task(scaler.run())
             try:
-                yield Runtime(target=target, metrics=metrics, supervisor=supervisor)
+                yield Runtime(target=target, http=http, metrics=metrics, supervisor=supervisor)
             finally:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)

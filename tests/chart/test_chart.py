@@ -138,6 +138,13 @@ REFUSED = [
     ("gateway.service.type=Cluster", "/gateway/service/type"),
     ("gateway.service.port=70000", "/gateway/service/port"),
     ("gateway.ingress.enabled=true", "/gateway/ingress/host"),
+    ("gateway.http.port=0", "/gateway/http/port"),
+    ("gateway.http.corsOrigins[0]=app.example", "/gateway/http/corsOrigins/0"),
+    ("gateway.http.ingress.enabled=true", "/gateway/http/ingress/host"),
+    (
+        "gateway.http.ingress.enabled=true,gateway.http.ingress.host=a,gateway.http.enabled=false",
+        "/gateway/http/enabled",
+    ),
     ("gateway.grpcRoute.enabled=true", "/gateway/grpcRoute/parentRefs"),
     ("images.node.pullPolicy=Sometimes", "/images/node/pullPolicy"),
     ("models.drainSeconds=-1", "/models/drainSeconds"),
@@ -178,6 +185,12 @@ def test_the_schema_has_exactly_the_values_of_the_chart() -> None:
             compare(value, part["properties"][name], f"{path}/{name}")
 
     compare(VALUES, schema, "")
+
+
+def test_without_http_nothing_of_the_gateway_names_its_port() -> None:
+    rendered = [body for body in objects("--set=gateway.http.enabled=false") if body["kind"] != "ConfigMap"]
+    assert "8402" not in json.dumps(rendered)
+    assert "8402" in json.dumps(objects())
 
 
 def test_with_a_list_of_namespaces_the_components_have_no_rights_elsewhere() -> None:

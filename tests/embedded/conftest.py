@@ -14,6 +14,14 @@ EXAMPLES = MODELS.parent / "examples"
 async def runtime() -> AsyncIterator[Runtime]:
     """examples/shapes.yaml as real processes."""
     workflows = load_workflows(EXAMPLES / "shapes.yaml")
-    async with run(workflows, model_root=MODELS, listen="127.0.0.1:0", threads=1, log_level="WARNING") as running:
+    async with run(
+        workflows,
+        model_root=MODELS,
+        listen="127.0.0.1:0",
+        http="127.0.0.1:0",
+        cors_origins=["*"],
+        threads=1,
+        log_level="WARNING",
+    ) as running:
         await running.supervisor.wait_ready(240)
         yield running

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,28 @@ async def test_the_commands_in_a_document_work(runtime: Runtime, tmp_path: Path,
         assert await asyncio.wait_for(process.wait(), 120) == 0, words
 
 
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("curl", "jq"))), reason="curl or jq is not installed; on Debian: tools/debian"
+)
 @pytest.mark.asyncio(loop_scope="session")
-@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("document", ["docs/http.md", "docs/tutorial.md"])
+async def test_the_curl_commands_in_a_document_work(runtime: Runtime, tmp_path: Path, document: str) -> None:
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    shown = [block for block in blocks(document, "bash") if "curl " in block]
+    assert shown
+    assert runtime.http is not None
+    for script in shown:
+        process = await asyncio.create_subprocess_exec(
+            "bash", "-euo", "pipefail", "-c", script.replace("127.0.0.1:8402", runtime.http), cwd=tmp_path
+        )
+        assert await asyncio.wait_for(process.wait(), 120) == 0, script
+    for path in tmp_path.glob("*.png"):
+        with Image.open(path) as image:
+            assert image.size == (64, 64)
+
+
+@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md", "docs/http.md"])
 async def test_the_programs_in_a_document_work(runtime: Runtime, tmp_path: Path, document: str) -> None:
     shown = blocks(document, "python")
     assert shown
@@ -48,7 +69,7 @@ async def test_the_programs_in_a_document_work(runtime: Runtime, tmp_path: Path,
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
-            program.replace("127.0.0.1:8400", runtime.target),
+            program.replace("127.0.0.1:8400", runtime.target).replace("127.0.0.1:8402", str(runtime.http)),
             cwd=tmp_path,
             env={"LATENTFLOW_TARGET": runtime.target},
         )

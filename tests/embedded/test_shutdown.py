@@ -24,7 +24,14 @@ async def test_a_process_still_starting_ends_with_the_runtime(tmp_path: Path, mo
         return started[0]
 
     monkeypatch.setattr(processes, "start", delayed_start)
-    spec = plan_gateway(directory=tmp_path / "none", listen="127.0.0.1:1", metrics="127.0.0.1:2", log_format="console")
+    spec = plan_gateway(
+        directory=tmp_path / "none",
+        listen="127.0.0.1:1",
+        http=None,
+        cors_origins=(),
+        metrics="127.0.0.1:2",
+        log_format="console",
+    )
     async with Supervisor([spec], environment={}, drain=1, metrics=Instruments(LOCAL)):
         await asyncio.to_thread(entered.wait)
         asyncio.get_running_loop().call_later(0.2, resumed.set)

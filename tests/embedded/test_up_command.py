@@ -24,7 +24,7 @@ SECONDS = 240
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    command = [str(Path(sys.executable).parent / "latentflow"), "up", *arguments]
+    command = [str(Path(sys.executable).parent / "latentflow"), "up", "--http-listen=127.0.0.1:0", *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

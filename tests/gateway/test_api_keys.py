@@ -136,7 +136,14 @@ async def test_a_gateway_does_not_start_without_its_folder_of_keys(tmp_path: Pat
 
 
 def test_logs_and_metrics_contain_client_names_and_no_keys(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "latentflow_gateway.server", "--listen=127.0.0.1:0", "--log-format=json"]
+    command = [
+        sys.executable,
+        "-m",
+        "latentflow_gateway.server",
+        "--listen=127.0.0.1:0",
+        "--http-listen=127.0.0.1:0",
+        "--log-format=json",
+    ]
     keys = mounted(tmp_path / "keys", anna=ANNA, ben=BEN)
     command += [f"--directory={directory(tmp_path)}", f"--api-keys={keys}"]
     environment = os.environ | {"LATENTFLOW_LOG_LEVEL": "DEBUG"}

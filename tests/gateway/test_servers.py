@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import io
 import urllib.request
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -17,8 +15,7 @@ import trustme
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from latentflow import AsyncClient, Progress, Retries
-from latentflow.api import DiffusionWorkflow, identity, load_workflows
-from latentflow.api.types import Engine
+from latentflow.api import identity, load_workflows
 from latentflow.cli.kube import Route
 from latentflow.errors import (
     AuthenticationError,
@@ -30,81 +27,21 @@ from latentflow.errors import (
     UnavailableError,
 )
 from latentflow.internal import rpc, status
-from latentflow.internal.directory import Directory, Replicas
+from latentflow.internal.directory import Directory
 from latentflow.internal.rpc import Tls
 from latentflow.reasons import Reason
 from latentflow.retries import NO_RETRIES
 from latentflow.v1 import control_pb2, control_pb2_grpc
-from latentflow_gateway.server import Gateway
 from latentflow_gateway.server import serve as serve_gateway
 from latentflow_gateway.settings import GatewaySettings
-from latentflow_nodes.server import Node
-from latentflow_nodes.server import serve as serve_node
-from latentflow_nodes.settings import NodeSettings
 from PIL import Image
-from support.packs import MODELS
 from support.paths import EXAMPLES
 from support.scraping import value
+from support.serving import PROMPT, WORKFLOW, served
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
-PROMPT = "a large red circle on the left, white background"
-WORKFLOW = load_workflows(EXAMPLES / "shapes-minimal.yaml")[0]
 (SHAPES,) = load_workflows(EXAMPLES / "shapes.yaml")
 CONTROLLED = ("text", "base", "edges", "pixels")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Served:
-    gateway: Gateway
-    nodes: list[Node]
-
-    def node(self, role: str) -> Node:
-        return next(node for node in self.nodes if node.context.settings.role == role)
-
-
-@contextlib.asynccontextmanager
-async def served(
-    folder: Path,
-    *,
-    workflow: DiffusionWorkflow = WORKFLOW,
-    tls: Tls | None = None,
-    client_tls: Tls | None = None,
-    token: str | None = None,
-    api_keys: Path | None = None,
-    request_seconds: float = 600.0,
-) -> AsyncIterator[Served]:
-    """A workflow's model servers and a gateway, in this process."""
-    async with contextlib.AsyncExitStack() as stack:
-        nodes, models = [], {}
-        for model in workflow.spec.models:
-            assert model.source is not None
-            settings = NodeSettings(
-                role=model.role.value,
-                uri=model.source.uri,
-                subfolder=model.source.subfolder,
-                model_root=MODELS,
-                identity=identity(model),
-                tls=tls,
-                engine=Engine(threads=1),
-                token=token,
-            )
-            node = await stack.enter_async_context(serve_node(settings))
-            nodes.append(node)
-            models[identity(model)] = Replicas(role=model.role, replicas=(node.address,))
-        directory = folder / "directory.json"
-        Directory(workflows=(workflow,), models=models).write(directory)
-        settings_of_gateway = GatewaySettings(
-            directory=directory,
-            listen="127.0.0.1:0",
-            tls=client_tls,
-            node_tls=tls,
-            token=token,
-            api_keys=api_keys,
-            ready_seconds=3.0,
-            request_seconds=request_seconds,
-        )
-        gateway = await stack.enter_async_context(serve_gateway(settings_of_gateway))
-        yield Served(gateway=gateway, nodes=nodes)
 
 
 async def test_every_server_has_health_reflection_and_metrics(tmp_path: Path) -> None:

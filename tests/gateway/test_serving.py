@@ -64,7 +64,14 @@ async def test_an_address_without_a_port_is_refused(kind: str, option: str, tmp_
 def test_a_signal_drains_a_gateway_and_ends_it_without_an_error(signum: signal.Signals, tmp_path: Path) -> None:
     directory = tmp_path / "directory.json"
     Directory(workflows=WORKFLOWS).write(directory)
-    command = [sys.executable, "-m", "latentflow_gateway.server", "--listen=127.0.0.1:0", "--log-format=json"]
+    command = [
+        sys.executable,
+        "-m",
+        "latentflow_gateway.server",
+        "--listen=127.0.0.1:0",
+        "--http-listen=127.0.0.1:0",
+        "--log-format=json",
+    ]
     with subprocess.Popen([*command, f"--directory={directory}"], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         while json.loads(process.stderr.readline())["event"] != "serving":

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from gateway.test_servers import PROMPT, WORKFLOW, served
 from kube.simulated_kubelet import workflow
 from latentflow import AsyncClient
 from latentflow.api import Role, identity
@@ -24,6 +23,7 @@ from latentflow_nodes.settings import NodeSettings
 from support.apiserver import ApiServer
 from support.kubectl import Body, Namespace, new_namespace
 from support.packs import MODELS
+from support.serving import PROMPT, WORKFLOW, served
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""What surrounds every call to a server: log context, refusal while the server drains, the status that the call ends with.
+"""What surrounds every call to a server: log context, refusal while the server drains, the error that the call ends with.
 
-Model servers and gateways pass each call through `served` or `answered`, so that an error, a cancellation or a defect has
-the same outcome everywhere. What they count of a call differs; they pass that as `Accounting`.
+Model servers and gateways pass each gRPC call through `served` or `answered`, and the gateway each HTTP request for images
+through `accounted`, so that an error, a cancellation or a defect has the same outcome everywhere. What they count of a call
+differs; they pass that as `Accounting`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import grpc
@@ -57,6 +59,13 @@ class Call:
             request_id=sent.get(rpc.REQUEST_ID, ""),
             trace=rpc.Trace.parse(sent.get(rpc.TRACEPARENT)) or rpc.Trace.new(),
         )
+
+    def identified(self) -> Call:
+        """The call as a request of its own: with a new request id and a new span.
+
+        The id is the gateway's, so that clients cannot make two requests look like one in the logs.
+        """
+        return replace(self, request_id=secrets.token_hex(8), trace=self.trace.child())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +127,15 @@ class Accounting:
 NO_ACCOUNTING = Accounting()
 
 
-async def served(
-    call: Call, responses: AsyncIterator[Any], context: Context, accounting: Accounting = NO_ACCOUNTING
+async def accounted(
+    call: Call, responses: AsyncIterator[Any], accounting: Accounting = NO_ACCOUNTING
 ) -> AsyncGenerator[Any, None]:
-    """Yields a call's responses and ends the call with the status of the error that they raise, if they do."""
+    """Yields a call's responses, and logs and records how it ends. Whatever they raise is raised as a LatentflowError."""
     bound = {"trace_id": call.trace.trace_id, "traceparent": call.trace.header()}
     if call.request_id:
         bound["request_id"] = call.request_id
     structlog.contextvars.bind_contextvars(**bound)
-    code, reason, failure, admitted = grpc.StatusCode.OK, "", None, False
+    code, reason, admitted = grpc.StatusCode.OK, "", False
     try:
         with accounting.running.admitted() if accounting.running is not None else contextlib.nullcontext():
             admitted = True
@@ -148,11 +157,22 @@ async def served(
             _log.info("call failed", call=call.name, reason=failure.reason, message=failure.message)
         else:
             _log.exception("call failed unexpectedly", call=call.name)
+        raise failure from None
     finally:
         if admitted:
             accounting.ended(Outcome(code=code, reason=reason, seconds=time.perf_counter() - call.arrived))
-    if failure is not None:
-        await status.abort_with(context, failure)
+
+
+async def served(
+    call: Call, responses: AsyncIterator[Any], context: Context, accounting: Accounting = NO_ACCOUNTING
+) -> AsyncGenerator[Any, None]:
+    """As `accounted`, for a gRPC call, which ends with the status of its error."""
+    try:
+        async with contextlib.aclosing(accounted(call, responses, accounting)) as accepted:
+            async for response in accepted:
+                yield response
+    except LatentflowError as error:
+        await status.abort_with(context, error)
 
 
 async def answered(

@@ -112,14 +112,14 @@ GATEWAY: tuple[Metric, ...] = (
         name="latentflow_gateway_requests_total",
         kind="counter",
         labels=("workflow", "code"),
-        help="Generate calls that ended, by workflow (`?` for unknown ones) and gRPC status code.",
+        help="Requests for images that ended, by workflow (`?` for unknown ones) and gRPC status code.",
     ),
     Metric(
         name="latentflow_gateway_request_seconds",
         kind="histogram",
         labels=("workflow",),
         buckets=_SLOW,
-        help="Time from a Generate call's arrival to its end.",
+        help="Time from the arrival of a request for images to its end.",
     ),
     Metric(
         name="latentflow_gateway_queue_depth",
@@ -163,6 +163,12 @@ GATEWAY: tuple[Metric, ...] = (
         kind="counter",
         labels=("client",),
         help="Calls by the client whose API key they carry; `?` for refused ones. Absent where no API keys are required.",
+    ),
+    Metric(
+        name="latentflow_gateway_http_responses_total",
+        kind="counter",
+        labels=("route", "status"),
+        help="Responses of the HTTP API, by route (`?` for unknown paths) and status; 499: the client had disconnected.",
     ),
     Metric(
         name="latentflow_gateway_replicas_ready",

@@ -1,0 +1,96 @@
+"""A gateway and model servers in the process of a test."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentflow.api import DiffusionWorkflow, identity, load_workflows
+from latentflow.api.types import Engine
+from latentflow.internal.directory import Directory, Replicas
+from latentflow.internal.rpc import Tls
+from latentflow_gateway.server import Gateway
+from latentflow_gateway.server import serve as serve_gateway
+from latentflow_gateway.settings import GatewaySettings
+from latentflow_nodes.server import Node
+from latentflow_nodes.server import serve as serve_node
+from latentflow_nodes.settings import NodeSettings
+
+from support.packs import MODELS
+from support.paths import EXAMPLES
+
+PROMPT = "a large red circle on the left, white background"
+WORKFLOW = load_workflows(EXAMPLES / "shapes-minimal.yaml")[0]
+SHAPES = load_workflows(EXAMPLES / "shapes.yaml")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    gateway: Gateway
+    nodes: list[Node]
+
+    def node(self, role: str) -> Node:
+        return next(node for node in self.nodes if node.context.settings.role == role)
+
+
+@contextlib.asynccontextmanager
+async def served(
+    folder: Path,
+    *,
+    workflow: DiffusionWorkflow = WORKFLOW,
+    tls: Tls | None = None,
+    client_tls: Tls | None = None,
+    token: str | None = None,
+    api_keys: Path | None = None,
+    **limits: Any,
+) -> AsyncIterator[Served]:
+    """A workflow's model servers and a gateway, in this process.
+
+    Args:
+        limits: Further settings of the gateway.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        nodes, models = [], {}
+        for model in workflow.spec.models:
+            assert model.source is not None
+            settings = NodeSettings(
+                role=model.role.value,
+                uri=model.source.uri,
+                subfolder=model.source.subfolder,
+                model_root=MODELS,
+                identity=identity(model),
+                tls=tls,
+                engine=Engine(threads=1),
+                token=token,
+            )
+            node = await stack.enter_async_context(serve_node(settings))
+            nodes.append(node)
+            models[identity(model)] = Replicas(role=model.role, replicas=(node.address,))
+        directory = folder / "directory.json"
+        Directory(workflows=(workflow,), models=models).write(directory)
+        settings_of_gateway = GatewaySettings(
+            directory=directory,
+            listen="127.0.0.1:0",
+            http="127.0.0.1:0",
+            tls=client_tls,
+            node_tls=tls,
+            token=token,
+            api_keys=api_keys,
+            **({"ready_seconds": 3.0} | limits),
+        )
+        gateway = await stack.enter_async_context(serve_gateway(settings_of_gateway))
+        yield Served(gateway=gateway, nodes=nodes)
+
+
+@contextlib.asynccontextmanager
+async def without_servers(folder: Path, **settings: Any) -> AsyncIterator[Gateway]:
+    """A gateway for two workflows whose models have no servers."""
+    directory = folder / "directory.json"
+    Directory(workflows=(WORKFLOW, SHAPES), models={}).write(directory)
+    async with serve_gateway(
+        GatewaySettings(directory=directory, listen="127.0.0.1:0", http="127.0.0.1:0", **settings)
+    ) as gateway:
+        yield gateway
