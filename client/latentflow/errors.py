@@ -39,12 +39,12 @@ class LatentflowError(Exception):
         reason: A member of `Reason`, or the word that a server of another version sent; by default the class's own.
         details: Names, limits and addresses for programs, as strings.
         retry_after: Seconds after which to send the request again, where the server knows.
+        retryable: Whether the same request may be sent again.
     """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
     default_reason: ClassVar[Reason] = Reason.UNKNOWN
-    # Whether the same request may be sent again.
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
     def __init__(
         self,

@@ -99,9 +99,12 @@ def build(
     A seed and an idempotency key are always set, so that a request that is sent again runs once, or gives the same images.
     InvalidRequestError names an argument that is impossible.
     """
-    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if text is not None and not isinstance(text, str):
-            raise InvalidRequestError(f"{name} must be text, not {type(text).__name__}.")
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt, "workflow": workflow, "sampler": sampler}
+    texts |= {"idempotency_key": idempotency_key}
+    texts |= {f"The name {name!a}": name for name in (*(control_images or ()), *(loras or ()))}
+    for name, text in texts.items():
+        if text is not None:
+            _check_text(name, text)
     request = generation_pb2.GenerateRequest(
         workflow=workflow or "",
         prompt=prompt,
@@ -153,6 +156,17 @@ def encoded(image: ImageLike, *, what: str) -> images_pb2.EncodedImage:
     except (TypeError, ValueError):
         raise InvalidRequestError(f"{what} must be a PIL image, bytes or a path, not {type(image).__name__}.") from None
     return images.of_file(data, what=what)
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{name} must be text, not {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(
+            f"{name} is not valid Unicode text: {value!a}. Text from files and the command line must be UTF-8."
+        ) from None
 
 
 def _whole(name: str, value: object, least: int, most: int) -> int:

@@ -6,21 +6,22 @@ A transport sends and receives messages and raises `latentflow.errors`; the clie
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
-from latentflow.errors import LatentflowError, UnavailableError
+from latentflow.errors import InvalidRequestError, LatentflowError, UnavailableError
 from latentflow.internal import rpc, status
 from latentflow.reasons import Reason
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 Metadata = list[tuple[str, str]]
 # How long a new request waits for a lost connection to a gateway that has responded before.
-_RECONNECT_SECONDS = 5.0
+_RECONNECT_SECONDS = 10.0
 
 
 class Transport(Protocol):
@@ -58,82 +59,118 @@ class AsyncTransport(Protocol):
 class GrpcTransport:
     """A gRPC channel to a gateway. Closing a `generate` iterator early cancels the call.
 
-    A new request waits up to five seconds for a lost connection; it fails at once where the gateway never responded.
+    A new request waits up to ten seconds for a lost connection; it fails at once where no gateway ever responded.
     """
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
-        options = list(rpc.CHANNEL_OPTIONS)
+        options = rpc.channel_options(tls=tls, proxied=rpc.may_be_proxied(target))
         self._channel = (
-            grpc.secure_channel(target, tls.channel_credentials(), [*options, *tls.channel_options()])
+            grpc.secure_channel(target, tls.channel_credentials(), options)
             if tls
             else grpc.insecure_channel(target, options)
         )
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
         self._responded = False
+        self._closed = False
 
     def generate(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
     ) -> Iterator[generation_pb2.GenerateResponse]:
+        call = self._start(
+            self._stub.Generate, request, timeout=timeout, metadata=metadata, wait_for_ready=self._responded
+        )
+        # A gateway sends the headers when it gets the request. grpc offers no wait with a limit for them.
+        late = threading.Timer(_RECONNECT_SECONDS, call.cancel)
+        late.daemon = True
         if self._responded:
-            with contextlib.suppress(grpc.FutureTimeoutError):
-                grpc.channel_ready_future(self._channel).result(_reconnect_seconds(timeout))
-        call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
+            late.start()
         try:
+            call.initial_metadata()
+            is_late = late.finished.is_set()
+            late.cancel()
+            if self._responded and is_late:
+                raise _unreachable(self._target, f"no connection within {_RECONNECT_SECONDS:g} s", responded=True)
             for response in call:
                 self._responded = True
                 yield response
         except grpc.RpcError as error:
-            raise _explained(error, self._target) from None
+            raise self._explained(error) from None
         finally:
+            late.cancel()
             call.cancel()
 
     def describe(
         self, request: generation_pb2.DescribeWorkflowRequest, *, timeout: float | None, metadata: Metadata
     ) -> generation_pb2.DescribeWorkflowResponse:
         try:
-            response: generation_pb2.DescribeWorkflowResponse = self._stub.DescribeWorkflow(
-                request, timeout=timeout, metadata=metadata
+            response: generation_pb2.DescribeWorkflowResponse = self._start(
+                self._stub.DescribeWorkflow, request, timeout=timeout, metadata=metadata
             )
         except grpc.RpcError as error:
-            raise _explained(error, self._target) from None
+            raise self._explained(error) from None
+        self._responded = True
         return response
 
     def workflows(self, *, timeout: float | None, metadata: Metadata) -> generation_pb2.ListWorkflowsResponse:
         try:
-            response: generation_pb2.ListWorkflowsResponse = self._stub.ListWorkflows(
-                generation_pb2.ListWorkflowsRequest(), timeout=timeout, metadata=metadata
+            response: generation_pb2.ListWorkflowsResponse = self._start(
+                self._stub.ListWorkflows,
+                generation_pb2.ListWorkflowsRequest(),
+                timeout=timeout,
+                metadata=metadata,
             )
         except grpc.RpcError as error:
-            raise _explained(error, self._target) from None
+            raise self._explained(error) from None
+        self._responded = True
         return response
 
     def close(self) -> None:
+        self._closed = True
         self._channel.close()
+
+    def _start(self, method: Any, request: Any, **options: Any) -> Any:
+        try:
+            return method(request, **options)
+        except ValueError:
+            if self._closed:
+                raise _closed() from None
+            raise
+
+    def _explained(self, error: grpc.RpcError) -> LatentflowError:
+        return _closed() if self._closed else _explained(error, self._target, responded=self._responded)
 
 
 class AsyncGrpcTransport:
-    """As `GrpcTransport`, for asyncio."""
+    """As `GrpcTransport`, for asyncio. May be made outside an event loop, and used by several."""
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
-        self._channel = rpc.channel(target, tls=tls)
-        self._stub = generation_pb2_grpc.GenerationStub(self._channel)
+        self._tls = tls
+        # grpc binds a channel to the event loop in which it was made.
+        self._channels: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, grpc.aio.Channel] = (
+            weakref.WeakKeyDictionary()
+        )
         self._responded = False
+        self._closed = False
 
     async def generate(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        if self._responded:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._channel.channel_ready(), _reconnect_seconds(timeout))
-        call = self._stub.Generate(request, timeout=timeout, metadata=metadata)
+        call = self._stub().Generate(request, timeout=timeout, metadata=metadata, wait_for_ready=self._responded)
         try:
+            try:
+                async with asyncio.timeout(_RECONNECT_SECONDS if self._responded else None):
+                    await call.initial_metadata()
+            except TimeoutError:
+                raise _unreachable(
+                    self._target, f"no connection within {_RECONNECT_SECONDS:g} s", responded=True
+                ) from None
             async for response in call:
                 self._responded = True
                 yield response
         except grpc.RpcError as error:
-            raise _explained(error, self._target) from None
+            raise self._explained(error) from None
         finally:
             call.cancel()
 
@@ -141,37 +178,61 @@ class AsyncGrpcTransport:
         self, request: generation_pb2.DescribeWorkflowRequest, *, timeout: float | None, metadata: Metadata
     ) -> generation_pb2.DescribeWorkflowResponse:
         try:
-            response: generation_pb2.DescribeWorkflowResponse = await self._stub.DescribeWorkflow(
+            response: generation_pb2.DescribeWorkflowResponse = await self._stub().DescribeWorkflow(
                 request, timeout=timeout, metadata=metadata
             )
         except grpc.RpcError as error:
-            raise _explained(error, self._target) from None
+            raise self._explained(error) from None
+        self._responded = True
         return response
 
     async def workflows(self, *, timeout: float | None, metadata: Metadata) -> generation_pb2.ListWorkflowsResponse:
         try:
-            response: generation_pb2.ListWorkflowsResponse = await self._stub.ListWorkflows(
+            response: generation_pb2.ListWorkflowsResponse = await self._stub().ListWorkflows(
                 generation_pb2.ListWorkflowsRequest(), timeout=timeout, metadata=metadata
             )
         except grpc.RpcError as error:
-            raise _explained(error, self._target) from None
+            raise self._explained(error) from None
+        self._responded = True
         return response
 
     async def close(self) -> None:
-        await self._channel.close()
+        self._closed = True
+        channel = self._channels.pop(asyncio.get_running_loop(), None)
+        if channel is not None:
+            await channel.close()
+
+    def _stub(self) -> generation_pb2_grpc.GenerationStub:
+        if self._closed:
+            raise _closed()
+        loop = asyncio.get_running_loop()
+        if loop not in self._channels:
+            self._channels[loop] = rpc.channel(self._target, tls=self._tls, proxied=rpc.may_be_proxied(self._target))
+        return generation_pb2_grpc.GenerationStub(self._channels[loop])
+
+    def _explained(self, error: grpc.RpcError) -> LatentflowError:
+        return _closed() if self._closed else _explained(error, self._target, responded=self._responded)
 
 
-def _reconnect_seconds(timeout: float | None) -> float:
-    return _RECONNECT_SECONDS if timeout is None else min(timeout, _RECONNECT_SECONDS)
+def _closed() -> InvalidRequestError:
+    return InvalidRequestError("This client is closed; create another one.")
 
 
-def _explained(rpc_error: grpc.RpcError, target: str) -> LatentflowError:
+def _explained(rpc_error: grpc.RpcError, target: str, *, responded: bool) -> LatentflowError:
     """The error of a call; where no gateway responded, it names the target and what to do."""
     error = status.error_from(rpc_error)
     if isinstance(error, UnavailableError) and error.reason == UnavailableError.default_reason:
-        return UnavailableError(
-            f"No gateway responds at {target}. Start one with `latentflow up FILE`, or pass another target. "
-            f"({error.message})",
-            reason=Reason.GATEWAY_UNREACHABLE,
-        )
+        return _unreachable(target, error.message, responded=responded)
+    return error
+
+
+def _unreachable(target: str, problem: str, *, responded: bool) -> UnavailableError:
+    """The error where no gateway responds; the request is sent again only where one responded before."""
+    variable = rpc.proxy_variable() if rpc.may_be_proxied(target) else None
+    proxy = f" gRPC uses the HTTP proxy of {variable}; add the gateway to no_proxy." if variable else ""
+    error = UnavailableError(
+        f"No gateway responds at {target}. Start one with `latentflow up FILE`, or pass another target.{proxy} ({problem})",
+        reason=Reason.GATEWAY_UNREACHABLE,
+    )
+    error.retryable = responded
     return error

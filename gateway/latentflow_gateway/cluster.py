@@ -24,6 +24,7 @@ from kubernetes.informer import ADDED, DELETED, ERROR, MODIFIED, SharedInformer
 from latentflow.api import API_VERSION, DiffusionWorkflow, placed
 from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, Role
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal import hosts
 from latentflow.internal.directory import Directory, Replicas
 from pydantic import ValidationError
 
@@ -195,7 +196,5 @@ def _workflow(body: Body) -> DiffusionWorkflow | None:
 
 def _addresses(body: Body) -> set[str]:
     ports = [port["port"] for port in body.get("ports") or () if port.get("name") == "grpc"]
-    hosts = [address for endpoint in body.get("endpoints") or () for address in endpoint["addresses"]]
-    if body.get("addressType") == "IPv6":
-        hosts = [f"[{host}]" for host in hosts]
-    return {f"{host}:{port}" for host in hosts for port in ports}
+    found = [address for endpoint in body.get("endpoints") or () for address in endpoint["addresses"]]
+    return {hosts.join(host, port) for host in found for port in ports}

@@ -17,7 +17,7 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latentflow.errors import UnavailableError
-from latentflow.internal import rpc
+from latentflow.internal import hosts, rpc
 from latentflow.internal.directory import Directory
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
@@ -214,4 +214,4 @@ class Replicas:
 
 
 def _host(address: str) -> str:
-    return address.rpartition(":")[0]
+    return hosts.split(address)[0]

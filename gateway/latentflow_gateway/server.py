@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-from latentflow.internal import logs, rpc, serving
+from latentflow.internal import logs, reflecting, rpc, serving
 from latentflow.internal.directory import Directory
 from latentflow.internal.metrics import GATEWAY, Instruments
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
@@ -79,7 +78,7 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         checks = health.aio.HealthServicer()
         generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(generation), server)
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflecting.enable(server, (SERVICE, health.SERVICE_NAME))
         for service in ("", SERVICE):
             await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
         await server.start()

@@ -19,6 +19,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        # At once, so that a client distinguishes a request that is queued here from one that has not arrived.
+        await context.send_initial_metadata(())
         call = Call.of("Generate", context).identified()
         events = self._generation.events(call, request)
         async for response in served(call, events, context, self._generation.accounting(request)):

@@ -7,7 +7,7 @@ import random
 import socket
 from collections.abc import Collection
 
-from latentflow.internal import serving
+from latentflow.internal import hosts, serving
 
 # Below the ephemeral ports: an outgoing connection could take one of those before the server listens on it.
 _PORTS = range(20_000, 32_000)
@@ -40,11 +40,12 @@ def check_free(listen: str) -> str:
 
     FailedPreconditionError if it is taken, InvalidRequestError if invalid.
     """
-    host, port = serving.host_and_port(listen)
+    host, port = hosts.split(listen)
     try:
-        with socket.socket() as probe:
+        found = socket.getaddrinfo(hosts.bindable(host), port, type=socket.SOCK_STREAM)
+        with socket.socket(found[0][0]) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            return f"{host}:{probe.getsockname()[1]}"
+            probe.bind(found[0][4])
+            return hosts.join(host, probe.getsockname()[1])
     except OSError as error:
         raise serving.port_taken(listen, error.strerror) from None

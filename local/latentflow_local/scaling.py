@@ -14,6 +14,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import TypeVar
 
 import structlog
+from latentflow.internal import hosts
 from latentflow.internal.metrics import Instruments
 from latentflow_scheduler import policy, scrapes
 from latentflow_scheduler.policy import Bounds, Load, Settings, State
@@ -133,8 +134,7 @@ async def _read(address: str, parse: Callable[[str], T]) -> T | None:
     """The parsed `/metrics` of a process; None if it does not answer."""
 
     def read() -> T | None:
-        host, _, port = address.rpartition(":")
-        connection = HTTPConnection(host, int(port), timeout=_TIMEOUT_SECONDS)
+        connection = HTTPConnection(*hosts.split(address), timeout=_TIMEOUT_SECONDS)
         try:
             connection.request("GET", "/metrics")
             return parse(connection.getresponse().read().decode())

@@ -20,7 +20,7 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latentflow.errors import FailedPreconditionError
-from latentflow.internal import serving
+from latentflow.internal import rpc, serving
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 
@@ -223,7 +223,7 @@ class Supervisor:
     async def _watch_health(self, one: Supervised) -> None:
         """Waits until the process accepts requests and records that."""
         request = health_pb2.HealthCheckRequest(service="")
-        async with grpc.aio.insecure_channel(one.spec.address, [("grpc.initial_reconnect_backoff_ms", 50)]) as channel:
+        async with rpc.channel(one.spec.address, tls=None) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while True:
                 with contextlib.suppress(grpc.RpcError):

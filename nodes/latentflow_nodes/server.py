@@ -18,8 +18,7 @@ import grpc.aio
 import structlog
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-from latentflow.internal import logs, rpc, serving
+from latentflow.internal import hosts, logs, reflecting, rpc, serving
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.v1 import (
     control_pb2,
@@ -83,7 +82,8 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
         options=list(rpc.SERVER_OPTIONS), interceptors=[TokenInterceptor(node.token)] if node.token else []
     )
     bound = serving.bind(server, node.listen, tls=node.tls)
-    address = node.advertise or bound
+    # Kubernetes gives the address of an IPv6 pod without brackets.
+    address = hosts.join(*hosts.split(node.advertise)) if node.advertise else bound
     started = time.perf_counter()
     metrics_port = serving.serve_metrics(metrics, node.metrics)
     async with contextlib.AsyncExitStack() as stack:
@@ -127,7 +127,7 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
         tensors_pb2_grpc.add_TensorsServicer_to_server(TensorsServicer(context), server)
         control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(context, role, running.drain), server)
         health_pb2_grpc.add_HealthServicer_to_server(running.health, server)
-        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflecting.enable(server, (*_SERVICES, health.SERVICE_NAME))
         await _set_health(running.health, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         stack.push_async_callback(server.stop, 1.0)

@@ -15,7 +15,7 @@ import aiohttp
 import structlog
 from latentflow.api.conditions import ConditionReason
 from latentflow.api.status import ConditionType
-from latentflow.internal import sizes
+from latentflow.internal import hosts, sizes
 from prometheus_client.parser import text_string_to_metric_families
 
 from latentflow_operator import manifests
@@ -139,8 +139,7 @@ class Downloads:
         host = model.spec.host
         port = self._port or manifests.metrics_port(host.index if host is not None else 0)
         pods = self._store.pods(model.namespace, manifests.pods_of(model.name, model.spec))
-        hosts = downloading_hosts(model.spec.source.uri, pods)
-        return [f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}" for ip in hosts]
+        return [hosts.join(ip, port) for ip in downloading_hosts(model.spec.source.uri, pods)]
 
     async def _read(self, session: aiohttp.ClientSession, address: str) -> Progress | None:
         try:

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import structlog
 from latentflow.errors import UnavailableError
+from latentflow.internal import hosts
 
 from latentflow_scheduler import scrapes
 from latentflow_scheduler.policy import Load
@@ -127,15 +128,15 @@ async def held(session: aiohttp.ClientSession, gateways: str) -> dict[ModelKey, 
     Args:
         gateways: host:port of their `/metrics`; every address that the host name resolves to is read.
     """
-    host, _, port = gateways.rpartition(":")
+    host, port = hosts.split(gateways)
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         _log.warning("gateways not found; held requests are read from Prometheus only", host=host, error=str(error))
         return {}
     addresses = sorted({str(address[0]) for *_, address in found})
     total: dict[ModelKey, float] = {}
-    for counts in await asyncio.gather(*(_held_by(session, address, port) for address in addresses)):
+    for counts in await asyncio.gather(*(_held_by(session, hosts.join(one, port)) for one in addresses)):
         for name, count in counts.items():
             if count > 0:
                 model = _split(name)
@@ -143,15 +144,14 @@ async def held(session: aiohttp.ClientSession, gateways: str) -> dict[ModelKey, 
     return total
 
 
-async def _held_by(session: aiohttp.ClientSession, address: str, port: str) -> dict[str, float]:
-    host = f"[{address}]" if ":" in address else address
+async def _held_by(session: aiohttp.ClientSession, address: str) -> dict[str, float]:
     try:
         timeout = aiohttp.ClientTimeout(total=_GATEWAY_TIMEOUT_SECONDS)
-        async with session.get(f"http://{host}:{port}/metrics", timeout=timeout) as response:
+        async with session.get(f"http://{address}/metrics", timeout=timeout) as response:
             return scrapes.parse_held(await response.text())
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError) as error:
         _log.warning(
-            "a gateway's held requests could not be read", address=host, error=str(error) or type(error).__name__
+            "a gateway's held requests could not be read", address=address, error=str(error) or type(error).__name__
         )
         return {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 from typing import Any
 
 import typer
@@ -53,6 +54,10 @@ def _add_commands() -> None:
 
 def main() -> None:
     """The program `latentflow`. An error is one message on stderr and exit code 1; the exit code after Ctrl-C is 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # An error or a table may have characters that the terminal's encoding lacks.
+            stream.reconfigure(errors="backslashreplace")
     _add_commands()
     try:
         app()

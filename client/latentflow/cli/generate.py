@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from latentflow import pngmeta, requests
 from latentflow.cli import options
+from latentflow.cli import output as output_files
 from latentflow.client import Client
 from latentflow.errors import InvalidRequestError
 from latentflow.pngmeta import Recipe
@@ -113,18 +114,14 @@ def generate(
     recorded = arguments.pop("workflow", None)
     wanted = workflow if workflow is not None else recorded
     request = requests.build(text, workflow=wanted, images=images, strict_prompt=strict_prompt, **arguments)
-    if not output.parent.is_dir():
-        raise InvalidRequestError(f"The folder {output.parent} does not exist; create it or choose another --output.")
+    files = output_files.paths(output, images=images)
     with options.client(
         target, timeout=timeout, api_key=api_key, tls_ca=tls_ca, kube=kube, namespace=namespace, workflow=wanted
     ) as (client, named):
         request.workflow = named or ""
         result = _run(client, request, quiet=as_json)
-    files = []
-    for ready in result.ready:
-        path = output if len(result.ready) == 1 else output.with_stem(f"{output.stem}-{ready.image}")
-        path.write_bytes(pngmeta.written(ready.png, pngmeta.recipe(request, result, ready)))
-        files.append(path)
+    for path, ready in zip(files, result.ready, strict=True):
+        output_files.write(path, pngmeta.written(ready.png, pngmeta.recipe(request, result, ready)))
     _warn(result, recipe)
     if as_json:
         print(json.dumps(_document(result, files)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+
+from latentflow.errors import InvalidRequestError
+from latentflow.internal import hosts
 
 PROTOCOL_VERSION = 1
 # Bytes of tensor data in one message; larger tensors travel as several chunks.
@@ -90,7 +94,7 @@ class Tls:
             root_certificates=_read(self.ca), private_key=_read(self.key), certificate_chain=_read(self.certificate)
         )
 
-    def channel_options(self) -> list[tuple[str, str]]:
+    def channel_options(self) -> list[tuple[str, int | str]]:
         return [("grpc.ssl_target_name_override", self.name)] if self.name else []
 
     def server_credentials(self) -> grpc.ServerCredentials:
@@ -101,12 +105,36 @@ class Tls:
         return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
 
 
-def channel(address: str, *, tls: Tls | None) -> grpc.aio.Channel:
-    """A channel for asyncio."""
-    options = list(CHANNEL_OPTIONS)
+def channel_options(*, tls: Tls | None, proxied: bool) -> list[tuple[str, int | str]]:
+    """Options of a channel.
+
+    Args:
+        proxied: Whether the channel may use the HTTP proxy that the environment names.
+    """
+    options = [*CHANNEL_OPTIONS, *(tls.channel_options() if tls is not None else ())]
+    return options if proxied else [*options, ("grpc.enable_http_proxy", 0)]
+
+
+def channel(address: str, *, tls: Tls | None, proxied: bool = False) -> grpc.aio.Channel:
+    """A channel for asyncio. Between servers it uses no HTTP proxy."""
+    options = channel_options(tls=tls, proxied=proxied)
     if tls is None:
         return grpc.aio.insecure_channel(address, options)
-    return grpc.aio.secure_channel(address, tls.channel_credentials(), [*options, *tls.channel_options()])
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options)
+
+
+def may_be_proxied(target: str) -> bool:
+    """Whether a client's connection to a gateway may use the environment's HTTP proxy: not where it stays on this machine."""
+    try:
+        return not hosts.is_loopback(hosts.split(target)[0])
+    except InvalidRequestError:
+        # Another form that gRPC knows, such as unix:///path or dns:///host.
+        return not target.startswith("unix")
+
+
+def proxy_variable() -> str | None:
+    """The name of the environment variable by which gRPC finds an HTTP proxy; None where no such variable is set."""
+    return next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
 
 
 def metadata(*, token: str | None, trace: Trace | None, request_id: str | None) -> list[tuple[str, str]]:

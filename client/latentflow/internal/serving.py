@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import grpc.aio
 
-from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
-from latentflow.internal import rpc
+from latentflow.errors import FailedPreconditionError, LatentflowError
+from latentflow.internal import hosts, rpc
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 
@@ -20,31 +20,22 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CANNOT_SERVE = 2
 
 
-def host_and_port(listen: str) -> tuple[str, int]:
-    """The parts of "host:port". InvalidRequestError where it is not of that form."""
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65_535:
-        raise InvalidRequestError(f"{listen!r} is no address to listen on; write host:port, such as 127.0.0.1:8400.")
-    return host, int(port)
-
-
 def bind(server: grpc.aio.Server, listen: str, *, tls: rpc.Tls | None) -> str:
     """Binds a gRPC server to host:port, where port 0 takes a free one. Returns host:port with the port bound.
 
     FailedPreconditionError, reason PORT_TAKEN, where it cannot be bound.
     """
-    host, _ = host_and_port(listen)
+    host, wanted = hosts.split(listen)
+    where = hosts.join(host, wanted)
     try:
         port = (
-            server.add_insecure_port(listen)
-            if tls is None
-            else server.add_secure_port(listen, tls.server_credentials())
+            server.add_insecure_port(where) if tls is None else server.add_secure_port(where, tls.server_credentials())
         )
     except RuntimeError as error:
         raise port_taken(listen, error) from None
     if not port:
         raise port_taken(listen, "gRPC could not bind it")
-    return f"{host}:{port}"
+    return hosts.join(host, port)
 
 
 def serve_metrics(metrics: Instruments, listen: str) -> int:
@@ -52,9 +43,9 @@ def serve_metrics(metrics: Instruments, listen: str) -> int:
 
     FailedPreconditionError, reason PORT_TAKEN, where it cannot be bound.
     """
-    host, port = host_and_port(listen)
+    host, port = hosts.split(listen)
     try:
-        return metrics.serve(host=host, port=port)
+        return metrics.serve(host=hosts.bindable(host), port=port)
     except OSError as error:
         raise port_taken(listen, error.strerror or error) from None
 

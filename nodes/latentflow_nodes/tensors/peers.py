@@ -17,8 +17,8 @@ import grpc.aio
 import structlog
 import torch
 from cachetools import LRUCache
-from latentflow.errors import DeadlineError, InvalidRequestError, LatentflowError, OwnerLostError, UnavailableError
-from latentflow.internal import rpc, status
+from latentflow.errors import DeadlineError, LatentflowError, OwnerLostError, UnavailableError
+from latentflow.internal import hosts, rpc, status
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 from latentflow.v1 import stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
@@ -66,9 +66,7 @@ class Peers:
     def channel(self, address: str) -> grpc.aio.Channel:
         """The channel to an address, created at its first use. InvalidRequestError where it is not host:port."""
         if address not in self._channels:
-            host, _, port = address.rpartition(":")
-            if not host or not port.isdecimal():
-                raise InvalidRequestError(f"{address!r} is not the address of a peer; host:port is expected.")
+            hosts.split(address)
             self._channels[address] = rpc.channel(address, tls=self._tls)
         return self._channels[address]
 
