@@ -35,11 +35,12 @@ VALUES: dict[str, Any] = {
     },
     "models": {
         "modelRoot": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
-        "drainSeconds": 60,
+        # Also the longest time of a request: a loaded machine takes minutes for a backlog.
+        "drainSeconds": 300,
         # A request takes about a second here.
         "retireSeconds": 20,
     },
-    "gateway": {"drainSeconds": 60},
+    "gateway": {"drainSeconds": 300},
     # Shorter than the defaults, so that a test lasts minutes.
     "scaling": {
         "prometheus": "http://prometheus.monitoring.svc:9090",

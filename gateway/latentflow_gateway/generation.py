@@ -13,7 +13,7 @@ from functools import partial
 
 import structlog
 from latentflow.api import DiffusionWorkflow, Role, identity
-from latentflow.errors import NotFoundError
+from latentflow.errors import DeadlineError, NotFoundError
 from latentflow.internal.calls import Accounting, Call, Outcome, Running
 from latentflow.internal.metrics import Instruments
 from latentflow.v1 import generation_pb2
@@ -66,10 +66,20 @@ class Generation:
         """
         workflow = planning.find(self.workflows, request.workflow)
         longest = asyncio.get_running_loop().time() + self._settings.request_seconds
+        late = (
+            f"The request was not finished within {self._settings.request_seconds:g} s, the longest time that this gateway "
+            "allows (--request-seconds). Use fewer steps or a smaller image, or raise the limit; if requests are queued, "
+            "give the models more replicas."
+            if longest < call.deadline
+            else "The request was not finished before the deadline that its client set; use a longer timeout."
+        )
         call = replace(call, deadline=min(call.deadline, longest))
 
         async def work(broadcast: Broadcast) -> None:
-            await self._run(call, workflow, request, broadcast)
+            try:
+                await self._run(call, workflow, request, broadcast)
+            except DeadlineError:
+                raise DeadlineError(late) from None
 
         async for event in self._requests.submit(request, work, client=api_keys.caller()).listen():
             yield event

@@ -85,6 +85,7 @@ def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str])
             Conflict(uid=owner.uid, model=model.name, field=field, owner=oldest.workflow.name)
             for field, used, other in (
                 ("parallelism", first.parallelism, model.parallelism),
+                ("rollout", first.rollout, model.rollout),
                 ("pod", first.pod, model.pod),
             )
             if used != other
@@ -101,6 +102,7 @@ def _merge(name: str, uses: list[tuple[Owner, Model]], names: Mapping[str, str])
         preferred_host=denoiser if first.attach_to is not None and index is None else None,
         scaling=scaling,
         parallelism=first.parallelism,
+        rollout=first.rollout,
         pod=first.pod,
         **first.served(),
     )
@@ -147,12 +149,14 @@ def bind(
     Args:
         bound: The DiffusionModel that has served each model so far, by the model's name.
         is_ready: Whether a DiffusionModel accepts requests.
-        has_served: Whether a DiffusionModel exists and ever accepted requests. If one of the changed models did not,
-            the new ones take over at once.
+        has_served: Whether a DiffusionModel exists and ever accepted requests. If one of the changed models did not, or
+            if its rollout is Replace, the new ones take over at once.
     """
     wanted = placed(workflow)
     changed = {name for name, model in wanted.items() if bound.get(name, model) != model}
-    switch = all(is_ready(wanted[name]) for name in changed) or not all(has_served(bound[name]) for name in changed)
+    replaced = any(model.name in changed and model.rollout == "Replace" for model in workflow.spec.models)
+    served = all(has_served(bound[name]) for name in changed)
+    switch = replaced or not served or all(is_ready(wanted[name]) for name in changed)
     return tuple(
         Binding(
             name=model.name,

@@ -46,6 +46,8 @@ _COLOCATED_GRPC, _COLOCATED_METRICS = 8510, 8610
 _MODEL_ROOT, _CACHE, _SOURCE, _MEMORY = "/models", "/cache", "/source", "/memory"
 # Seconds after the drain in which peers fetch the remaining tensors and the process ends.
 _GRACE_BEYOND_DRAIN = 30
+# With Surge a new replica is ready before an old one is removed, so that a new image interrupts no request.
+_ROLLOUTS = {"Surge": {"maxSurge": 1, "maxUnavailable": 0}, "Replace": {"maxSurge": 0, "maxUnavailable": 1}}
 # A start may download weights, so it gets a day, in periods of ten seconds.
 _START_PROBES, _PROBE_SECONDS = 8640, 10
 
@@ -171,8 +173,7 @@ def _deployment(name: str, metadata: Manifest, spec: ModelSpec, settings: Operat
             "replicas": replicas(spec),
             "revisionHistoryLimit": 3,
             "selector": {"matchLabels": selector(name)},
-            # A new replica is ready before an old one is removed, so that a new image interrupts no request.
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": _ROLLOUTS[spec.rollout]},
             "template": {
                 "metadata": {
                     "labels": (spec.pod.labels or {}) | labels(name, spec.role),

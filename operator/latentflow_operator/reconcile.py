@@ -198,7 +198,10 @@ class Reconciler:
         """For how many more seconds an unused model is kept.
 
         Running requests that began with it need it in a later stage. There are none if its workflows have been deleted.
+        With the rollout Replace its successor needs its devices, so it is not kept.
         """
+        if model.spec is not None and model.spec.rollout == "Replace":
+            return 0.0
         owners = [self.store.workflow(model.namespace, name) for name in model.owners]
         if not model.is_true(ConditionType.WEIGHTS_AVAILABLE) or not any(
             owner is not None and not owner.deleting for owner in owners

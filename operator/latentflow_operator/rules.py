@@ -183,6 +183,10 @@ _OWN: dict[str, tuple[Rule, ...]] = {
             "' is Colocated with the denoiser and scales with it; set scaling on the denoiser",
         ),
         _colocated(
+            "self.rollout == 'Surge'",
+            "' is Colocated with the denoiser in its pods; set rollout on the denoiser",
+        ),
+        _colocated(
             f"!has(self.pod) || ({_NO_POD})",
             "' is Colocated with the denoiser in its pods; set pod on the denoiser",
         ),

@@ -47,6 +47,9 @@ def test_loopback_hosts_are_those_of_this_machine(host: str, stays: bool) -> Non
 
 def test_a_socket_bound_to_all_addresses_accepts_ipv4() -> None:
     found = socket.getaddrinfo(hosts.bindable("::"), 0, type=socket.SOCK_STREAM)[0]
-    with socket.create_server(found[4][:2], family=found[0], dualstack_ipv6=found[0] == socket.AF_INET6) as server:
-        with socket.create_connection(("127.0.0.1", server.getsockname()[1]), timeout=5) as client:
-            assert ipaddress.ip_address(client.getpeername()[0]).is_loopback
+    dualstack = found[0] == socket.AF_INET6
+    with (
+        socket.create_server(found[4][:2], family=found[0], dualstack_ipv6=dualstack) as server,
+        socket.create_connection(("127.0.0.1", server.getsockname()[1]), timeout=5) as client,
+    ):
+        assert ipaddress.ip_address(client.getpeername()[0]).is_loopback

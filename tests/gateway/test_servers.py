@@ -44,23 +44,32 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixe
 CONTROLLED = ("text", "base", "edges", "pixels")
 
 
-async def test_every_server_has_health_reflection_and_metrics(tmp_path: Path) -> None:
-    async with served(tmp_path) as servers:
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+async def test_every_server_has_health_reflection_and_metrics(tmp_path: Path, host: str) -> None:
+    async with served(tmp_path, host=host) as servers:
         servers_and_services = [(servers.gateway.address, servers.gateway.metrics_port, "latentflow.v1.Generation")]
         servers_and_services += [(node.address, node.metrics_port, "latentflow.v1.Stage") for node in servers.nodes]
+        method = {"latentflow.v1.Generation": "Generate", "latentflow.v1.Stage": "Denoise"}
         for address, metrics_port, service in servers_and_services:
+            assert address.startswith(f"{host}:")
             async with grpc.aio.insecure_channel(address) as channel:
                 health = health_pb2_grpc.HealthStub(channel)
                 for name in ("", service):
                     response = await health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
                     assert response.status == health_pb2.HealthCheckResponse.SERVING
-                listing = reflection_pb2.ServerReflectionRequest(list_services="")
+                symbols = (service, f"{service}.{method[service]}", f"{service}.Absent")
+                questions = [reflection_pb2.ServerReflectionRequest(list_services="")]
+                questions += [reflection_pb2.ServerReflectionRequest(file_containing_symbol=one) for one in symbols]
                 stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-                answers = [answer async for answer in stub.ServerReflectionInfo(iter([listing]), timeout=10)]
+                answers = [answer async for answer in stub.ServerReflectionInfo(iter(questions), timeout=10)]
                 assert service in {found.name for found in answers[0].list_services_response.service}
-            url = f"http://127.0.0.1:{metrics_port}/metrics"
+                found_files = [bool(one.file_descriptor_response.file_descriptor_proto) for one in answers[1:]]
+                assert found_files == [True, True, False]
+            url = f"http://{host}:{metrics_port}/metrics"
             text = (await asyncio.to_thread(urllib.request.urlopen, url, timeout=10)).read().decode()
             assert "# HELP latentflow_" in text
+        async with AsyncClient(servers.gateway.address) as client:
+            assert (await client.generate(PROMPT, steps=1, timeout=60)).image.size == (64, 64)
 
 
 async def test_clients_gateways_and_model_servers_use_mutual_tls(tmp_path: Path) -> None:
@@ -115,7 +124,7 @@ async def test_requests_for_unknown_workflows_are_counted_in_one_series(tmp_path
 
 async def test_no_request_runs_longer_than_request_seconds_whatever_its_client_s_timeout(tmp_path: Path) -> None:
     async with served(tmp_path, request_seconds=0.5) as servers, AsyncClient(servers.gateway.address) as client:
-        with pytest.raises(DeadlineError):
+        with pytest.raises(DeadlineError, match=r"the longest time that this gateway allows \(--request-seconds\)"):
             await client.generate(PROMPT, steps=50, width=512, height=512, timeout=120)
 
 

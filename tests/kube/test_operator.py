@@ -103,6 +103,18 @@ def test_a_changed_model_whose_predecessor_never_served_takes_over_at_once(
     assert len(after.keys() - before.keys()) == 1
 
 
+def test_a_changed_model_with_a_replacing_rollout_takes_the_place_of_the_previous_one(
+    operator: Operator, namespace: Namespace
+) -> None:
+    namespace.create(workflow(rollout="Replace"))
+    serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
+    before = bound(ready(namespace))
+    namespace.apply(workflow(rollout="Replace", source={"uri": "other"}))
+    # Nothing becomes ready, as on a cluster where the previous model still has the only device.
+    namespace.until("DiffusionModel", lambda found: before["base"] not in found and len(found) == 4)
+    namespace.until("Pod", lambda found: not any(name.startswith(before["base"]) for name in found))
+
+
 def test_changes_and_deletions_of_a_model_s_objects_by_others_are_reverted(
     operator: Operator, namespace: Namespace
 ) -> None:

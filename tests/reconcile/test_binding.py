@@ -63,10 +63,12 @@ def test_the_bounds_of_sharing_workflows_merge_and_external_wins() -> None:
 
 def test_of_other_settings_the_oldest_owner_s_is_used_and_a_younger_has_a_conflict() -> None:
     young = owner("young", created="2026-01-02T00:00:00Z", base={"pod": {"nodeSelector": {"zone": "b"}}})
-    old = owner("old", base={"pod": {"nodeSelector": {"zone": "a"}}})
+    old = owner("old", base={"pod": {"nodeSelector": {"zone": "a"}}, "rollout": "Replace"})
     shared = denoiser([young, old])
     assert shared.spec.pod.node_selector == {"zone": "a"}
-    (conflict,) = shared.conflicts
+    assert shared.spec.rollout == "Replace"
+    rollout, conflict = shared.conflicts
+    assert (rollout.uid, rollout.field) == ("uid-young", "rollout")
     assert (conflict.uid, conflict.field) == ("uid-young", "pod")
     assert "Model 'base' is shared with the older workflow old" in conflict.message
 
@@ -182,6 +184,12 @@ def test_the_previous_model_serves_until_its_successor_is_ready() -> None:
 def test_a_model_that_never_served_is_replaced_at_once() -> None:
     change = {"dtype": "float16"}
     assert bound(change, identities(), ready=False, served=False)["base"] == (identities(change)["base"], None)
+
+
+def test_with_a_replacing_rollout_the_successor_takes_over_before_it_is_ready() -> None:
+    change = {"dtype": "float16", "rollout": "Replace"}
+    assert bound(change, identities(), ready=False, served=True)["base"] == (identities(change)["base"], None)
+    assert identities({"rollout": "Replace"}) == identities()
 
 
 @given(st.sets(st.sampled_from(["text", "base", "pixels"])), st.booleans())

@@ -77,6 +77,16 @@ def test_replicas_are_as_scaled_and_initially_enough_to_serve(
     assert made(scaling=scaling, replicas=replicas)[0]["spec"]["replicas"] == pods
 
 
+@pytest.mark.parametrize(
+    ("rollout", "surge", "unavailable"), [({}, 1, 0), ({"rollout": "Surge"}, 1, 0), ({"rollout": "Replace"}, 0, 1)]
+)
+def test_a_replacing_rollout_ends_a_pod_before_it_starts_the_next(
+    rollout: dict[str, str], surge: int, unavailable: int
+) -> None:
+    strategy = made(**rollout)[0]["spec"]["strategy"]
+    assert strategy["rollingUpdate"] == {"maxSurge": surge, "maxUnavailable": unavailable}
+
+
 def test_a_relative_source_mounts_the_model_root_read_only() -> None:
     spec = pod()
     assert {"name": "models", "hostPath": {"path": "/srv/models"}} in spec["volumes"]
@@ -187,9 +197,9 @@ def test_colocated_models_are_containers_with_their_own_names_and_ports() -> Non
     for one in containers:
         grpc, metrics = (port["containerPort"] for port in one["ports"])
         given = arguments(one)
-        assert given["listen"] == f"0.0.0.0:{grpc}"
+        assert given["listen"] == f"[::]:{grpc}"
         assert given["advertise"] == f"$(POD_IP):{grpc}"
-        assert given["metrics"] == f"0.0.0.0:{metrics}"
+        assert given["metrics"] == f"[::]:{metrics}"
         assert {one[probe]["grpc"]["port"] for probe in ("startupProbe", "readinessProbe")} == {grpc}
         assert one["livenessProbe"]["tcpSocket"]["port"] == one["ports"][1]["name"]
 

@@ -45,11 +45,13 @@ async def served(
     client_tls: Tls | None = None,
     token: str | None = None,
     api_keys: Path | None = None,
+    host: str = "127.0.0.1",
     **limits: Any,
 ) -> AsyncIterator[Served]:
     """A workflow's model servers and a gateway, in this process.
 
     Args:
+        host: Where all of them listen.
         limits: Further settings of the gateway.
     """
     async with contextlib.AsyncExitStack() as stack:
@@ -65,6 +67,8 @@ async def served(
                 tls=tls,
                 engine=Engine(threads=1),
                 token=token,
+                listen=f"{host}:0",
+                metrics=f"{host}:0",
             )
             node = await stack.enter_async_context(serve_node(settings))
             nodes.append(node)
@@ -73,8 +77,9 @@ async def served(
         Directory(workflows=(workflow,), models=models).write(directory)
         settings_of_gateway = GatewaySettings(
             directory=directory,
-            listen="127.0.0.1:0",
-            http="127.0.0.1:0",
+            listen=f"{host}:0",
+            http=f"{host}:0",
+            metrics=f"{host}:0",
             tls=client_tls,
             node_tls=tls,
             token=token,

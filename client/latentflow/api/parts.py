@@ -359,11 +359,10 @@ class ScaledModel(ServedModel):
         "several models share.",
         limits=Limits(only=["Exclusive"]),
     )
-    rollout: Literal["Surge", "Replace"] = field(
+    rollout: Literal["Surge", "Replace"] = Field(
         default="Surge",
         description="Surge: a new replica is ready before an old one ends. Replace: an old replica ends first, for clusters "
-        "without spare devices.",
-        limits=Limits(only=["Surge"]),
+        "without spare devices; requests wait or fail meanwhile. In the embedded runtime it changes nothing.",
     )
     pod: Pod = Field(
         default_factory=Pod, description="Passed through to the model's pods, to each of their containers."

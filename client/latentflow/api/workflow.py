@@ -55,6 +55,10 @@ class Model(ScaledModel):
             raise ValueError(
                 f"model {self.name!r} is Colocated with the denoiser and scales with it; set scaling on the denoiser"
             )
+        if self.rollout != "Surge":
+            raise ValueError(
+                f"model {self.name!r} is Colocated with the denoiser in its pods; set rollout on the denoiser"
+            )
         if self.pod != Pod():
             raise ValueError(f"model {self.name!r} is Colocated with the denoiser in its pods; set pod on the denoiser")
         return self

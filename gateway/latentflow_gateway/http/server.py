@@ -10,7 +10,7 @@ import ssl
 from collections.abc import Generator
 
 import uvicorn
-from latentflow.internal import rpc, serving
+from latentflow.internal import hosts, rpc, serving
 
 from latentflow_gateway.http.app import HttpApi
 
@@ -37,15 +37,14 @@ class HttpServer:
 
     def __init__(self, api: HttpApi, *, listen: str, tls: rpc.Tls | None) -> None:
         """FailedPreconditionError, reason PORT_TAKEN, where the address cannot be bound; port 0 takes a free one."""
-        host, port = serving.host_and_port(listen)
-        bare = host.strip("[]")
+        host, port = hosts.split(listen)
+        bound = hosts.bindable(host)
+        family = socket.AF_INET6 if ":" in bound else socket.AF_INET
         try:
-            self._socket = socket.create_server(
-                (bare, port), family=socket.AF_INET6 if ":" in bare else socket.AF_INET, backlog=2048
-            )
+            self._socket = socket.create_server((bound, port), family=family, backlog=2048, dualstack_ipv6=bound == "::")
         except OSError as error:
             raise serving.port_taken(listen, error.strerror or error) from None
-        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        self.address = hosts.join(host, self._socket.getsockname()[1])
         self._api = api
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
