@@ -73,7 +73,7 @@ async def operate(
 
     Args:
         namespaces: The namespaces to watch; empty: all.
-        liveness: URL that answers liveness probes, http://host:port/path; None: none does.
+        liveness: host:port of /healthz, for liveness probes; None: not served.
         lease: The Lease to hold while writing; None: no other operator may run in these namespaces.
         scaler: Scales models; None: no model is scaled automatically.
 
@@ -111,7 +111,7 @@ async def operate(
             standalone=True,
             # Without an identity kopf looks up the user's name, and a container's user has none.
             identity=MANAGER,  # type: ignore[arg-type]
-            liveness_endpoint=liveness,
+            liveness_endpoint=f"http://{liveness}/healthz" if liveness else None,
             stop_flag=stop,
         )
     leading.cancel()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from latentflow.api.types import Typed
 from latentflow.errors import InvalidRequestError
+from latentflow.internal import hosts
 from latentflow_scheduler import policy
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
@@ -116,7 +117,7 @@ class Command:
 
     Attributes:
         namespaces: The namespaces to watch; empty: all.
-        liveness: http:// URL that answers liveness probes; None: none does.
+        liveness: host:port of /healthz, for liveness probes; None: not served.
         metrics: host:port of /metrics; None: not served.
         lease: Namespace and name of the Lease to hold while writing; None: no other operator may run.
     """
@@ -138,7 +139,7 @@ def parse(argv: list[str] | None = None) -> Command:
     add = parser.add_argument
     add("--config", type=Path, required=True, help="YAML file with the settings")
     add("--namespace", action="append", default=[], help="a namespace to watch; repeat for more (default: all)")
-    add("--liveness", help="answer liveness probes at this URL, such as http://0.0.0.0:8080/healthz")
+    add("--liveness", type=_address, help="host:port of /healthz, for liveness probes (default: not served)")
     add("--metrics", help="host:port of /metrics (default: not served)")
     add(
         "--lease",
@@ -156,6 +157,14 @@ def parse(argv: list[str] | None = None) -> Command:
         metrics=args.metrics,
         log_format=args.log_format,
     )
+
+
+def _address(text: str) -> str:
+    try:
+        # Kubernetes gives the address of an IPv6 pod without brackets.
+        return hosts.join(*hosts.split(text))
+    except InvalidRequestError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
 
 
 def _key(text: str) -> tuple[str, str]:

@@ -239,4 +239,7 @@ def test_the_components_accept_the_arguments_and_configuration_of_the_chart(tmp_
         (config,) = (found for found in made if found["kind"] == "ConfigMap")
         (tmp_path / "operator.yaml").write_text(config["data"]["operator.yaml"])
         arguments[0] = f"--config={tmp_path / 'operator.yaml'}"
-        assert operator.parse(arguments).settings.node_image
+        for ip, liveness in (("10.0.0.1", "10.0.0.1:8080"), ("fd00::1", "[fd00::1]:8080")):
+            parsed = operator.parse([argument.replace("$(POD_IP)", ip) for argument in arguments])
+            assert parsed.settings.node_image
+            assert parsed.liveness == liveness
