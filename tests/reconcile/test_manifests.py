@@ -81,7 +81,7 @@ def test_replicas_are_as_scaled_and_initially_enough_to_serve(
     ("rollout", "surge", "unavailable"), [({}, 1, 0), ({"rollout": "Surge"}, 1, 0), ({"rollout": "Replace"}, 0, 1)]
 )
 def test_a_replacing_rollout_ends_a_pod_before_it_starts_the_next(
-    rollout: dict[str, str], surge: int, unavailable: int
+    rollout: dict[str, Any], surge: int, unavailable: int
 ) -> None:
     strategy = made(**rollout)[0]["spec"]["strategy"]
     assert strategy["rollingUpdate"] == {"maxSurge": surge, "maxUnavailable": unavailable}
