@@ -103,7 +103,7 @@ def test_a_changed_model_whose_predecessor_never_served_takes_over_at_once(
     assert len(after.keys() - before.keys()) == 1
 
 
-def test_a_changed_model_with_a_replacing_rollout_takes_the_place_of_the_previous_one(
+def test_a_changed_model_with_a_replacing_rollout_takes_over_before_it_is_ready(
     operator: Operator, namespace: Namespace
 ) -> None:
     namespace.create(workflow(rollout="Replace"))
