@@ -41,7 +41,9 @@ class HttpServer:
         bound = hosts.bindable(host)
         family = socket.AF_INET6 if ":" in bound else socket.AF_INET
         try:
-            self._socket = socket.create_server((bound, port), family=family, backlog=2048, dualstack_ipv6=bound == "::")
+            self._socket = socket.create_server(
+                (bound, port), family=family, backlog=2048, dualstack_ipv6=bound == "::"
+            )
         except OSError as error:
             raise serving.port_taken(listen, error.strerror or error) from None
         self.address = hosts.join(host, self._socket.getsockname()[1])
