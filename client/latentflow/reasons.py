@@ -177,6 +177,12 @@ class Reason(Documented):
         "The source is a pipeline of a family that this version does not serve.",
         "Use a model of one of the families that the message lists.",
     )
+    NOT_FINITE = (
+        "NOT_FINITE",
+        "The values of a request overflowed: its latents or its image contain infinity or NaN.",
+        "Lower the weights of LoRAs, the scales of ControlNets or the guidance, or give the models `dtype: bfloat16` or "
+        "`float32`.",
+    )
     FAMILY_MISMATCH = (
         "FAMILY_MISMATCH",
         "Models of one workflow belong to different families.",

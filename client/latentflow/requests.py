@@ -15,7 +15,7 @@ from typing import TypeAlias, TypedDict
 from PIL import Image
 
 from latentflow.errors import InvalidRequestError
-from latentflow.internal import images
+from latentflow.internal import images, strengths
 from latentflow.v1 import generation_pb2, images_pb2
 
 ImageLike: TypeAlias = "Image.Image | bytes | str | PathLike[str]"
@@ -31,7 +31,7 @@ class ControlImage:
 
     Attributes:
         image: A PIL image, PNG or JPEG bytes, or a path; RGB or greyscale, of exactly the request's size.
-        scale: Conditioning scale; 1 is the strength of the ControlNet's training.
+        scale: Conditioning scale, from -100 to 100; 1 is the strength of the ControlNet's training.
         start, end: The range of steps in which it acts, as fractions from 0 to 1.
     """
 
@@ -54,7 +54,7 @@ class Arguments(TypedDict, total=False):
         seed: Image i has the seed `seed + i`; random where absent.
         images: Number of images.
         control_images: Control images by ControlNet name.
-        loras: Weights by LoRA name, applied in this order.
+        loras: Weights by LoRA name, from -100 to 100 and not 0, applied in this order.
         strict_prompt: Refuse a prompt that is too long, instead of cutting it.
         preview_interval: Steps between previews; 0: no previews.
         idempotency_key: Identifies the request when it is sent again; random where absent.
@@ -128,12 +128,12 @@ def build(
         request.control_images.add(
             model=name,
             image=encoded(control.image, what=f"The control image {name!r}"),
-            scale=_finite(f"The scale of {name!r}", control.scale),
+            scale=strengths.control_scale(control.scale, name=name),
             start=_finite(f"The start of {name!r}", control.start),
             end=_finite(f"The end of {name!r}", control.end),
         )
     for name, weight in (loras or {}).items():
-        request.loras.add(name=name, weight=_finite(f"The weight of the LoRA {name!r}", weight))
+        request.loras.add(name=name, weight=strengths.lora_weight(weight, name=name))
     return request
 
 

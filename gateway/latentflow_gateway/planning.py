@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Role, identity
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, NotFoundError, UnimplementedError
-from latentflow.internal import images, unserved
+from latentflow.internal import images, strengths, unserved
 from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, generation_pb2
@@ -142,6 +142,7 @@ def plan(
     seed = request.seed if request.HasField("seed") else seed
     _check_families(workflow, descriptions)
     _check_conditioning(workflow, descriptions)
+    _check_latents(workflow, descriptions)
     _check_size(width, height, factor=factor, limits=limits)
     _between("steps", steps, 1, limits.max_steps)
     _between("images", count, 1, limits.max_images)
@@ -226,13 +227,12 @@ def _controls(
                 "was made for another base model; correct its source in the workflow.",
                 reason=Reason.CONTROLNET_MISMATCH,
             )
-        scale = given.scale if given.HasField("scale") else 1.0
+        scale = strengths.control_scale(given.scale if given.HasField("scale") else 1.0, name=given.model)
         start = given.start if given.HasField("start") else 0.0
         end = given.end if given.HasField("end") else 1.0
-        if not math.isfinite(scale) or not 0 <= start < end <= 1:
+        if not 0 <= start < end <= 1:
             raise InvalidRequestError(
-                f"ControlNet {given.model!r}: scale must be finite and 0 <= start < end <= 1; got scale {scale}, "
-                f"start {start}, end {end}."
+                f"ControlNet {given.model!r}: 0 <= start < end <= 1 must hold; got start {start}, end {end}."
             )
         _check_image(given, size=size, limits=limits)
         plans.append(
@@ -272,8 +272,7 @@ def _adapters(
             raise FailedPreconditionError(
                 f"LoRA {lora.name!r} cannot be used: {adapter.problem}", reason=Reason.ADAPTER_UNREADABLE
             )
-        if not math.isfinite(lora.weight) or lora.weight == 0:
-            raise InvalidRequestError(f"LoRA {lora.name!r}: weight must be finite and not 0, not {lora.weight}.")
+        strengths.lora_weight(lora.weight, name=lora.name)
         if any(plan.name == lora.name for plan in plans):
             raise InvalidRequestError(f"LoRA {lora.name!r} occurs twice; pass it once, with the sum of the weights.")
         plans.append(
@@ -292,6 +291,19 @@ def _check_families(workflow: DiffusionWorkflow, descriptions: Mapping[str, cont
                 "they cannot be used together. Correct the sources in the workflow.",
                 reason=Reason.FAMILY_MISMATCH,
             )
+
+
+def _check_latents(workflow: DiffusionWorkflow, descriptions: Mapping[str, control_pb2.DescribeResponse]) -> None:
+    """FailedPreconditionError where the VAE does not decode what the denoiser makes."""
+    denoiser, vae = (workflow.of_role(role)[0] for role in (Role.DENOISER, Role.VAE))
+    made = descriptions[identity(denoiser)].denoiser.latent_channels
+    taken = descriptions[identity(vae)].vae.latent_channels
+    if made != taken:
+        raise FailedPreconditionError(
+            f"The denoiser {denoiser.name!r} makes latents of {made} channels, the VAE {vae.name!r} takes {taken}. They "
+            "belong to different base models; correct their sources in the workflow.",
+            reason=Reason.FAMILY_MISMATCH,
+        )
 
 
 def _check_conditioning(workflow: DiffusionWorkflow, descriptions: Mapping[str, control_pb2.DescribeResponse]) -> None:

@@ -45,6 +45,7 @@ def descriptions(workflow: DiffusionWorkflow = SHAPES) -> dict[str, control_pb2.
             one.denoiser.classifier_free_guidance = True
         elif model.role is Role.VAE:
             one.vae.scale_factor = 8
+            one.vae.latent_channels = 4
         elif model.role is Role.CONTROL_NET:
             one.control_net.latent_channels = 4
             one.control_net.conditioning.add(name="prompt_embeds", shape=[1, 0, 96])
@@ -157,14 +158,24 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
             "has the media type 'image/webp'; use image/png",
         ),
         ({"control_images": [control(image=b"x" * 20_001)]}, InvalidRequestError, "accepts at most 20000"),
-        ({"control_images": [control(scale=math.inf)]}, InvalidRequestError, "scale must be finite"),
+        (
+            {"control_images": [control(scale=math.inf)]},
+            InvalidRequestError,
+            "'edges' must be from -100 to 100, not inf",
+        ),
+        ({"control_images": [control(scale=-101)]}, InvalidRequestError, "must be from -100 to 100, not -101.0"),
+        (
+            {"loras": [generation_pb2.Lora(name="neon", weight=1e6)]},
+            InvalidRequestError,
+            "must be from -100 to 100 and not 0, not 1000000.0",
+        ),
         ({"control_images": [control(start=0.5, end=0.5)]}, InvalidRequestError, "0 <= start < end <= 1"),
         (
             {"loras": [generation_pb2.Lora(name="x", weight=1)]},
             NotFoundError,
             "LoRA store 'styles' has no LoRA 'x'; it has neon",
         ),
-        ({"loras": [generation_pb2.Lora(name="neon")]}, InvalidRequestError, "finite and not 0"),
+        ({"loras": [generation_pb2.Lora(name="neon")]}, InvalidRequestError, "from -100 to 100 and not 0"),
         ({"loras": [generation_pb2.Lora(name="broken", weight=1)]}, FailedPreconditionError, "the file is cut off"),
         ({"loras": [generation_pb2.Lora(name="neon", weight=1)] * 2}, InvalidRequestError, "occurs twice"),
     ],

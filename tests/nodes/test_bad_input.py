@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, tensors_pb2,
 from latentflow_nodes.adapters import lora
 from latentflow_nodes.server import serve
 from latentflow_nodes.settings import NodeSettings
-from latentflow_nodes.tensors import peers
+from latentflow_nodes.tensors import codec, peers
 from latentflow_nodes.tensors.peers import Peers
 from latentflow_nodes.tensors.transfer import Transport
 from safetensors.torch import save_file
@@ -54,6 +56,73 @@ async def test_an_impossible_denoise_request_is_refused(
     error = await refused(shapes, request)
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert message in error.message
+
+
+@pytest.mark.parametrize(
+    ("opening", "message"),
+    [
+        ({"adapters": [{"name": "neon", "weight": 101}]}, "The weight of the LoRA 'neon' must be from -100 to 100"),
+        (
+            {"adapters": [{"name": "neon", "weight": 0}]},
+            "The weight of the LoRA 'neon' must be from -100 to 100 and not 0",
+        ),
+        (
+            {"control_nets": [{"peer": {"model": "edges"}, "scale": -1e9}]},
+            "The scale of the ControlNet 'edges' must be from",
+        ),
+        ({"sampler": "lcm", "steps": 999}, "The sampler 'lcm' cannot run 999 steps"),
+    ],
+)
+async def test_values_outside_their_bounds_are_refused_before_anything_is_fetched(
+    shapes: Stack, opening: dict[str, Any], message: str
+) -> None:
+    request = stage_pb2.DenoiseOpen(width=64, height=64, scale_factor=8, **({"steps": 4} | opening))
+    error = await refused(shapes, request)
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message in error.message
+
+
+async def test_a_text_encoder_refuses_a_weight_outside_its_bounds(shapes: Stack) -> None:
+    request = stage_pb2.EncodeRequest(prompt="a", adapters=[{"name": "neon", "weight": 1e9}])
+    with pytest.raises(grpc.RpcError) as caught:
+        await shapes.stage("text").Encode(request, timeout=60)
+    assert "The weight of the LoRA 'neon' must be from -100 to 100" in error_from(caught.value).message
+
+
+async def test_values_that_overflow_fail_their_request_alone(shapes: Stack) -> None:
+    fine, over = Request(steps=8), Request(steps=8, guidance_scale=1e38, loras=[("neon", 0.5)])
+    expected, _ = await shapes.generate(fine)
+    (latents, _), error = await asyncio.gather(shapes.generate(fine), _overflow(shapes, over))
+    assert torch.equal(latents, expected)
+    assert error.reason == Reason.NOT_FINITE
+    assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "not finite after 8 steps in float32 with the LoRAs 'neon' with the weight 0.5" in error.message
+
+
+async def _overflow(stack: Stack, request: Request) -> LatentflowError:
+    return await refused(stack, await stack.denoise_open(request))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+async def test_an_image_that_is_not_finite_is_refused(shapes: Stack, value: float) -> None:
+    latents = codec.inline(torch.full((1, 4, 8, 8), value))
+    with pytest.raises(grpc.RpcError) as caught:
+        await shapes.stage("pixels").Decode(stage_pb2.DecodeRequest(latents=latents), timeout=60)
+    error = error_from(caught.value)
+    assert error.reason == Reason.NOT_FINITE
+    assert "The image of the VAE is not finite in float32" in error.message
+
+
+async def test_a_model_whose_scheduler_needs_several_steps_is_served(tmp_path: Path) -> None:
+    shutil.copytree(SHAPES, tmp_path / "m")
+    config = {"_class_name": "PNDMScheduler", "num_train_timesteps": 1000, "skip_prk_steps": False}
+    (tmp_path / "m/scheduler/scheduler_config.json").write_text(json.dumps(config))
+    async with started(tmp_path, "m") as stack:
+        latents, _ = await stack.generate(Request(steps=4))
+        assert torch.isfinite(latents).all()
+        error = await refused(stack, await stack.denoise_open(Request(steps=3)))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "The sampler 'PNDMScheduler' cannot run 3 steps" in error.message
 
 
 async def test_lost_embeddings_name_their_owner(shapes: Stack) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import diffusers
 import torch
-from latentflow.errors import DataLossError, InvalidRequestError
+from latentflow.errors import DataLossError, FailedPreconditionError, InvalidRequestError
 from latentflow.reasons import Reason
 
 # ComfyUI's names; diffusers documents each sampler with these settings.
@@ -27,6 +27,8 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "uni_pc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
 }
+# Schedulers of higher order need several steps to begin.
+_FEW = (1, 2, 4, 8, 16, 32)
 # Attributes for the configuration, which stepping does not change.
 _NOT_STATE = {"_internal_dict", "config"}
 
@@ -59,13 +61,58 @@ def _built(name: str, config: str) -> tuple[Any, frozenset[str]]:
     return scheduler, frozenset(inspect.signature(scheduler.step).parameters)
 
 
+def check(*, name: str, config: dict[str, Any], steps: int) -> None:
+    """InvalidRequestError where a sampler cannot run this number of steps. The arguments are those of `Sampler`."""
+    if problem := _problem(name, json.dumps(config, sort_keys=True), steps):
+        raise InvalidRequestError(
+            f"The sampler {name or available(config)[0]!r} cannot run {steps} steps with the configuration of this model: "
+            f"{problem}. Use another number of steps, or one of the samplers {', '.join(available(config))}."
+        )
+
+
+def fewest(config: dict[str, Any]) -> int:
+    """The fewest steps, of powers of two, that the model's own sampler can run. FailedPreconditionError if it runs none."""
+    text = json.dumps(config, sort_keys=True)
+    for steps in _FEW:
+        if not (problem := _problem("", text, steps)):
+            return steps
+    raise FailedPreconditionError(
+        f"The scheduler {config.get('_class_name')} of this model cannot run: {problem}. Correct scheduler_config.json.",
+        reason=Reason.UNSUPPORTED_FAMILY,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _problem(name: str, config: str, steps: int) -> str:
+    """Why a sampler cannot run this number of steps; empty if it can.
+
+    It is found by running them on a few numbers, because schedulers accept many numbers of steps and fail at their last
+    step, or end with infinity.
+    """
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.ones(1, 1, 2, 2)
+    try:
+        sampler = Sampler(name=name, config=json.loads(config), steps=steps, device=torch.device("cpu"))
+        latents = latents * sampler.initial_sigma
+        for timestep in sampler.timesteps:
+            noise = sampler.scale(latents, timestep) / 2
+            latents = sampler.step(noise, timestep, latents, generator=generator, eta=0.0)
+    except InvalidRequestError:
+        # The name is unknown.
+        raise
+    except Exception as error:
+        # Schedulers raise exceptions of many classes.
+        return f"{type(error).__name__} {' '.join(str(error).split())[:200]}".rstrip(" .")
+    return "" if torch.isfinite(latents).all() else "its values become infinite"
+
+
 class Sampler:
     """One request's sampler.
 
     Args:
         name: As in `available`; empty for the model's own.
         config: The model's scheduler config, with `_class_name`.
-        steps: Denoising steps, at least 1.
+        steps: Denoising steps, of which `check` knows whether the sampler can run them.
         device: Where the latents and the timesteps live.
     """
 
@@ -74,10 +121,7 @@ class Sampler:
         # Building DDIM from its configuration takes 1.5 ms, copying it 0.3 ms.
         scheduler, accepted = _built(name, json.dumps(config, sort_keys=True))
         self._scheduler = copy.deepcopy(scheduler)
-        try:
-            self._scheduler.set_timesteps(steps, device=device)
-        except (ValueError, IndexError, ZeroDivisionError) as error:
-            raise InvalidRequestError(f"This sampler cannot run {steps} steps: {error}") from None
+        self._scheduler.set_timesteps(steps, device=device)
         self._accepts_generator = "generator" in accepted
         self._accepts_eta = "eta" in accepted
         self._fresh = copy.deepcopy(_state(self._scheduler))

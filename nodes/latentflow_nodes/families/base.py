@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from latentflow.errors import FailedPreconditionError
 from latentflow.internal.guidance import Guidance
+from latentflow.reasons import Reason
 from PIL import Image
 
 from latentflow_nodes.weights.source import Source
@@ -262,6 +265,22 @@ def halves(conditioning: Conditioning, name: str, *, rows: int) -> torch.Tensor:
     """A named tensor for 1 row, or for both guidance halves, negative first."""
     positive = conditioning[name]
     return torch.cat([conditioning[NEGATIVE + name], positive]) if rows == 2 else positive
+
+
+def to_image(decoded: torch.Tensor) -> Image.Image:
+    """The image of an autoencoder's output, [1, 3, height, width] from -1 to 1, as diffusers makes it.
+
+    FailedPreconditionError for NaN and infinity, of which diffusers makes black and white.
+    """
+    if not torch.isfinite(decoded).all():
+        dtype = str(decoded.dtype).removeprefix("torch.")
+        raise FailedPreconditionError(
+            f"The image of the VAE is not finite in {dtype}: the latents are outside the range in which it works. Give the "
+            "VAE a dtype of larger range, bfloat16 or float32, or lower the weights and scales of the request.",
+            reason=Reason.NOT_FINITE,
+        )
+    image: Image.Image = VaeImageProcessor().postprocess(decoded, output_type="pil")[0]
+    return image
 
 
 def is_present(index: Mapping[str, Any], name: str) -> bool:

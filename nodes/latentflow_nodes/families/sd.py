@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from PIL import Image
 
 from latentflow_nodes.families import kinds
-from latentflow_nodes.families.base import TextModel
+from latentflow_nodes.families.base import TextModel, to_image
 from latentflow_nodes.families.unet import UNetFamily
 
 
@@ -61,5 +60,4 @@ class StableDiffusion(UNetFamily):
     def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
         autoencoder: Any = vae
         decoded = autoencoder.decode(latents / autoencoder.config.scaling_factor, return_dict=False)[0]
-        image: Image.Image = VaeImageProcessor().postprocess(decoded, output_type="pil")[0]
-        return image
+        return to_image(decoded)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from PIL import Image
 
 from latentflow_nodes.families import kinds
-from latentflow_nodes.families.base import Conditioning, Shape, TextModel, halves
+from latentflow_nodes.families.base import Conditioning, Shape, TextModel, halves, to_image
 from latentflow_nodes.families.unet import UNetFamily
 
 # Original size, crop and target size, two numbers each.
@@ -79,19 +78,22 @@ class StableDiffusionXL(UNetFamily):
     def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
         autoencoder: Any = vae
         config = autoencoder.config
-        upcast = autoencoder.dtype == torch.float16 and config.force_upcast
-        if upcast:
-            autoencoder.to(torch.float32)
-            latents = latents.to(torch.float32)
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is not None and std is not None:
-            shape = (1, latents.shape[1], 1, 1)
-            latents = latents * torch.tensor(std).view(shape).to(latents) / config.scaling_factor
-            latents = latents + torch.tensor(mean).view(shape).to(latents)
-        else:
-            latents = latents / config.scaling_factor
-        decoded = autoencoder.decode(latents, return_dict=False)[0]
-        if upcast:
+        if autoencoder.dtype != torch.float16 or not config.force_upcast:
+            return _decoded(autoencoder, latents)
+        autoencoder.to(torch.float32)
+        try:
+            return _decoded(autoencoder, latents.to(torch.float32))
+        finally:
             autoencoder.to(torch.float16)
-        image: Image.Image = VaeImageProcessor().postprocess(decoded, output_type="pil")[0]
-        return image
+
+
+def _decoded(autoencoder: Any, latents: torch.Tensor) -> Image.Image:
+    config = autoencoder.config
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        shape = (1, latents.shape[1], 1, 1)
+        latents = latents * torch.tensor(std).view(shape).to(latents) / config.scaling_factor
+        latents = latents + torch.tensor(mean).view(shape).to(latents)
+    else:
+        latents = latents / config.scaling_factor
+    return to_image(autoencoder.decode(latents, return_dict=False)[0])

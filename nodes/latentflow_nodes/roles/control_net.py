@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from latentflow.errors import InvalidRequestError, UnimplementedError
-from latentflow.internal import images
+from latentflow.internal import images, strengths
 from latentflow.v1 import control_pb2, stage_pb2
 from PIL import Image
 
@@ -114,6 +114,7 @@ class ControlNet(Role):
         rows: int,
         resumed: bool,
     ) -> Iterator[stage_pb2.ResidualsResponse]:
+        scale = strengths.control_scale(step.scale, name=self._context.settings.identity)
         latents = self._on_device(codec.from_inline(step.sample))
         if latents.dim() != 4 or latents.shape[0] != rows or latents.shape[1] != self._channels:
             raise InvalidRequestError(
@@ -121,7 +122,7 @@ class ControlNet(Role):
                 f"[{rows}, {self._channels}, height, width] does."
             )
         bundle, forward_ns = await self._worker.run(
-            lambda: self._run(latents, step.timestep, inputs, image, scale=step.scale),
+            lambda: self._run(latents, step.timestep, inputs, image, scale=scale),
             size=PassSize(rows=rows, height=latents.shape[2], width=latents.shape[3]),
             resumed=resumed,
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
+from latentflow.internal import strengths
 from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
@@ -50,6 +51,7 @@ class Denoiser(Role):
         self._component = self._family.parts["Denoiser"][0]
         folder = source.part(self._component)
         self._scheduler = _scheduler_config(source)
+        self._fewest_steps = samplers.fewest(self._scheduler)
         self.content_digest = files.digest(files.check(folder, variant=source.variant))
         network = self._family.load_denoiser(folder, dtype=context.dtype, variant=source.variant)
         self._network = network.to(context.device).eval()
@@ -67,6 +69,8 @@ class Denoiser(Role):
             metrics=context.metrics,
         )
         self._keys = itertools.count(1)
+        # Samplers and numbers of steps that are known to run.
+        self._runnable: set[tuple[str, int]] = set()
         self._embeds_guidance = self._family.embeds_guidance(self._network)
         self._conditioning = self._family.conditioning_shapes(self._network)
 
@@ -80,7 +84,9 @@ class Denoiser(Role):
 
     async def warm_up(self) -> None:
         side = self._family.warm_up_side(self._network)
-        opening = stage_pb2.DenoiseOpen(steps=1, guidance_scale=2.0, width=side, height=side, scale_factor=1)
+        opening = stage_pb2.DenoiseOpen(
+            steps=self._fewest_steps, guidance_scale=2.0, width=side, height=side, scale_factor=1
+        )
         conditioning = warm_up_conditioning(self._conditioning, self._context.device)
         mailbox = _Mailbox(checkpoint_interval=0)
         sample = self._sample(opening, self._sampler(opening), conditioning, [], mailbox)
@@ -97,6 +103,7 @@ class Denoiser(Role):
         """The events of one image. Leaving the iterator early frees the engine at the next step boundary."""
         arrived = time.monotonic_ns()
         _check(opening)
+        await self._check_sampler(opening.sampler, opening.steps)
         peers = self._context.peers
         pulling = asyncio.gather(
             peers.conditioning(opening.conditioning, self._context.device),
@@ -104,11 +111,7 @@ class Denoiser(Role):
         )
         # The calls to the peers leave before the sampler is made, which takes about as long as their answers.
         await asyncio.sleep(0)
-        try:
-            sampler = self._sampler(opening)
-        except LatentflowError:
-            pulling.cancel()
-            raise
+        sampler = self._sampler(opening)
         conditioning, adapters = await pulling
         for ref, (layers, _) in zip(opening.adapters, adapters, strict=True):
             self._merger.check(ref.name, layers)
@@ -141,8 +144,15 @@ class Denoiser(Role):
         if mailbox.is_stopped:
             yield stage_pb2.DenoiseResponse(stopped=stage_pb2.DenoiseStopped(checkpoint=mailbox.checkpoint, **took))
         else:
+            _check_finite(sample, opening)
             latents = self._context.store.put(sample.latents)
             yield stage_pb2.DenoiseResponse(result=stage_pb2.DenoiseResult(latents=latents, **took))
+
+    async def _check_sampler(self, name: str, steps: int) -> None:
+        if (name, steps) not in self._runnable:
+            # In a thread, because hundreds of steps take a good part of a second.
+            await asyncio.to_thread(samplers.check, name=name, config=self._scheduler, steps=steps)
+            self._runnable.add((name, steps))
 
     def _sampler(self, opening: stage_pb2.DenoiseOpen) -> Sampler:
         return Sampler(
@@ -302,10 +312,29 @@ def _check(opening: stage_pb2.DenoiseOpen) -> None:
         raise InvalidRequestError(
             f"The size {opening.width}x{opening.height} is not a multiple of the VAE's factor {factor}; choose one that is."
         )
-    numbers = [opening.guidance_scale, opening.eta, *(ref.weight for ref in opening.adapters)]
-    numbers += [value for ref in opening.control_nets for value in (ref.scale, ref.start, ref.end)]
+    for adapter in opening.adapters:
+        strengths.lora_weight(adapter.weight, name=adapter.name)
+    for net in opening.control_nets:
+        strengths.control_scale(net.scale, name=net.peer.model)
+    numbers = [opening.guidance_scale, opening.eta]
+    numbers += [value for net in opening.control_nets for value in (net.start, net.end)]
     if not all(math.isfinite(number) for number in numbers):
-        raise InvalidRequestError("Guidance, eta, adapter weights and ControlNet scales must be finite numbers.")
+        raise InvalidRequestError("Guidance, eta and the steps of a ControlNet must be finite numbers.")
+
+
+def _check_finite(sample: Sample, opening: stage_pb2.DenoiseOpen) -> None:
+    """Once at the end: on a GPU every look at the values waits for the device, as reading the result does anyway."""
+    if not torch.isfinite(sample.latents).all():
+        dtype = str(sample.latents.dtype).removeprefix("torch.")
+        loras = ", ".join(f"{ref.name!r} with the weight {ref.weight:g}" for ref in opening.adapters)
+        nets = ", ".join(f"{ref.peer.model!r} with the scale {ref.scale:g}" for ref in opening.control_nets)
+        used = [f"the LoRAs {loras}"] * bool(loras) + [f"the ControlNets {nets}"] * bool(nets)
+        raise FailedPreconditionError(
+            f"The latents are not finite after {sample.total} steps in {dtype}"
+            f"{' with ' + ' and '.join(used) if used else ''}. Lower the weights, scales or guidance, or give the models a "
+            "dtype of larger range: bfloat16 or float32.",
+            reason=Reason.NOT_FINITE,
+        )
 
 
 def _check_conditioning(conditioning: Conditioning, shapes: dict[str, Shape], guidance: Guidance) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from latentflow.errors import InvalidRequestError
+from latentflow.internal import strengths
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
 
@@ -72,6 +73,8 @@ class TextEncoder(Role):
         self._worker.close()
 
     async def encode(self, request: stage_pb2.EncodeRequest) -> stage_pb2.EncodeResponse:
+        for ref in request.adapters:
+            strengths.lora_weight(ref.weight, name=ref.name)
         adapters: dict[str, list[tuple[Layers, float]]] = {}
         if request.adapters:
             for name in self._mergers:
