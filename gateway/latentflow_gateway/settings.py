@@ -89,7 +89,7 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
     add(
         "--http-listen",
         default="127.0.0.1:8402",
-        help="host:port on which to serve the HTTP API, or off (default: 127.0.0.1:8402)",
+        help="host:port on which to serve the HTTP API, or none (default: 127.0.0.1:8402)",
     )
     add(
         "--http-cors-origin",
@@ -181,7 +181,7 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         directory=args.directory,
         namespaces=tuple(args.namespace),
         listen=args.listen,
-        http=None if args.http_listen == "off" else args.http_listen,
+        http=None if args.http_listen == "none" else args.http_listen,
         cors_origins=tuple(args.http_cors_origin),
         metrics=args.metrics,
         limits=Limits(

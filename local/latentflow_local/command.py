@@ -31,7 +31,7 @@ def up(
     ] = Path("models"),
     listen: Annotated[str, typer.Option("--listen", help="host:port of the gateway.")] = "127.0.0.1:8400",
     http: Annotated[
-        str, typer.Option("--http-listen", help="host:port of the gateway's HTTP API (OpenAI's images API), or off.")
+        str, typer.Option("--http-listen", help="host:port of the gateway's HTTP API (OpenAI's images API), or none.")
     ] = "127.0.0.1:8402",
     cors_origins: Annotated[
         list[str] | None,
@@ -66,7 +66,7 @@ def up(
             workflows,
             model_root=model_root,
             listen=listen,
-            http=None if http == "off" else http,
+            http=None if http == "none" else http,
             cors_origins=cors_origins or [],
             metrics=metrics,
             threads=threads,

@@ -171,7 +171,7 @@ def plan_gateway(
         metrics=metrics,
         options=(
             f"--directory={directory}",
-            f"--http-listen={http or 'off'}",
+            f"--http-listen={http or 'none'}",
             *(f"--http-cors-origin={origin}" for origin in cors_origins),
             f"--log-format={log_format}",
         ),

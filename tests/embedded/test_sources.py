@@ -82,7 +82,7 @@ def test_models_from_a_bucket_are_served_on_one_machine(tmp_path: Path) -> None:
             "AWS_SECRET_ACCESS_KEY": "secret",
         }
         up = subprocess.Popen(
-            [PROGRAM, "up", str(tmp_path / "workflow.yaml"), f"--listen={target}", "--http-listen=off", "--threads=1"],
+            [PROGRAM, "up", str(tmp_path / "workflow.yaml"), f"--listen={target}", "--http-listen=none", "--threads=1"],
             env=os.environ | environment,
         )
         try:

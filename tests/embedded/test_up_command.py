@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -28,18 +32,28 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Up:
+    """A `latentflow up` that is ready, all its descendant processes, and what it has printed."""
+
+    process: subprocess.Popen[str]
+    children: list[psutil.Process]
+    printed: str
+
+
 @pytest.fixture
-def serving() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A `latentflow up` that is ready, and all its descendant processes."""
+def serving() -> Iterator[Up]:
     up = start(str(MINIMAL), "--model-root", str(MODELS), "--listen", "127.0.0.1:0", "--threads", "1")
     assert up.stderr is not None
+    printed = ""
     for line in up.stderr:
+        printed += line
         if "Try: latentflow generate" in line:
             break
     children = psutil.Process(up.pid).children(recursive=True)
     # Closes the pipes, too.
     with up:
-        yield up, children
+        yield Up(process=up, children=children, printed=printed)
         up.kill()
 
 
@@ -50,10 +64,8 @@ def memory_folders(process: int) -> set[Path]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_process_is_left_after_any_signal(
-    serving: tuple[subprocess.Popen[str], list[psutil.Process]], signum: signal.Signals
-) -> None:
-    up, children = serving
+def test_no_process_is_left_after_any_signal(serving: Up, signum: signal.Signals) -> None:
+    up, children = serving.process, serving.children
     memory = memory_folders(up.pid)
     assert len(memory) == 1
     assert len(children) >= 4
@@ -66,6 +78,13 @@ def test_no_process_is_left_after_any_signal(
     assert code == (-signal.SIGKILL if signum is signal.SIGKILL else 0)
     # What a killed runtime leaves there is removed by the next one.
     assert signum is signal.SIGKILL or not any(path.exists() for path in memory)
+
+
+def test_the_address_of_the_http_api_is_printed(serving: Up) -> None:
+    found = re.search(r"^OpenAI API: (http://127\.0\.0\.1:\d+/v1)$", serving.printed, re.MULTILINE)
+    assert found is not None, serving.printed
+    with urllib.request.urlopen(f"{found[1]}/models", timeout=20) as response:
+        assert json.loads(response.read())["data"][0]["id"] == "default/shapes-minimal"
 
 
 def refusal(*arguments: str) -> str:

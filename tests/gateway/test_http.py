@@ -17,7 +17,7 @@ from latentflow.internal.directory import Directory
 from latentflow.internal.rpc import Tls
 from latentflow_gateway.http import errors, openapi
 from latentflow_gateway.server import Gateway, serve
-from latentflow_gateway.settings import GatewaySettings, Limits
+from latentflow_gateway.settings import GatewaySettings, Limits, parse
 from openapi_spec_validator import validate
 from support.http import Answer, send
 from support.scraping import value
@@ -163,6 +163,26 @@ async def test_a_full_queue_is_a_429_with_the_time_after_which_to_try_again(tmp_
         assert (ended.status, ended.error["code"]) == (503, "DRAINING")
 
 
+async def test_a_client_that_disconnects_while_its_request_is_held_frees_its_place(tmp_path: Path) -> None:
+    async with without_servers(tmp_path, max_running=1, max_queued=0) as gateway:
+        assert gateway.http is not None
+        host, port = gateway.http.address.split(":")
+        body = b'{"prompt": "a", "model": "shapes"}'
+        head = f"POST {IMAGES} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head.encode() + body)
+        metrics = f"127.0.0.1:{gateway.metrics_port}"
+        async with asyncio.timeout(20):
+            while not await asyncio.to_thread(value, metrics, "latentflow_gateway_in_flight"):
+                pass
+            writer.close()
+            await writer.wait_closed()
+            while await asyncio.to_thread(value, metrics, "latentflow_gateway_in_flight"):
+                pass
+        gone = {"route": IMAGES, "status": "499"}
+        assert await asyncio.to_thread(value, metrics, "latentflow_gateway_http_responses_total", **gone) == 1
+
+
 async def test_a_model_without_servers_is_a_503(tmp_path: Path) -> None:
     async with without_servers(tmp_path, ready_seconds=0.2) as gateway:
         late = await answer(gateway, IMAGES, body={"prompt": PROMPT, "model": "shapes"})
@@ -220,8 +240,10 @@ async def test_http_has_the_tls_of_grpc(tmp_path: Path) -> None:
 async def test_a_gateway_serves_http_only_where_it_is_asked_to(tmp_path: Path) -> None:
     directory = tmp_path / "directory.json"
     Directory(workflows=(WORKFLOW,), models={}).write(directory)
-    async with serve(GatewaySettings(directory=directory, listen="127.0.0.1:0")) as gateway:
-        assert gateway.http is None
+    for option, address in (("none", None), ("127.0.0.1:0", "127.0.0.1")):
+        settings = parse([f"--directory={directory}", "--listen=127.0.0.1:0", f"--http-listen={option}"])
+        async with serve(settings) as gateway:
+            assert (gateway.http and gateway.http.address.partition(":")[0]) == address
 
 
 async def test_http_is_served_on_ipv6(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from latentflow.errors import InvalidRequestError
 from latentflow.v1 import generation_pb2
 from latentflow_gateway.http.requests import ImageRequest, parse, to_wire
+from PIL import Image
 
 PNG = b"\x89PNG\r\n\x1a\n and the rest"
 ENCODED = base64.b64encode(PNG).decode()
@@ -121,6 +123,15 @@ def test_a_refusal_names_the_field_and_what_to_do(field: str, value: object, wor
     assert error.details == {"param": field}
     assert field in error.message
     assert words in error.message
+
+
+@pytest.mark.parametrize(("form", "longest"), [("webp", 16_383), ("jpeg", 65_500)])
+def test_a_size_that_the_file_format_cannot_hold_is_refused(form: str, longest: int) -> None:
+    error = refusal({"prompt": "a", "output_format": form, "size": f"64x{longest + 1}"})
+    assert f"A {form} has at most {longest} pixels on a side" in error.message
+    Image.new("RGB", (1, longest)).save(io.BytesIO(), form)
+    with pytest.raises(Exception, match=r"encod|broken"):
+        Image.new("RGB", (1, longest + 1)).save(io.BytesIO(), form)
 
 
 def test_unknown_fields_are_refused_by_name_with_the_nearest_known_one() -> None:

@@ -23,6 +23,13 @@ from support.packs import MODELS
 from support.paths import EXAMPLES
 
 WORKFLOWS = tuple(load_workflows(EXAMPLES / "shapes-minimal.yaml"))
+ADDRESSES = [
+    ("gateway", "listen"),
+    ("gateway", "http"),
+    ("gateway", "metrics"),
+    ("model server", "listen"),
+    ("model server", "metrics"),
+]
 
 
 @pytest.fixture
@@ -45,16 +52,14 @@ async def start(kind: str, folder: Path, **addresses: str) -> None:
         return
 
 
-@pytest.mark.parametrize("option", ["listen", "metrics"])
-@pytest.mark.parametrize("kind", ["gateway", "model server"])
+@pytest.mark.parametrize(("kind", "option"), ADDRESSES)
 async def test_a_taken_port_is_named_with_its_address(kind: str, option: str, taken: str, tmp_path: Path) -> None:
     with pytest.raises(FailedPreconditionError, match=f"cannot listen on {taken}: ") as caught:
         await start(kind, tmp_path, **{option: taken})
     assert caught.value.reason == Reason.PORT_TAKEN
 
 
-@pytest.mark.parametrize("option", ["listen", "metrics"])
-@pytest.mark.parametrize("kind", ["gateway", "model server"])
+@pytest.mark.parametrize(("kind", "option"), ADDRESSES)
 async def test_an_address_without_a_port_is_refused(kind: str, option: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequestError, match="'localhost' is no address to listen on; write host:port"):
         await start(kind, tmp_path, **{option: "localhost"})

@@ -30,6 +30,8 @@ _REFUSED = {
     "background": "Images are opaque.",
     "moderation": "The gateway does not moderate.",
 }
+# In pixels; longer ones cannot be written in these formats.
+_LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}
 _SIZE = "size must be WIDTHxHEIGHT in pixels, such as 512x512, or auto"
 
 
@@ -93,6 +95,14 @@ class ImageRequest(_Body):
     partial_images: Literal[0] | None = Field(default=None, description="0; previews are not sent.")
 
     @property
+    def sides(self) -> tuple[int, int] | None:
+        """Width and height; None: those of the workflow."""
+        if self.size in (None, "auto"):
+            return None
+        width, _, height = str(self.size).partition("x")
+        return int(width), int(height)
+
+    @property
     def file_format(self) -> Format:
         """The file format of the images."""
         return self.output_format or "png"
@@ -111,6 +121,12 @@ def parse(body: bytes) -> ImageRequest:
         problem = error.errors(include_url=False, include_context=False)[0]
         param = ".".join(str(part) for part in problem["loc"])
         raise InvalidRequestError(_message(problem, param), details={PARAM: param} if param else None) from None
+    longest = _LONGEST_SIDE.get(request.file_format)
+    if request.sides and longest and max(request.sides) > longest:
+        raise InvalidRequestError(
+            f"A {request.file_format} has at most {longest} pixels on a side; choose another size or output_format.",
+            details={PARAM: "size"},
+        )
     if request.file_format == "png" and request.compression != 100:
         raise InvalidRequestError(
             "output_compression is the quality of jpeg and webp; leave it out for png, which loses nothing.",
@@ -144,9 +160,8 @@ def to_wire(request: ImageRequest, *, idempotency_key: str) -> generation_pb2.Ge
             for name, control in (request.control_images or {}).items()
         ],
     )
-    if request.size not in (None, "auto"):
-        width, _, height = str(request.size).partition("x")
-        wire.width, wire.height = int(width), int(height)
+    if request.sides:
+        wire.width, wire.height = request.sides
     return wire
 
 

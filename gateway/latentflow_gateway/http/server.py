@@ -55,6 +55,8 @@ class HttpServer:
                 ws="none",
                 lifespan="off",
                 log_config=None,
+                # Its warnings are about connections that speak no HTTP, such as port scans.
+                log_level="error",
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,

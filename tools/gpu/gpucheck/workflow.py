@@ -70,7 +70,17 @@ def run(report: Report, device: str) -> None:
 @contextmanager
 def _up(device: str) -> Iterator[str]:
     """The gateway's address, when all is ready."""
-    command = ["up", "--device", device, "--model-root", str(MODELS), "--listen", "127.0.0.1:0", "--http-listen", "off"]
+    command = [
+        "up",
+        "--device",
+        device,
+        "--model-root",
+        str(MODELS),
+        "--listen",
+        "127.0.0.1:0",
+        "--http-listen",
+        "none",
+    ]
     command += ["--threads", "1", str(EXAMPLES / "shapes.yaml")]
     process = subprocess.Popen(
         [sys.executable, "-c", _UP, *command],
