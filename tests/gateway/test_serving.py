@@ -61,7 +61,7 @@ async def test_a_taken_port_is_named_with_its_address(kind: str, option: str, ta
 
 @pytest.mark.parametrize(("kind", "option"), ADDRESSES)
 async def test_an_address_without_a_port_is_refused(kind: str, option: str, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="'localhost' is no address to listen on; write host:port"):
+    with pytest.raises(InvalidRequestError, match="'localhost' is not an address; write host:port"):
         await start(kind, tmp_path, **{option: "localhost"})
 
 
