@@ -30,7 +30,8 @@ class ControlImage:
     """A control image, and the strength and the steps of its ControlNet.
 
     Attributes:
-        image: A PIL image, PNG or JPEG bytes, or a path; RGB or greyscale, of exactly the request's size.
+        image: A PIL image, PNG or JPEG bytes, or a path; RGB or greyscale of 8 bits, upright, in sRGB, of exactly the
+            request's size.
         scale: Conditioning scale, from -100 to 100; 1 is the strength of the ControlNet's training.
         start, end: The range of steps in which it acts, as fractions from 0 to 1.
     """
@@ -138,16 +139,20 @@ def build(
 
 
 def encoded(image: ImageLike, *, what: str) -> images_pb2.EncodedImage:
-    """An image as it is sent. InvalidRequestError where a file cannot be read or is neither PNG nor JPEG.
+    """An image as it is sent. InvalidRequestError where it cannot be read, or is one that the gateway refuses.
 
-    A PIL image becomes PNG. Bytes and files are sent as they are: the gateway checks their header, and only the ControlNet
-    decodes them.
+    A PIL image becomes PNG. Bytes and files are sent as they are.
     """
     if isinstance(image, Image.Image):
+        try:
+            # What stands behind the pixels of a file is known only then.
+            image.load()
+        except Exception as error:
+            # Pillow raises exceptions of many classes for damaged files.
+            raise InvalidRequestError(f"{what} cannot be read: {error}") from None
+        images.check(image, what=what)
         stream = io.BytesIO()
-        # The gateway refuses modes that it does not accept, with those that it does; PNG has to be able to hold them.
-        picture = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16") else image.convert("RGB")
-        picture.save(stream, format="PNG")
+        image.save(stream, format="PNG")
         return images.png(stream.getvalue())
     try:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
@@ -155,7 +160,9 @@ def encoded(image: ImageLike, *, what: str) -> images_pb2.EncodedImage:
         raise InvalidRequestError(f"{what} cannot be read: {image!s}: {error.strerror}.") from None
     except (TypeError, ValueError):
         raise InvalidRequestError(f"{what} must be a PIL image, bytes or a path, not {type(image).__name__}.") from None
-    return images.of_file(data, what=what)
+    message = images.of_file(data, what=what)
+    images.opened(message, what=what)
+    return message
 
 
 def _check_text(name: str, value: object) -> None:

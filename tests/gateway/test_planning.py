@@ -190,6 +190,24 @@ def test_an_impossible_request_is_refused_with_its_cause(
         plan(**fields)
 
 
+def test_the_gateway_refuses_what_an_image_file_holds_besides_pixels() -> None:
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", (64, 64)).save(stream, format="JPEG", exif=exif)
+    image = images_pb2.EncodedImage(data=stream.getvalue(), media_type="image/jpeg")
+    with pytest.raises(InvalidRequestError, match=r"^The control image of 'edges' is stored rotated or mirrored"):
+        plan(control_images=[generation_pb2.ControlImage(model="edges", image=image)])
+
+
+def test_a_vae_of_other_latents_is_refused() -> None:
+    described = descriptions()
+    described[identity(SHAPES.of_role(Role.VAE)[0])].vae.latent_channels = 16
+    request = generation_pb2.GenerateRequest(prompt="x")
+    with pytest.raises(FailedPreconditionError, match="makes latents of 4 channels, the VAE 'pixels' takes 16"):
+        planning.plan(workflow=SHAPES, request=request, descriptions=described, limits=LIMITS, seed=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,17 @@ async def test_the_edges_controlnet_equals_diffusers(
 
 async def test_the_layout_controlnet_equals_diffusers(shapes: Stack, layout_image: Image.Image) -> None:
     await assert_equal(shapes, SHAPES, Request(controls=[("layout", layout_image, 1.0)]))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+async def test_a_controlnet_of_bgr_images_equals_diffusers(
+    tmp_path: Path, layout_image: Image.Image, mode: str
+) -> None:
+    shutil.copytree(SHAPES, tmp_path / "m")
+    file = tmp_path / "m/controlnet-layout/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"controlnet_conditioning_channel_order": "bgr"}))
+    async with started(tmp_path, "m", controls={"layout": "controlnet-layout"}) as stack:
+        await assert_equal(stack, tmp_path / "m", Request(controls=[("layout", layout_image.convert(mode), 1.0)]))
 
 
 async def test_two_controlnets_equal_diffusers(

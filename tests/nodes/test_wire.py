@@ -199,6 +199,12 @@ async def test_calls_that_are_not_served_are_unimplemented(shapes: Stack) -> Non
             InvalidRequestError,
             "cannot be read as JPEG",
         ),
+        (
+            {"image": images.png(png(Image.new("RGBA", (64, 64))))},
+            InvalidRequestError,
+            "The control image has the mode RGBA",
+        ),
+        ({"image": images.png(png(Image.new("RGB", (64, 72))))}, InvalidRequestError, "is 64x72, the request 64x64"),
     ],
 )
 async def test_an_opening_that_a_controlnet_cannot_serve_is_refused(

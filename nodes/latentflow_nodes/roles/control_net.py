@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -11,7 +10,6 @@ from diffusers.image_processor import VaeImageProcessor
 from latentflow.errors import InvalidRequestError, UnimplementedError
 from latentflow.internal import images, strengths
 from latentflow.v1 import control_pb2, stage_pb2
-from PIL import Image
 
 from latentflow_nodes import families
 from latentflow_nodes.context import Context
@@ -149,17 +147,17 @@ class ControlNet(Role):
 
     def _image(self, opening: stage_pb2.ResidualsOpen, *, rows: int) -> torch.Tensor:
         """[rows, 3, height, width] from 0 to 1, as diffusers' ControlNet pipelines prepare it."""
-        form = images.file_format(opening.image, what="The control image")
-        try:
-            image = Image.open(io.BytesIO(opening.image.data), formats=(form,)).convert("RGB")
-        except Exception as error:
-            # Pillow raises many kinds for damaged files; all of them mean this.
-            raise InvalidRequestError(f"The control image cannot be read as {form}: {error}") from None
-        if image.size != (opening.width, opening.height):
+        picture = images.opened(opening.image, what="The control image")
+        if picture.size != (opening.width, opening.height):
             raise InvalidRequestError(
-                f"The control image is {image.width}x{image.height}, the request {opening.width}x{opening.height}; "
+                f"The control image is {picture.width}x{picture.height}, the request {opening.width}x{opening.height}; "
                 "resize one to the other."
             )
+        try:
+            image = picture.convert("RGB")
+        except Exception as error:
+            # Pillow raises many kinds for damaged files; all of them mean this.
+            raise InvalidRequestError(f"The control image cannot be read as {picture.format}: {error}") from None
         processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
         pixels = self._on_device(processor.preprocess(image, height=opening.height, width=opening.width))
         return torch.cat([pixels] * rows)
