@@ -205,8 +205,13 @@ class Reason(Documented):
     )
     ADAPTER_UNREADABLE = (
         "ADAPTER_UNREADABLE",
-        "A file of the LoRA store is damaged or is no LoRA that diffusers can read.",
+        "A file of the LoRA store is damaged, or is no LoRA of a format that the store supports.",
         "Replace or convert the file that the message names.",
+    )
+    ADAPTER_CHANGED = (
+        "ADAPTER_CHANGED",
+        "The LoRA's file was replaced or removed during the request, and the LoRA store no longer holds the earlier version.",
+        "Send the request again; it then uses the new file.",
     )
     PROTOCOL_MISMATCH = (
         "PROTOCOL_MISMATCH",

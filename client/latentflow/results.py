@@ -129,7 +129,12 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkflowModel:
-    """A model of a workflow, as the gateway knows it."""
+    """A model of a workflow, as the gateway knows it.
+
+    Attributes:
+        adapters: Of a LoRA store, the adapters that a request may use.
+        unusable_adapters: Of a LoRA store, the others, and why each cannot be used.
+    """
 
     name: str
     role: str
@@ -137,6 +142,7 @@ class WorkflowModel:
     content_digest: str
     ready_replicas: int
     adapters: tuple[str, ...]
+    unusable_adapters: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +190,7 @@ def workflow(response: generation_pb2.DescribeWorkflowResponse) -> Workflow:
                 content_digest=m.content_digest,
                 ready_replicas=m.ready_replicas,
                 adapters=tuple(m.adapters),
+                unusable_adapters={adapter.name: adapter.problem for adapter in m.unusable_adapters},
             )
             for m in response.models
         ),

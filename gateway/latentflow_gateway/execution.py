@@ -309,7 +309,7 @@ class Execution:
             owner = self._replicas.find(error.details.get("owner", ""))
             if owner is not None:
                 owner.suspect()
-        elif isinstance(error, UnavailableError):
+        elif isinstance(error, UnavailableError) and error.reason != Reason.ADAPTER_CHANGED:
             replica.suspect()
 
     def _hold(self, handles: Iterable[tensors_pb2.Handle], owner: Replica) -> None:

@@ -198,5 +198,9 @@ class Generation:
             elif model.role is Role.TEXT_ENCODER:
                 response.max_prompt_tokens = min(t.max_tokens for t in description.text_encoder.tokenizers)
             elif model.role is Role.LORA_STORE:
-                entry.adapters.extend(adapter.name for adapter in description.lora_store.adapters)
+                for adapter in description.lora_store.adapters:
+                    if adapter.problem:
+                        entry.unusable_adapters.add(name=adapter.name, problem=adapter.problem)
+                    else:
+                        entry.adapters.append(adapter.name)
         return response

@@ -257,12 +257,17 @@ def _adapters(
     if not stores:
         raise NotFoundError(f"Workflow {workflow.full_name} has no LoRA store.", reason=Reason.UNKNOWN_ADAPTER)
     known = {adapter.name: adapter for adapter in descriptions[identity(stores[0])].lora_store.adapters}
+    applied = {
+        *descriptions[identity(workflow.of_role(Role.TEXT_ENCODER)[0])].text_encoder.adapter_components,
+        *descriptions[identity(workflow.of_role(Role.DENOISER)[0])].denoiser.adapter_components,
+    }
     plans: list[AdapterPlan] = []
     for lora in request.loras:
         adapter = known.get(lora.name)
         if adapter is None:
             raise NotFoundError(
-                f"LoRA store {stores[0].name!r} has no LoRA {lora.name!r}; it has {', '.join(known) or 'none'}.",
+                f"LoRA store {stores[0].name!r} has no LoRA {lora.name!r}; it has "
+                f"{', '.join(name for name, one in known.items() if not one.problem) or 'none'}.",
                 reason=Reason.UNKNOWN_ADAPTER,
             )
         if adapter.problem:
@@ -270,6 +275,12 @@ def _adapters(
                 f"LoRA {lora.name!r} cannot be used: {adapter.problem}", reason=Reason.ADAPTER_UNREADABLE
             )
         strengths.lora_weight(lora.weight, name=lora.name)
+        if unused := sorted(set(adapter.components) - applied):
+            raise FailedPreconditionError(
+                f"LoRA {lora.name!r} changes the {' and '.join(unused)}, which no model of workflow {workflow.full_name} "
+                "has; it was trained for another base model.",
+                reason=Reason.ADAPTER_MISMATCH,
+            )
         if any(plan.name == lora.name for plan in plans):
             raise InvalidRequestError(f"LoRA {lora.name!r} occurs twice; pass it once, with the sum of the weights.")
         plans.append(

@@ -1,7 +1,8 @@
 """The replicas of every model: which of them are ready, and the descriptions of their models.
 
 Follows the directory and watches each replica's health. `acquire` reserves a ready replica for one attempt of a stage. The
-last description of a model stays known while it has no ready replica.
+last description of a model stays known while it has no ready replica. LoRA stores are described again every few seconds,
+because the files of a store may change while it runs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from latentflow.v1 import control_pb2, control_pb2_grpc
 _log = structlog.get_logger()
 _RECONNECT_SECONDS = 0.1
 _DESCRIBE_SECONDS = 10.0
+_STORE_SECONDS = 2.0
 
 
 class Replica:
@@ -77,19 +79,19 @@ class Replicas:
         self._changed = asyncio.Condition()
         self._replicas: dict[tuple[str, str], Replica] = {}
         self._watchers: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._follower: asyncio.Task[None] | None = None
+        self._followers: list[asyncio.Task[None]] = []
         self.directory = Directory()
         self.descriptions: dict[str, control_pb2.DescribeResponse] = {}
 
     async def __aenter__(self) -> Replicas:
         self._apply(await anext(self._directories))
-        self._follower = asyncio.create_task(self._follow())
+        self._followers = [asyncio.create_task(self._follow()), asyncio.create_task(self._follow_stores())]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [task for task in (self._follower, *self._watchers.values()) if task is not None]
+        tasks = [*self._followers, *self._watchers.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -156,6 +158,17 @@ class Replicas:
         async for directory in self._directories:
             self._apply(directory)
 
+    async def _follow_stores(self) -> None:
+        while True:
+            await asyncio.sleep(_STORE_SECONDS)
+            stores = [replica for replica in self._replicas.values() if replica.ready and self._is_store(replica)]
+            # A store that does not answer is left to the watch of its health.
+            await asyncio.gather(*map(self._describe, stores), return_exceptions=True)
+
+    def _is_store(self, replica: Replica) -> bool:
+        description = self.descriptions.get(replica.identity)
+        return description is not None and description.role == control_pb2.ROLE_LORA_STORE
+
     def _apply(self, directory: Directory) -> None:
         self.directory = directory
         wanted = {(identity, a) for identity, model in self.directory.models.items() for a in model.replicas}
@@ -193,7 +206,10 @@ class Replicas:
             metadata=rpc.metadata(token=self._token, trace=None, request_id=None),
         )
         known = self.descriptions.get(replica.identity)
-        if known is not None and known.content_digest != description.content_digest:
+        differs = known is not None and known.content_digest != description.content_digest
+        if differs and description.role == control_pb2.ROLE_LORA_STORE:
+            _log.info("LoRA store has changed", model=replica.identity, replica=replica.address)
+        elif differs:
             _log.warning(
                 "replica has other weights than the replica before it", model=replica.identity, replica=replica.address
             )

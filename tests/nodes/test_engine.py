@@ -88,7 +88,7 @@ def engine() -> Engine:
     metrics = Instruments(NODE, model="m", role="Denoiser")
     return Engine(
         runner=EagerRunner(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None)),
-        merger=Merger(NETWORK, what="denoiser"),
+        merger=Merger(NETWORK, names={}, what="denoiser"),
         max_running=2,
         max_waiting=1,
         threads=1,

@@ -14,7 +14,7 @@ from latentflow.internal.guidance import Guidance
 from latentflow.v1 import stage_pb2
 from latentflow_nodes import families
 from latentflow_nodes.families.base import (
-    AdapterState,
+    AdapterPart,
     Conditioning,
     LazyResiduals,
     Residuals,
@@ -66,16 +66,13 @@ class Alphabet:
         "ControlNet": ("steering",),
         "VAE": ("pixels",),
     }
-    adapter_components = ("transformer",)
+    adapter_parts = (AdapterPart(component="transformer", prefixes=("transformer.",)),)
 
     def owns_pipeline(self, class_name: str) -> bool:
         return class_name == "AlphabetPipeline"
 
     def owns_component(self, role: str, config: Mapping[str, Any]) -> bool:
         return role == "ControlNet" and config.get("alphabet") is True
-
-    def owns_adapter(self, keys: Sequence[str]) -> bool:
-        return any(key.startswith("transformer.") for key in keys)
 
     def load_text(self, source: Source, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
         encoder = Scale(source.beside("letters"))
@@ -160,11 +157,8 @@ class Alphabet:
         values = vae(latents)[0, 0].clamp(-1, 1)
         return Image.fromarray(((values + 1) * 127.5).round().to(torch.uint8).numpy(), "L").convert("RGB")
 
-    def read_adapter(self, path: Path) -> AdapterState:
-        return AdapterState(tensors=load_file(path), alphas={}, metadata={})
-
-    def convert_adapter(self, component: str, state: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(state)
+    def layer_names(self, component: str, module: torch.nn.Module) -> Mapping[str, str]:
+        return {}
 
 
 @pytest.fixture

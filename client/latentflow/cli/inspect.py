@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from latentflow.api import identity, load_workflows
@@ -51,7 +52,9 @@ def describe(
         if model.role == "ControlNet":
             table.add_row(f"control image {model.name!r}", f"--control {model.name}=FILE")
         if model.role == "LoRAStore":
-            table.add_row("LoRAs", ", ".join(model.adapters) or "unknown")
+            table.add_row("LoRAs", escape(", ".join(model.adapters)) or ("none" if model.content_digest else "unknown"))
+            for name, problem in model.unusable_adapters.items():
+                table.add_row(escape(f"unusable LoRA {name!r}"), escape(problem))
     for name, value in found.limits.items():
         table.add_row(name.replace("_", " "), str(value))
     _stdout.print(table)

@@ -190,8 +190,16 @@ class DescribeWorkflowRequest(_message.Message):
     workflow: str
     def __init__(self, workflow: _Optional[str] = ...) -> None: ...
 
+class UnusableAdapter(_message.Message):
+    __slots__ = ("name", "problem")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...
+
 class WorkflowModel(_message.Message):
-    __slots__ = ("name", "role", "model", "content_digest", "ready_replicas", "adapters", "nets")
+    __slots__ = ("name", "role", "model", "content_digest", "ready_replicas", "adapters", "nets", "unusable_adapters")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +207,7 @@ class WorkflowModel(_message.Message):
     READY_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     NETS_FIELD_NUMBER: _ClassVar[int]
+    UNUSABLE_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     model: str
@@ -206,7 +215,8 @@ class WorkflowModel(_message.Message):
     ready_replicas: int
     adapters: _containers.RepeatedScalarFieldContainer[str]
     nets: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., content_digest: _Optional[str] = ..., ready_replicas: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., nets: _Optional[_Iterable[str]] = ...) -> None: ...
+    unusable_adapters: _containers.RepeatedCompositeFieldContainer[UnusableAdapter]
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., content_digest: _Optional[str] = ..., ready_replicas: _Optional[int] = ..., adapters: _Optional[_Iterable[str]] = ..., nets: _Optional[_Iterable[str]] = ..., unusable_adapters: _Optional[_Iterable[_Union[UnusableAdapter, _Mapping]]] = ...) -> None: ...
 
 class DescribeWorkflowResponse(_message.Message):
     __slots__ = ("workflow", "task", "family", "models", "default_width", "default_height", "default_steps", "default_guidance_scale", "samplers", "size_multiple", "max_pixels", "max_steps", "max_images", "max_control_image_bytes", "max_prompt_tokens", "ready")

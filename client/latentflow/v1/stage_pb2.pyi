@@ -262,14 +262,16 @@ class DecodeResponse(_message.Message):
     def __init__(self, image: _Optional[_Union[_images_pb2.EncodedImage, _Mapping]] = ..., forward_ns: _Optional[int] = ...) -> None: ...
 
 class AdapterRequest(_message.Message):
-    __slots__ = ("request_id", "name", "component")
+    __slots__ = ("request_id", "name", "component", "digest")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     COMPONENT_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     name: str
     component: str
-    def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., component: _Optional[str] = ...) -> None: ...
+    digest: str
+    def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., component: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class AdapterResponse(_message.Message):
     __slots__ = ("chunk",)

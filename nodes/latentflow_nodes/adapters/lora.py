@@ -1,27 +1,38 @@
-"""LoRA files: finds the adapters of a folder and reads their layers, whichever tool wrote them."""
+"""Reads an adapter: the layers of its files, whichever tool wrote them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from latentflow.errors import FailedPreconditionError
-from latentflow.reasons import Reason
+from safetensors import SafetensorError, safe_open
 
 from latentflow_nodes import families
+from latentflow_nodes.adapters import config, keys
+from latentflow_nodes.adapters.config import Config
+from latentflow_nodes.adapters.folder import AdapterFile, Entry
+from latentflow_nodes.adapters.keys import Kind, unusable
 from latentflow_nodes.adapters.layers import Layer
-from latentflow_nodes.weights import files
 
-FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+# Where files of diffusers have the configuration of each component, as JSON.
+_HEADER_CONFIG = "lora_adapter_metadata"
+_ON_THE_WIRE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter: its layers by component and name."""
+    """An adapter: its layers by component and name.
+
+    Attributes:
+        digest: SHA-256 of its files.
+    """
 
     name: str
     digest: str
@@ -32,90 +43,134 @@ class Adapter:
         return max((layer.rank for layers in self.components.values() for layer in layers.values()), default=0)
 
 
-def find(folder: Path) -> dict[str, Path]:
-    """Adapter files of a store's folder by name: `NAME.safetensors`, or `NAME/` with diffusers' or PEFT's file in it."""
-    found = {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
-    for sub in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for name in FILE_NAMES:
-            if (sub / name).is_file():
-                found[sub.name] = sub / name
-                break
-    return found
-
-
-def load(name: str, path: Path) -> Adapter:
-    """Reads an adapter file (diffusers, PEFT or kohya keys).
+def load(entry: Entry) -> Adapter:
+    """Reads an adapter's files.
 
     Raises:
-        FailedPreconditionError: It has keys that belong to no component, or is no plain LoRA.
-        DataLossError: It is damaged.
+        FailedPreconditionError: Its message names the file and says in one sentence why it cannot be used.
     """
-    files.check_file(path)
-    family = families.of_adapter(files.keys(path))
-    try:
-        state = family.read_adapter(path)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise FailedPreconditionError(
-            f"diffusers cannot read adapter {name!r} ({path}): {error}", reason=Reason.ADAPTER_UNREADABLE
-        ) from None
+    if entry.problem:
+        raise unusable(entry.problem)
+    total = hashlib.sha256()
     components: dict[str, dict[str, Layer]] = {}
-    unused = set(state.tensors)
-    for component in family.adapter_components:
-        prefix = f"{component}."
-        tensors = _under(state.tensors, prefix)
-        unused -= {prefix + key for key in tensors}
-        if tensors:
-            converted = family.convert_adapter(component, tensors)
-            alphas, metadata = _under(state.alphas, prefix), _under(state.metadata, prefix)
-            components[component] = _layers(name, component, converted, alphas=alphas, metadata=metadata)
-    if unused or not components:
-        shown = ", ".join(sorted(unused)[:3]) or "no LoRA layer at all"
-        raise FailedPreconditionError(
-            f"Adapter {name!r} ({path}) has keys that belong to no known component: {shown}. "
-            f"Keys begin with one of {', '.join(family.adapter_components)}; was it trained for another kind of model?",
-            reason=Reason.ADAPTER_UNREADABLE,
+    for file in entry.files:
+        try:
+            read = _read(file, total)
+        except FailedPreconditionError:
+            raise
+        except OSError as error:
+            raise unusable(f"{file.label} cannot be read: {error.strerror or error}.") from None
+        except SafetensorError as error:
+            raise unusable(f"{file.label} is damaged or incomplete ({error}); copy it again.") from None
+        except Exception as error:
+            raise unusable(f"{file.label} cannot be used: {error or type(error).__name__}.") from None
+        for component, layers in read.items():
+            if components.setdefault(component, layers) is not layers:
+                raise unusable(f"{file.label} changes the {component}, as another file of its folder does; keep one.")
+    return Adapter(name=entry.name, digest=total.hexdigest(), components=components)
+
+
+def _read(file: AdapterFile, total: Any) -> dict[str, dict[str, Layer]]:
+    """The layers of one file, by component. Adds the file to the digest `total`."""
+    parts = families.adapter_parts()
+    # The header first: a file that is no LoRA may be large.
+    with safe_open(file.weights, framework="pt") as opened:
+        names, header = list(opened.keys()), opened.metadata() or {}
+    component, whole = file.component, None
+    if file.config is not None:
+        text = file.config.read_bytes()
+        total.update(hashlib.sha256(text).digest())
+        fields = _object(text, f"{file.label}'s {file.config.name}")
+        whole = config.parse(fields, file=f"{file.label}'s {file.config.name}")
+        component = component or _component(fields, file)
+    elif any(name.startswith(keys.PEFT_PREFIX) for name in names):
+        raise unusable(
+            f"{file.label} was written by PEFT, and its adapter_config.json, which has the alpha, is not beside it; put "
+            "both into a folder NAME/."
         )
-    return Adapter(name=name, digest=files.digest([path]), components=components)
+    parsed = keys.parse(names, file=file.label, parts=parts, component=component)
+    # Read at once instead of mapped: another process may shorten the file meanwhile.
+    content = file.weights.read_bytes()
+    total.update(hashlib.sha256(content).digest())
+    tensors = safetensors.torch.load(content)
+    found: dict[str, dict[str, dict[Kind, torch.Tensor]]] = {}
+    for name, key in parsed.items():
+        layer = found.setdefault(key.component, {}).setdefault(key.layer, {})
+        if layer.setdefault(key.kind, tensors[name]) is not tensors[name]:
+            raise unusable(f"{file.label} has {key.kind.value} of the layer {key.layer} twice; remove one of them.")
+    configs = {name: whole or _header_config(header, name, file) for name in found}
+    if any(configs.values()) and any(key.kind is Kind.ALPHA for key in parsed.values()):
+        raise unusable(f"{file.label} has alphas in its tensors and in a configuration; remove one of them.")
+    return {
+        component: {name: _layer(name, pair, configs[component], file) for name, pair in layers.items()}
+        for component, layers in found.items()
+    }
 
 
-def _under(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in tree.items() if key.startswith(prefix)}
-
-
-def _layers(
-    name: str, component: str, state: dict[str, Any], *, alphas: dict[str, Any], metadata: dict[str, Any]
-) -> dict[str, Layer]:
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in state.items():
-        layer, _, rest = key.rpartition(".lora_")
-        kind = rest.removesuffix(".weight")
-        if kind not in ("A", "B") or not layer:
-            raise FailedPreconditionError(
-                f"Adapter {name!r} has the key {component}.{key}, which is not part of a LoRA pair; "
-                "only plain LoRA (lora_A, lora_B, alpha) is served.",
-                reason=Reason.ADAPTER_UNREADABLE,
-            )
-        pairs.setdefault(layer, {})[kind] = tensor
-    layers = {}
-    for layer, pair in pairs.items():
-        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise FailedPreconditionError(
-                f"Adapter {name!r}: layer {component}.{layer} lacks one of lora_A and lora_B, or their ranks differ.",
-                reason=Reason.ADAPTER_UNREADABLE,
-            )
-        rank = pair["A"].shape[0]
-        layers[layer] = Layer(a=pair["A"], b=pair["B"], alpha=_alpha(layer, rank, alphas=alphas, metadata=metadata))
-    return layers
-
-
-def _alpha(layer: str, rank: int, *, alphas: dict[str, Any], metadata: dict[str, Any]) -> float:
-    """By PEFT's rules: the layer's own alpha, the config's pattern, the config's alpha, else the rank."""
-    own = alphas.get(f"{layer}.alpha")
-    if own is not None:
-        alpha = float(own)
+def _layer(name: str, found: Mapping[Kind, torch.Tensor], its: Config | None, file: AdapterFile) -> Layer:
+    if Kind.A not in found or Kind.B not in found:
+        has = ", ".join(kind.value for kind in found)
+        raise unusable(f"{file.label} has only {has} of the layer {name}, where A and B belong together.")
+    a, b = _values(found[Kind.A], name, file), _values(found[Kind.B], name, file)
+    if a.dim() < 2 or b.dim() < 2 or math.prod(b.shape[1:]) != a.shape[0] or not a.numel():
+        raise unusable(
+            f"{file.label} has A of the shape {list(a.shape)} and B of the shape {list(b.shape)} in the layer {name}, whose "
+            "ranks differ."
+        )
+    rank = int(a.shape[0])
+    if Kind.ALPHA in found:
+        alpha = float(_values(found[Kind.ALPHA], name, file).item())
     else:
-        pattern = metadata.get("alpha_pattern") or {}
-        matching = [value for key, value in pattern.items() if layer == key or layer.endswith(f".{key}")]
-        alpha = float(matching[0] if matching else metadata.get("lora_alpha", rank))
-    # Rank-stabilised LoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732).
-    return alpha * math.sqrt(rank) if metadata.get("use_rslora") else alpha
+        # A layer without alpha has the strength 1.
+        alpha = float(rank) if its is None else its.alpha_of(name, rank)
+    return Layer(a=a, b=b, alpha=alpha)
+
+
+def _values(tensor: torch.Tensor, layer: str, file: AdapterFile) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        # Some tools write an alpha as an integer.
+        if tensor.numel() != 1:
+            raise unusable(
+                f"{file.label} has values of the type {tensor.dtype} in the layer {layer}; convert it to float16."
+            )
+        tensor = tensor.to(torch.float32)
+    elif tensor.dtype not in _ON_THE_WIRE:
+        tensor = tensor.to(torch.float32)
+    if not torch.isfinite(tensor).all():
+        raise unusable(f"{file.label} has values that are not finite in the layer {layer}; its training failed.")
+    return tensor
+
+
+def _component(fields: Mapping[str, Any], file: AdapterFile) -> str | None:
+    """The component whose class a configuration names; None where it names none."""
+    name = (fields.get("auto_mapping") or {}).get("base_model_class")
+    if not name:
+        return None
+    for part in families.adapter_parts():
+        if part.model_class == name:
+            return part.component
+    known = ", ".join(part.model_class for part in families.adapter_parts())
+    raise unusable(f"{file.label} was trained on a {name}, and this version applies LoRAs of {known}.")
+
+
+def _header_config(header: Mapping[str, str], component: str, file: AdapterFile) -> Config | None:
+    if _HEADER_CONFIG not in header:
+        return None
+    prefix = f"{component}."
+    where = f"{file.label}'s header"
+    fields = {
+        key.removeprefix(prefix): value
+        for key, value in _object(header[_HEADER_CONFIG].encode(), where).items()
+        if key.startswith(prefix)
+    }
+    return config.parse(fields, file=where) if fields else None
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(text)
+    except ValueError as error:
+        raise unusable(f"{where} is not JSON ({error}); write it again.") from None
+    if not isinstance(loaded, dict):
+        raise unusable(f"{where} is no JSON object; write it again.")
+    return loaded

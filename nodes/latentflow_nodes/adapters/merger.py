@@ -21,30 +21,42 @@ class Merger:
 
     Keeps the pristine values of every weight that it has changed in host memory. Every set of adapters, the empty one too,
     is computed from them, so that nothing drifts. Not thread-safe: only the thread that runs the module may call it.
+
+    Args:
+        names: The names of the module's layers in adapter files, as `Family.layer_names` returns them.
+        what: The module's name in messages.
     """
 
-    def __init__(self, module: torch.nn.Module, *, what: str) -> None:
+    def __init__(self, module: torch.nn.Module, *, names: Mapping[str, str], what: str) -> None:
         self._module = module
+        self._names = names
         self._what = what
         self._pristine: dict[str, torch.Tensor] = {}
         self._touched: set[str] = set()
 
     def check(self, adapter: str, layers: Mapping[str, Layer]) -> None:
-        """FailedPreconditionError unless every layer exists here and has this shape."""
+        """FailedPreconditionError unless every layer exists here, once, and has this shape."""
+        changed: dict[str, str] = {}
         for name, layer in layers.items():
-            weight = self._weight(name)
-            if weight is None:
-                raise FailedPreconditionError(
+            target = self._names.get(_flat(name))
+            if target is None:
+                raise _mismatch(
                     f"Adapter {adapter!r} changes layer {name!r}, which this {self._what} does not have; "
-                    "it was trained for another base model.",
-                    reason=Reason.ADAPTER_MISMATCH,
+                    "it was trained for another base model."
                 )
-            wanted = (weight.shape[0], math.prod(weight.shape[1:]))
-            if (layer.b.shape[0], math.prod(layer.a.shape[1:])) != wanted:
-                raise FailedPreconditionError(
-                    f"Adapter {adapter!r} changes layer {name!r} by {layer.b.shape[0]}x{math.prod(layer.a.shape[1:])} "
-                    f"where this {self._what} has {wanted[0]}x{wanted[1]}; it was trained for another base model.",
-                    reason=Reason.ADAPTER_MISMATCH,
+            if target in changed:
+                raise _mismatch(
+                    f"Adapter {adapter!r} changes layer {target!r} twice, as {changed[target]!r} and as {name!r}; "
+                    "remove one of them from its file."
+                )
+            changed[target] = name
+            shape = self._weight(target).shape
+            wanted = (shape[0], math.prod(shape[1:]))
+            found = (layer.b.shape[0], math.prod(layer.a.shape[1:]))
+            if found != wanted or layer.a.shape[1] != shape[1]:
+                raise _mismatch(
+                    f"Adapter {adapter!r} changes layer {name!r} by {found[0]}x{found[1]} where this {self._what} has "
+                    f"{wanted[0]}x{wanted[1]}; it was trained for another base model."
                 )
 
     @torch.no_grad()
@@ -53,31 +65,33 @@ class Merger:
         deltas: dict[str, torch.Tensor] = {}
         for layers, weight in adapters:
             for name, layer in layers.items():
+                target = self._names[_flat(name)]
                 delta = layer.delta() * weight
-                deltas[name] = deltas[name] + delta if name in deltas else delta
+                deltas[target] = deltas[target] + delta if target in deltas else delta
         for name in self._touched - deltas.keys():
             self._set(name, self._pristine[name])
         for name, delta in deltas.items():
-            parameter = self._weight(name)
-            if parameter is None:
-                raise KeyError(name)
             if name not in self._pristine:
-                self._pristine[name] = parameter.detach().to("cpu", copy=True)
+                self._pristine[name] = self._weight(name).detach().to("cpu", copy=True)
             pristine = self._pristine[name]
             merged = pristine.to(torch.float32) + delta.reshape(pristine.shape)
             self._set(name, merged.to(pristine.dtype))
         self._touched = set(deltas)
 
-    def _weight(self, name: str) -> torch.nn.Parameter | None:
-        try:
-            weight = self._module.get_submodule(name).weight
-        except AttributeError:
-            return None
-        return weight if isinstance(weight, torch.nn.Parameter) else None
+    def _weight(self, name: str) -> torch.nn.Parameter:
+        weight = self._module.get_submodule(name).weight
+        if not isinstance(weight, torch.nn.Parameter):
+            raise TypeError(f"{name} has no weight")
+        return weight
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         # In place: the address does not change, so captured graphs and shared storage stay valid.
-        parameter = self._weight(name)
-        if parameter is None:
-            raise KeyError(name)
-        parameter.copy_(value)
+        self._weight(name).copy_(value)
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _mismatch(message: str) -> FailedPreconditionError:
+    return FailedPreconditionError(message, reason=Reason.ADAPTER_MISMATCH)

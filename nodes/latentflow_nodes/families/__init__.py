@@ -5,14 +5,14 @@ Imports neither gRPC nor the wire. No other package of the server names a family
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from latentflow.errors import FailedPreconditionError
 from latentflow.reasons import Reason
 
-from latentflow_nodes.families.base import Family
+from latentflow_nodes.families.base import AdapterPart, Family
 from latentflow_nodes.families.sd import StableDiffusion
 from latentflow_nodes.families.sdxl import StableDiffusionXL
 from latentflow_nodes.weights import files
@@ -73,9 +73,9 @@ def _no_model(source: Source, role: str) -> FailedPreconditionError:
     )
 
 
-def of_adapter(keys: Sequence[str]) -> Family:
-    """The family whose loader reads an adapter file with these keys; the first of the table where none is certain."""
-    return next((family for family in FAMILIES if family.owns_adapter(keys)), FAMILIES[0])
+def adapter_parts() -> tuple[AdapterPart, ...]:
+    """The components that an adapter of any family may change, without duplicates."""
+    return tuple(dict.fromkeys(part for family in FAMILIES for part in family.adapter_parts))
 
 
 def _unsupported(folder: Path, found: str) -> FailedPreconditionError:

@@ -76,12 +76,20 @@ class LazyResiduals(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterState:
-    """An adapter file as its loader reads it: tensors, alphas and metadata by the loader's keys."""
+class AdapterPart:
+    """How adapter files mark what belongs to one component.
 
-    tensors: Mapping[str, Any]
-    alphas: Mapping[str, Any]
-    metadata: Mapping[str, Any]
+    Attributes:
+        component: The component's folder in a pipeline.
+        prefixes: What its keys begin with.
+        model_class: Its class, as PEFT's configuration names it.
+        roots: First segments of the names of its layers.
+    """
+
+    component: str
+    prefixes: tuple[str, ...]
+    model_class: str = ""
+    roots: tuple[str, ...] = ()
 
 
 class Family(Protocol):
@@ -92,7 +100,7 @@ class Family(Protocol):
         title: Its name in messages.
         parts: By role, the folders of a pipeline that the role reads. The first of the denoiser is its network.
         encoders: The text encoders among these parts, in the pipeline's order.
-        adapter_components: The parts that an adapter may change.
+        adapter_parts: The components that an adapter may change.
     """
 
     name: str
@@ -103,7 +111,7 @@ class Family(Protocol):
     def parts(self) -> Mapping[str, tuple[str, ...]]: ...
 
     @property
-    def adapter_components(self) -> tuple[str, ...]: ...
+    def adapter_parts(self) -> tuple[AdapterPart, ...]: ...
 
     # Detection
 
@@ -113,10 +121,6 @@ class Family(Protocol):
 
     def owns_component(self, role: str, config: Mapping[str, Any]) -> bool:
         """Whether a component folder with this configuration, which a role is to serve, belongs to the family."""
-        ...
-
-    def owns_adapter(self, keys: Sequence[str]) -> bool:
-        """Whether an adapter file with these keys is certainly the family's."""
         ...
 
     # Loading: each reads a component folder whose files have been checked, of the variant that the source names.
@@ -230,12 +234,8 @@ class Family(Protocol):
 
     # Adapters
 
-    def read_adapter(self, path: Path) -> AdapterState:
-        """Reads a LoRA file by diffusers' loader. ValueError, KeyError or AttributeError where it cannot."""
-        ...
-
-    def convert_adapter(self, component: str, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys of one component's part, `component.` removed, as PEFT writes them: LAYER.lora_A.weight."""
+    def layer_names(self, component: str, module: torch.nn.Module) -> Mapping[str, str]:
+        """The names of a component's layers in adapter files, with `_` for every `.`, and its module's name for each."""
         ...
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from PIL import Image
 
 from latentflow_nodes.families import kinds
@@ -22,7 +21,6 @@ class StableDiffusion(UNetFamily):
     title = "Stable Diffusion 1.x and 2.x"
     encoders: tuple[str, ...] = ("text_encoder",)
     tokenizers: tuple[str, ...] = ("tokenizer",)
-    adapter_loader = StableDiffusionLoraLoaderMixin
 
     def owns_pipeline(self, class_name: str) -> bool:
         return class_name.startswith("StableDiffusion") and not class_name.startswith(
@@ -35,10 +33,6 @@ class StableDiffusion(UNetFamily):
         if role == "TextEncoder":
             return config.get("architectures") == ["CLIPTextModel"]
         return kinds.is_network(role, config) and not kinds.is_xl(config)
-
-    def owns_adapter(self, keys: Sequence[str]) -> bool:
-        # Its keys are among those of every larger family.
-        return False
 
     def text_pipeline(self, parts: Mapping[str, Any], *, index: Mapping[str, Any]) -> Any:
         return StableDiffusionPipeline(

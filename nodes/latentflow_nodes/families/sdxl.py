@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from PIL import Image
 
 from latentflow_nodes.families import kinds
@@ -25,7 +24,6 @@ class StableDiffusionXL(UNetFamily):
     title = "Stable Diffusion XL"
     encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     tokenizers: tuple[str, ...] = ("tokenizer", "tokenizer_2")
-    adapter_loader = StableDiffusionXLLoraLoaderMixin
 
     def owns_pipeline(self, class_name: str) -> bool:
         return class_name.startswith("StableDiffusionXL")
@@ -35,9 +33,6 @@ class StableDiffusionXL(UNetFamily):
             return kinds.is_text_to_image_vae(config) and kinds.is_xl_vae(config)
         # One of its two text encoders alone is not the family's text encoder.
         return role != "TextEncoder" and kinds.is_network(role, config) and kinds.is_xl(config)
-
-    def owns_adapter(self, keys: Sequence[str]) -> bool:
-        return any("text_encoder_2" in key or "lora_te2" in key for key in keys)
 
     def text_pipeline(self, parts: Mapping[str, Any], *, index: Mapping[str, Any]) -> Any:
         return StableDiffusionXLPipeline(

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 import transformers
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from latentflow.errors import FailedPreconditionError
 from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 
-from latentflow_nodes.families import kinds
+from latentflow_nodes.families import kinds, layer_names
 from latentflow_nodes.families.base import (
-    AdapterState,
+    AdapterPart,
     Conditioning,
     LazyResiduals,
     Residuals,
@@ -33,6 +32,27 @@ from latentflow_nodes.weights.source import Source
 _WARM_UP_SIDE = 16
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _TEXT_CLASSES = {"CLIPTextModel", "CLIPTextModelWithProjection"}
+# diffusers' prefix comes first, kohya's after it.
+_UNET_PART = AdapterPart(
+    component="unet",
+    prefixes=("unet.", "lora_unet_"),
+    model_class="UNet2DConditionModel",
+    roots=("conv_in", "conv_out", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks"),
+)
+_TEXT_PARTS = {
+    "text_encoder": AdapterPart(
+        component="text_encoder",
+        prefixes=("text_encoder.", "lora_te_", "lora_te1_"),
+        model_class="CLIPTextModel",
+        roots=("text_model", "encoder"),
+    ),
+    "text_encoder_2": AdapterPart(
+        component="text_encoder_2",
+        prefixes=("text_encoder_2.", "lora_te2_"),
+        model_class="CLIPTextModelWithProjection",
+        roots=("text_projection",),
+    ),
+}
 
 
 class UNetFamily(ABC):
@@ -40,12 +60,10 @@ class UNetFamily(ABC):
 
     Attributes:
         encoders, tokenizers: Parts of the pipeline, in its order.
-        adapter_loader: diffusers' class that reads the family's LoRA files.
     """
 
     encoders: tuple[str, ...]
     tokenizers: tuple[str, ...]
-    adapter_loader: Any
 
     @property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
@@ -57,8 +75,8 @@ class UNetFamily(ABC):
         }
 
     @property
-    def adapter_components(self) -> tuple[str, ...]:
-        return ("unet", *self.encoders)
+    def adapter_parts(self) -> tuple[AdapterPart, ...]:
+        return (_UNET_PART, *(_TEXT_PARTS[name] for name in self.encoders))
 
     def load_text(self, source: Source, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
         encoders = {
@@ -175,22 +193,8 @@ class UNetFamily(ABC):
         autoencoder: Any = vae
         return [module for module in (autoencoder.post_quant_conv, autoencoder.decoder) if module is not None]
 
-    def read_adapter(self, path: Path) -> AdapterState:
-        tensors, alphas, metadata = self.adapter_loader.lora_state_dict(
-            str(path.parent),
-            weight_name=path.name,
-            return_lora_metadata=True,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-        return AdapterState(tensors=tensors, alphas=alphas or {}, metadata=metadata or {})
-
-    def convert_adapter(self, component: str, state: Mapping[str, Any]) -> dict[str, Any]:
-        if component == "unet":
-            converted: dict[str, Any] = convert_unet_state_dict_to_peft(dict(state))
-        else:
-            converted = convert_state_dict_to_peft(convert_state_dict_to_diffusers(dict(state)))
-        return converted
+    def layer_names(self, component: str, module: torch.nn.Module) -> Mapping[str, str]:
+        return layer_names.of_clip(module) if component in self.encoders else layer_names.of_unet(module)
 
 
 class _Down:

@@ -55,7 +55,9 @@ class Denoiser(Role):
         self.content_digest = files.digest(files.check(folder, variant=source.variant))
         network = self._family.load_denoiser(folder, dtype=context.dtype, variant=source.variant)
         self._network = network.to(context.device).eval()
-        self._merger = Merger(self._network, what="denoiser")
+        self._merger = Merger(
+            self._network, names=self._family.layer_names(self._component, self._network), what="denoiser"
+        )
         settings = context.settings
         self._engine = Engine(
             runner=EagerRunner(

@@ -45,7 +45,10 @@ class TextEncoder(Role):
         encoders = self._text.encoders
         for encoder in encoders.values():
             encoder.to(context.device).eval()
-        self._mergers = {name: Merger(encoder, what="text encoder") for name, encoder in encoders.items()}
+        self._mergers = {
+            name: Merger(encoder, names=self._family.layer_names(name, encoder), what="text encoder")
+            for name, encoder in encoders.items()
+        }
         self._merged: tuple[Any, ...] = ()
         # Shapes of what `encode` makes of any prompt; known after the warm-up.
         self._conditioning: dict[str, Shape] = {}

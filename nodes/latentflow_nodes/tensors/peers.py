@@ -135,7 +135,9 @@ class Peers:
             return cached
         stub = stage_pb2_grpc.StageStub(self.channel(ref.store.address))
         bound = structlog.contextvars.get_contextvars()
-        request = stage_pb2.AdapterRequest(request_id=bound.get("request_id", ""), name=ref.name, component=component)
+        request = stage_pb2.AdapterRequest(
+            request_id=bound.get("request_id", ""), name=ref.name, component=component, digest=ref.digest
+        )
         started = time.perf_counter()
         receiver = self.transport.receiver()
         try:
@@ -156,7 +158,7 @@ class Peers:
     def peer_error(error: grpc.RpcError, *, peer: stage_pb2.Peer, what: str) -> LatentflowError:
         """A failed call to a peer as the error that the gateway acts on."""
         known = status.error_of_peer(error)
-        if isinstance(known, UnavailableError):
+        if isinstance(known, UnavailableError) and known.reason != Reason.ADAPTER_CHANGED:
             return UnavailableError(
                 f"The {what} {peer.model or '?'} at {peer.address} cannot be reached: {known.message}",
                 reason=Reason.PEER_UNAVAILABLE,

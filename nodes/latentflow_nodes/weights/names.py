@@ -14,7 +14,7 @@ from latentflow.reasons import Reason
 # Of diffusers and of transformers.
 STEMS = ("diffusion_pytorch_model", "model")
 SUFFIX = ".safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = r"(?:-\d+-of-\d+)?"
 _NAME = re.compile(rf"(?:{'|'.join(STEMS)}){_SHARD}(?:\.([A-Za-z0-9_-]+?))?{_SHARD}\.safetensors")
 _SHOWN = 3
@@ -62,7 +62,7 @@ def refusal(folder: str, names: Collection[str], *, variant: str | None) -> Fail
             f"{folder} holds {listed(others)}, which is not the name of a component's weights: "
             f"{' or '.join(whole(stem, variant) for stem in STEMS)}. Rename the file or correct the source."
         )
-    if pickles := sorted(name for name in names if name.endswith(_PICKLES)):
+    if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         return FailedPreconditionError(
             f"{folder} holds a pickle ({pickles[0]}) and no safetensors. Weights load from safetensors only: "
             "a pickle can run code. Convert it, for instance with diffusers' save_pretrained.",

@@ -144,7 +144,7 @@ def _served(
     metrics = Instruments(NODE, model="m", role="Denoiser")
     engine = Engine(
         runner=EagerRunner(network=network, family=StableDiffusionXL(), device=place, lock=ComputeLock(None)),
-        merger=Merger(network, what="denoiser"),
+        merger=Merger(network, names={}, what="denoiser"),
         max_running=requests,
         max_waiting=requests,
         threads=1,

@@ -1,0 +1,147 @@
+"""The folder of a LoRA store: which files are its adapters, by name.
+
+An adapter NAME is `NAME.safetensors`, or a folder `NAME/` with the file that diffusers or PEFT writes, or with one such
+folder of PEFT for each component. Hidden files are no adapters, and neither is anything that is no weights file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentflow_nodes.weights.names import PICKLES
+
+SUFFIX = ".safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """A weights file of an adapter.
+
+    Attributes:
+        label: Its path within the store's folder.
+        config: PEFT's configuration beside it.
+        component: The component that its folder is named by.
+    """
+
+    weights: Path
+    label: str
+    config: Path | None = None
+    component: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An adapter of the folder.
+
+    Attributes:
+        problem: Why it cannot be used, in one sentence; empty where nothing is known before its files are read.
+    """
+
+    name: str
+    files: tuple[AdapterFile, ...] = ()
+    problem: str = ""
+
+    def signature(self) -> tuple[object, ...]:
+        """Equal as long as the files have not changed."""
+        paths = [path for file in self.files for path in (file.weights, file.config) if path is not None]
+        return (self, *(_stat(path) for path in paths))
+
+
+def find(folder: Path, components: Collection[str]) -> dict[str, Entry]:
+    """The adapters of a store's folder by name. OSError where the folder itself cannot be read.
+
+    Args:
+        components: The components that adapters may change.
+    """
+    found: dict[str, Entry] = {}
+    for path in sorted(folder.iterdir()):
+        entry = None if path.name.startswith(".") else _entry(path, components)
+        if entry is None:
+            continue
+        if entry.name in found:
+            entry = Entry(
+                name=entry.name,
+                problem=f"The store has both {entry.name}{SUFFIX} and {entry.name}/; rename one of them.",
+            )
+        found[entry.name] = entry
+    return found
+
+
+def _entry(path: Path, components: Collection[str]) -> Entry | None:
+    name = path.name.encode(errors="surrogateescape").decode(errors="replace")
+    if path.is_dir():
+        return _folder_entry(path, name, components)
+    if path.suffix in PICKLES:
+        return Entry(name=path.stem, problem=_pickle(name))
+    if path.suffix != SUFFIX:
+        return None
+    name = name.removesuffix(SUFFIX)
+    return Entry(name=name, files=(AdapterFile(weights=path, label=f"{name}{SUFFIX}"),), problem=_problem(path))
+
+
+def _folder_entry(folder: Path, name: str, components: Collection[str]) -> Entry | None:
+    try:
+        inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        return Entry(name=name, problem=f"The folder {name}/ cannot be read: {error.strerror or error}.")
+    files = list(_files(folder, name, inside, components))
+    if len({file.component for file in files}) < len(files) or (len(files) > 1 and not all(f.component for f in files)):
+        return Entry(name=name, problem=f"The folder {name}/ has several adapters; give each a folder of its own.")
+    if files:
+        problem = next((text for file in files if (text := _problem(file.weights))), "")
+        return Entry(name=name, files=tuple(files), problem=problem)
+    weights = [file for file in inside if file.endswith((SUFFIX, *PICKLES))]
+    if "config.json" in inside or not (weights or name.endswith(SUFFIX)):
+        # A component of a pipeline, or a folder that has nothing to do with adapters.
+        return None
+    pickles = [file for file in weights if not file.endswith(SUFFIX)]
+    if pickles:
+        return Entry(name=name, problem=_pickle(f"{name}/{pickles[0]}"))
+    return Entry(
+        name=name,
+        problem=f"The folder {name}/ has neither {DIFFUSERS_FILE} nor {PEFT_FILE}; move its file to {name}{SUFFIX}.",
+    )
+
+
+def _files(folder: Path, name: str, inside: list[str], components: Collection[str]) -> Iterator[AdapterFile]:
+    for file in (DIFFUSERS_FILE, PEFT_FILE):
+        if file in inside:
+            config = folder / PEFT_CONFIG if file == PEFT_FILE and PEFT_CONFIG in inside else None
+            yield AdapterFile(weights=folder / file, label=f"{name}/{file}", config=config)
+    for component in components:
+        own = folder / component
+        if component in inside and (own / PEFT_FILE).is_file() and (own / PEFT_CONFIG).is_file():
+            yield AdapterFile(
+                weights=own / PEFT_FILE,
+                label=f"{name}/{component}/{PEFT_FILE}",
+                config=own / PEFT_CONFIG,
+                component=component,
+            )
+
+
+def _pickle(label: str) -> str:
+    return f"{label} is a pickle, which can run code when it is read; convert it to safetensors."
+
+
+def _problem(path: Path) -> str:
+    """Why a path cannot be opened as a file; a pipe, for instance, would block."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror or error}."
+    return "" if stat.S_ISREG(mode) else f"{path.name} is no regular file."
+
+
+def _stat(path: Path) -> tuple[int, ...]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        return (error.errno or 0,)
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)

@@ -1,0 +1,131 @@
+"""The keys of adapter files: which part of which layer a tensor is, whichever tool wrote it. Pure.
+
+kohya's scripts write `lora_unet_…to_q.lora_down.weight` and an alpha for each layer, diffusers and PEFT
+`unet.….to_q.lora_A.weight`, and older versions of diffusers `….processor.to_q_lora.down.weight` and
+`….q_proj.lora_linear_layer.down.weight`. All of them are one format with different names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
+
+from latentflow_nodes.families.base import AdapterPart
+
+PEFT_PREFIX = "base_model.model."
+
+
+class Kind(Enum):
+    """What a tensor is to its layer, whose change is B A times alpha / rank."""
+
+    A = "A"
+    B = "B"
+    ALPHA = "alpha"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A key of an adapter file.
+
+    Attributes:
+        layer: The layer's name as the file has it; `Family.layer_names` lists the names that a component accepts.
+    """
+
+    component: str
+    layer: str
+    kind: Kind
+
+
+_SUFFIXES = {
+    Kind.A: re.compile(r"(?:\.lora_A|\.lora_down|\.lora_linear_layer\.down|[._]lora\.down)\.weight"),
+    Kind.B: re.compile(r"(?:\.lora_B|\.lora_up|\.lora_linear_layer\.up|[._]lora\.up)\.weight"),
+    Kind.ALPHA: re.compile(r"\.alpha"),
+}
+
+# Keys of everything that is no plain LoRA, in the order in which they are looked for.
+_OTHERS = (
+    (r"dora_scale|lora_magnitude_vector", "a DoRA"),
+    (r"\.hada_", "a LoHa"),
+    (r"\.lokr_", "a LoKr"),
+    (r"(^|[._])(oft|boft)_", "an OFT"),
+    (r"\.ia3_|\.on_input$", "an IA3"),
+    (r"\.lora_mid\.", "a LoCon with Tucker decomposition"),
+    (r"\.[ab][12]\.weight$", "a GLoRA"),
+    (r"\.vera_lambda", "a VeRA"),
+    (r"\.lora_embedding_[AB]", "a LoRA of an embedding"),
+    (r"\.(lora_[AB]|lora_down|lora_up)\.bias$", "a LoRA with biases"),
+    (r"\.diff(_b)?$|\.[wb]_norm$", "a full difference of weights"),
+    (r"emb_params|string_to_param|bundle_emb|^clip_[lg]$", "a textual-inversion embedding"),
+    (r"^lora_controlnet$", "a Control-LoRA"),
+    (r"^(image_proj|ip_adapter)\.", "an IP-Adapter"),
+    (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a checkpoint of a whole model"),
+    (r"^(control_model|input_hint_block)\.", "a ControlNet"),
+)
+
+
+def parse(
+    keys: Iterable[str], *, file: str, parts: Sequence[AdapterPart], component: str | None = None
+) -> dict[str, Key]:
+    """Each key of a file, parsed.
+
+    Args:
+        file: Its name in messages.
+        parts: The components that adapters may change.
+        component: The component that PEFT's keys belong to, where the file's folder or configuration names it.
+
+    Raises:
+        FailedPreconditionError: The file is no plain LoRA, or has a key of no use.
+    """
+    keys = sorted(keys)
+    for pattern, what in _OTHERS:
+        found = next((key for key in keys if re.search(pattern, key)), None)
+        if found is not None:
+            raise unusable(
+                f"{file} is or contains {what} (key {found}), and this version applies plain LoRA only; "
+                "use a plain LoRA instead."
+            )
+    parsed = {key: _parse(key, parts, component) for key in keys}
+    unused = [key for key, value in parsed.items() if value is None]
+    if unused or not parsed:
+        shown = f"keys of no known component or meaning, such as {unused[0]}" if unused else "no tensors"
+        prefixes = ", ".join(prefix for part in parts for prefix in part.prefixes)
+        raise unusable(
+            f"{file} has {shown}; use a LoRA for the workflow's base model, whose keys begin with one of {prefixes}."
+        )
+    return {key: value for key, value in parsed.items() if value is not None}
+
+
+def unusable(message: str) -> FailedPreconditionError:
+    """The error of a file that is no adapter which this version can apply."""
+    return FailedPreconditionError(message, reason=Reason.ADAPTER_UNREADABLE)
+
+
+def _parse(key: str, parts: Sequence[AdapterPart], component: str | None) -> Key | None:
+    owner, rest = _owner(key, parts, component)
+    if owner is None:
+        return None
+    for kind, suffix in _SUFFIXES.items():
+        match = suffix.search(rest)
+        if match and match.start() > 0 and match.end() == len(rest):
+            # diffusers once kept the layers of an attention in an object that is no module.
+            layer = rest[: match.start()].replace(".processor.", ".")
+            return Key(component=owner, layer=layer, kind=kind)
+    return None
+
+
+def _owner(key: str, parts: Sequence[AdapterPart], component: str | None) -> tuple[str | None, str]:
+    """The component of a key, and the key within it."""
+    if key.startswith(PEFT_PREFIX):
+        rest = key.removeprefix(PEFT_PREFIX)
+        root = rest.split(".")[0]
+        return component or next((part.component for part in parts if root in part.roots), None), rest
+    for part in parts:
+        for prefix in part.prefixes:
+            if key.startswith(prefix):
+                return part.component, key.removeprefix(prefix)
+    return None, key
