@@ -43,6 +43,7 @@ def descriptions(workflow: DiffusionWorkflow = SHAPES) -> dict[str, control_pb2.
             one.denoiser.conditioning.add(name="prompt_embeds", shape=[1, 0, 96])
             one.denoiser.samplers.extend(["ddim", "euler"])
             one.denoiser.classifier_free_guidance = True
+            one.denoiser.adapter_components.append("unet")
         elif model.role is Role.VAE:
             one.vae.scale_factor = 8
             one.vae.latent_channels = 4
@@ -52,9 +53,11 @@ def descriptions(workflow: DiffusionWorkflow = SHAPES) -> dict[str, control_pb2.
         elif model.role is Role.LORA_STORE:
             one.lora_store.adapters.add(name="neon", components=["unet", "text_encoder"], digest="d")
             one.lora_store.adapters.add(name="broken", problem="the file is cut off")
+            one.lora_store.adapters.add(name="other", components=["unet", "text_encoder_2"], digest="e")
         else:
             one.text_encoder.tokenizers.add(max_tokens=32)
             one.text_encoder.conditioning.add(name="prompt_embeds", shape=[1, 32, 96])
+            one.text_encoder.adapter_components.append("text_encoder")
         described[identity(model)] = one
     return described
 
@@ -173,10 +176,15 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
         (
             {"loras": [generation_pb2.Lora(name="x", weight=1)]},
             NotFoundError,
-            "LoRA store 'styles' has no LoRA 'x'; it has neon",
+            "LoRA store 'styles' has no LoRA 'x'; it has neon, other",
         ),
         ({"loras": [generation_pb2.Lora(name="neon")]}, InvalidRequestError, "from -100 to 100 and not 0"),
         ({"loras": [generation_pb2.Lora(name="broken", weight=1)]}, FailedPreconditionError, "the file is cut off"),
+        (
+            {"loras": [generation_pb2.Lora(name="other", weight=1)]},
+            FailedPreconditionError,
+            "changes the text_encoder_2, which no model of workflow default/shapes has",
+        ),
         ({"loras": [generation_pb2.Lora(name="neon", weight=1)] * 2}, InvalidRequestError, "occurs twice"),
     ],
 )

@@ -76,6 +76,8 @@ def find(folder: Path, components: Collection[str]) -> dict[str, Entry]:
 
 def _entry(path: Path, components: Collection[str]) -> Entry | None:
     name = path.name.encode(errors="surrogateescape").decode(errors="replace")
+    if name != path.name and path.suffix == SUFFIX:
+        return Entry(name=name.removesuffix(SUFFIX), problem=f"The name of {name} is not UTF-8; rename it.")
     if path.is_dir():
         return _folder_entry(path, name, components)
     if path.suffix in PICKLES:

@@ -51,12 +51,11 @@ class Merger:
                 )
             changed[target] = name
             shape = self._weight(target).shape
-            wanted = (shape[0], math.prod(shape[1:]))
-            found = (layer.b.shape[0], math.prod(layer.a.shape[1:]))
-            if found != wanted or layer.a.shape[1] != shape[1]:
+            fits = layer.b.shape[0] == shape[0] and layer.a.shape[1] == shape[1]
+            if not fits or math.prod(layer.a.shape[1:]) != math.prod(shape[1:]):
                 raise _mismatch(
-                    f"Adapter {adapter!r} changes layer {name!r} by {found[0]}x{found[1]} where this {self._what} has "
-                    f"{wanted[0]}x{wanted[1]}; it was trained for another base model."
+                    f"Adapter {adapter!r} changes layer {name!r} by B {list(layer.b.shape)} times A {list(layer.a.shape)}, "
+                    f"and the layer of this {self._what} is {list(shape)}; it was trained for another base model."
                 )
 
     @torch.no_grad()
