@@ -72,7 +72,7 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
         models = {}
         for model in WORKFLOW.spec.models:
             assert model.source is not None
-            if model.role is Role.CONTROL_NET:
+            if model.name in ("edges", "layout"):
                 continue
             settings = NodeSettings(
                 role=model.role.value,

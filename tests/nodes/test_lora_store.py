@@ -277,17 +277,17 @@ async def test_a_request_ends_with_the_version_of_an_adapter_with_which_it_began
     save_file(load_file(neon), folder / "mine.safetensors", metadata=header | {"of": "this test"})
     async with serve(NodeSettings(role="LoRAStore", uri="styles", model_root=tmp_path, identity="s")) as store:
 
-        async def described() -> control_pb2.AdapterDescription:
+        async def digest() -> str:
             stub = control_pb2_grpc.ControlStub(shapes.peers.channel(store.address))
-            response = await stub.Describe(control_pb2.DescribeRequest(protocol_version=1), timeout=60)
-            (adapter,) = response.lora_store.adapters
-            return adapter
+            request = control_pb2.DescribeRequest(protocol_version=1)
+            response: control_pb2.DescribeResponse = await stub.Describe(request, timeout=60)
+            return response.lora_store.adapters[0].digest
 
         ref = stage_pb2.AdapterRef(name="mine", weight=1, store=stage_pb2.Peer(address=store.address, model="s"))
-        ref.digest = (await described()).digest
+        ref.digest = await digest()
         shutil.copy(outline, folder / "mine.safetensors")
         async with asyncio.timeout(60):
-            while (await described()).digest == ref.digest:
+            while await digest() == ref.digest:
                 pass
         latents = await denoised(shapes, [ref])
     assert torch.equal(latents, await denoised(shapes, await shapes.adapters([("neon", 1.0)], "unet")))

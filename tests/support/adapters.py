@@ -16,7 +16,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 Tensors = dict[str, torch.Tensor]
 
 
-def layers_of(module: torch.nn.Module, *endings: str) -> dict[str, torch.nn.Module]:
+def layers_of(module: torch.nn.Module, *endings: str) -> dict[str, torch.nn.Linear | torch.nn.Conv2d]:
     """The Linear and Conv2d layers of a module by name; only those with one of these last segments, if any is given."""
     return {
         name: layer
@@ -26,7 +26,7 @@ def layers_of(module: torch.nn.Module, *endings: str) -> dict[str, torch.nn.Modu
     }
 
 
-def pair(layer: torch.nn.Module, rank: int) -> Pair:
+def pair(layer: torch.nn.Linear | torch.nn.Conv2d, rank: int) -> Pair:
     """Random A and B of a layer. Those of a convolution are convolutions."""
     shape = layer.weight.shape
     a, b = torch.randn(rank, *shape[1:]), torch.randn(shape[0], rank, *[1] * (len(shape) - 2))

@@ -28,9 +28,8 @@ class LoRAStore(Role):
     def __init__(self, context: Context) -> None:
         self._context = context
         source = context.source()
-        self._folder = source.component or source.pipeline
-        is_pipeline = (source.pipeline / "model_index.json").is_file()
-        self.family = families.of_pipeline(source.pipeline).name if is_pipeline else ""
+        self._folder = source.alone
+        self.family = families.of_pipeline(source.pipeline).name if source.is_pipeline else ""
         self._library = Library(self._folder)
         self._scan(settled=False)
         if not self._library.listed:
