@@ -81,6 +81,11 @@ def test_adapters_are_files_and_folders_and_nothing_else_is(tmp_path: Path) -> N
     assert made.listed["trained"].components == ("unet", "text_encoder")
 
 
+def test_a_single_folder_of_peft_is_a_store_of_one_adapter(tmp_path: Path) -> None:
+    folder_as_peft_writes_it(tmp_path)
+    assert problems(library(tmp_path / "unet")) == {"adapter_model": ""}
+
+
 def _truncated(path: Path) -> None:
     write(path / "odd.safetensors")
     (path / "odd.safetensors").write_bytes((path / "odd.safetensors").read_bytes()[:-10])

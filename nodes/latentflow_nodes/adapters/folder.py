@@ -84,8 +84,10 @@ def _entry(path: Path, components: Collection[str]) -> Entry | None:
         return Entry(name=path.stem, problem=_pickle(name))
     if path.suffix != SUFFIX:
         return None
-    name = name.removesuffix(SUFFIX)
-    return Entry(name=name, files=(AdapterFile(weights=path, label=f"{name}{SUFFIX}"),), problem=_problem(path))
+    # A store may also be a single folder of PEFT.
+    config = path.with_name(PEFT_CONFIG) if path.name == PEFT_FILE else None
+    file = AdapterFile(weights=path, label=name, config=config if config and config.is_file() else None)
+    return Entry(name=name.removesuffix(SUFFIX), files=(file,), problem=_problem(path))
 
 
 def _folder_entry(folder: Path, name: str, components: Collection[str]) -> Entry | None:
