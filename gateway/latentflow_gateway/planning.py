@@ -20,6 +20,8 @@ from latentflow.v1 import control_pb2, generation_pb2
 from latentflow_gateway import conditioning
 from latentflow_gateway.settings import Limits
 
+# The key of an error's details for the field of the request that is wrong.
+FIELD = "field"
 _MAX_SEED = (1 << 64) - 1
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
@@ -82,13 +84,19 @@ def find(workflows: tuple[DiffusionWorkflow, ...], name: str) -> DiffusionWorkfl
         if len(workflows) == 1:
             return workflows[0]
         raise NotFoundError(
-            f"The request names no workflow; the gateway serves {known}.", reason=Reason.UNKNOWN_WORKFLOW
+            f"The request names no workflow; the gateway serves {known}.",
+            reason=Reason.UNKNOWN_WORKFLOW,
+            details={FIELD: "workflow"},
         )
     full = name if "/" in name else f"default/{name}"
     for workflow in workflows:
         if workflow.full_name == full:
             return workflow
-    raise NotFoundError(f"The gateway has no workflow {full!r}; it serves {known}.", reason=Reason.UNKNOWN_WORKFLOW)
+    raise NotFoundError(
+        f"The gateway has no workflow {full!r}; it serves {known}.",
+        reason=Reason.UNKNOWN_WORKFLOW,
+        details={FIELD: "workflow"},
+    )
 
 
 def needed(workflow: DiffusionWorkflow, request: generation_pb2.GenerateRequest) -> dict[str, str]:
@@ -147,15 +155,16 @@ def plan(
     if request.HasField("deadline") and request.deadline.ToNanoseconds() <= 0:
         raise InvalidRequestError("deadline must be a positive duration, counted from the request's arrival.")
     if not (math.isfinite(guidance_scale) and 0 <= guidance_scale <= 100):
-        raise InvalidRequestError(f"guidance_scale must be from 0 to 100, not {guidance_scale}.")
+        raise _wrong("guidance_scale", f"guidance_scale must be from 0 to 100, not {guidance_scale}.")
     if seed + count - 1 > _MAX_SEED:
-        raise InvalidRequestError(
-            f"seed {seed} is too large for {count} images, whose seeds must be below 2^64; choose a smaller one."
+        raise _wrong(
+            "seed",
+            f"seed {seed} is too large for {count} images, whose seeds must be below 2^64; choose a smaller one.",
         )
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         if len(text) > limits.max_prompt_chars:
-            raise InvalidRequestError(
-                f"{name} has {len(text)} characters; this gateway accepts at most {limits.max_prompt_chars}."
+            raise _wrong(
+                name, f"{name} has {len(text)} characters; this gateway accepts at most {limits.max_prompt_chars}."
             )
     if len(request.idempotency_key) > _MAX_KEY:
         raise InvalidRequestError(f"idempotency_key has more than {_MAX_KEY} characters; use a UUID.")
@@ -163,7 +172,9 @@ def plan(
     samplers = list(denoiser.samplers)
     if sampler and sampler not in samplers:
         raise InvalidRequestError(
-            f"Sampler {sampler!r} is unknown; use one of {', '.join(samplers)}.", reason=Reason.UNKNOWN_SAMPLER
+            f"Sampler {sampler!r} is unknown; use one of {', '.join(samplers)}.",
+            reason=Reason.UNKNOWN_SAMPLER,
+            details={FIELD: "sampler"},
         )
     negative = request.negative_prompt if request.HasField("negative_prompt") else defaults.negative_prompt
     stores = workflow.of_role(Role.LORA_STORE)
@@ -208,6 +219,7 @@ def _controls(
             raise NotFoundError(
                 f"Workflow {workflow.full_name} has no ControlNet {given.model!r}; it has {', '.join(known) or 'none'}.",
                 reason=Reason.UNKNOWN_MODEL,
+                details={FIELD: "control_images"},
             )
         if any(plan.name == given.model for plan in plans):
             raise InvalidRequestError(f"ControlNet {given.model!r} has two control images in the request; pass one.")
@@ -255,7 +267,11 @@ def _adapters(
         return ()
     stores = workflow.of_role(Role.LORA_STORE)
     if not stores:
-        raise NotFoundError(f"Workflow {workflow.full_name} has no LoRA store.", reason=Reason.UNKNOWN_ADAPTER)
+        raise NotFoundError(
+            f"Workflow {workflow.full_name} has no LoRA store.",
+            reason=Reason.UNKNOWN_ADAPTER,
+            details={FIELD: "loras"},
+        )
     known = {adapter.name: adapter for adapter in descriptions[identity(stores[0])].lora_store.adapters}
     applied = {
         *descriptions[identity(workflow.of_role(Role.TEXT_ENCODER)[0])].text_encoder.adapter_components,
@@ -269,6 +285,7 @@ def _adapters(
                 f"LoRA store {stores[0].name!r} has no LoRA {lora.name!r}; it has "
                 f"{', '.join(name for name, one in known.items() if not one.problem) or 'none'}.",
                 reason=Reason.UNKNOWN_ADAPTER,
+                details={FIELD: "loras"},
             )
         if adapter.problem:
             raise FailedPreconditionError(
@@ -333,10 +350,10 @@ def _check_size(width: int, height: int, *, factor: int, limits: Limits) -> None
     for name, value in (("width", width), ("height", height)):
         if value < factor or value % factor:
             near = max(factor, round(value / factor) * factor)
-            raise InvalidRequestError(f"{name} must be a multiple of {factor}, such as {near}, not {value}.")
+            raise _wrong(name, f"{name} must be a multiple of {factor}, such as {near}, not {value}.")
     if width * height > limits.max_pixels:
-        raise InvalidRequestError(
-            f"{width}x{height} is {width * height} pixels; this gateway accepts at most {limits.max_pixels}."
+        raise _wrong(
+            "width", f"{width}x{height} is {width * height} pixels; this gateway accepts at most {limits.max_pixels}."
         )
 
 
@@ -344,17 +361,23 @@ def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], l
     what = f"The control image of {given.model!r}"
     data = given.image.data
     if len(data) > limits.max_control_image_bytes:
-        raise InvalidRequestError(
-            f"{what} has {len(data)} bytes; this gateway accepts at most {limits.max_control_image_bytes}."
+        raise _wrong(
+            "control_images",
+            f"{what} has {len(data)} bytes; this gateway accepts at most {limits.max_control_image_bytes}.",
         )
     # The header only: the ControlNet decodes the image, once, and a size that is refused is never decoded.
     found = images.opened(given.image, what=what).size
     if found != size:
-        raise InvalidRequestError(
-            f"{what} is {found[0]}x{found[1]}, the request {size[0]}x{size[1]}; resize one to the other."
+        raise _wrong(
+            "control_images",
+            f"{what} is {found[0]}x{found[1]}, the request {size[0]}x{size[1]}; resize one to the other.",
         )
 
 
 def _between(name: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
-        raise InvalidRequestError(f"{name} must be from {least} to {most}, not {value}.")
+        raise _wrong(name, f"{name} must be from {least} to {most}, not {value}.")
+
+
+def _wrong(field: str, message: str) -> InvalidRequestError:
+    return InvalidRequestError(message, details={FIELD: field})

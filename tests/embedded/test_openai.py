@@ -132,16 +132,24 @@ async def test_a_prompt_that_was_cut_is_reported_and_refused_on_request(client: 
     assert caught.value.code == "PROMPT_TOO_LONG"
 
 
-async def test_errors_of_model_servers_and_of_planning_have_their_reasons(client: openai.AsyncOpenAI) -> None:
-    for extra, kind, reason in (
+async def test_errors_of_planning_have_their_reasons_and_name_the_field(client: openai.AsyncOpenAI) -> None:
+    control = {"image": base64.b64encode(STAR).decode()}
+    cases: list[tuple[dict[str, Any], type[openai.APIStatusError], str]] = [
+        ({"model": "absent"}, openai.NotFoundError, "UNKNOWN_WORKFLOW"),
         ({"loras": {"absent": 1}}, openai.NotFoundError, "UNKNOWN_ADAPTER"),
+        ({"control_images": {"absent": control}}, openai.NotFoundError, "UNKNOWN_MODEL"),
         ({"sampler": "absent"}, openai.BadRequestError, "UNKNOWN_SAMPLER"),
         ({"size": "60x64"}, openai.BadRequestError, "INVALID_REQUEST"),
+        ({"size": "8192x8192"}, openai.BadRequestError, "INVALID_REQUEST"),
         ({"steps": 100_000}, openai.BadRequestError, "INVALID_REQUEST"),
-    ):
+        ({"n": 9}, openai.BadRequestError, "INVALID_REQUEST"),
+        ({"guidance_scale": -1}, openai.BadRequestError, "INVALID_REQUEST"),
+        ({"prompt": "a" * 10_001}, openai.BadRequestError, "INVALID_REQUEST"),
+    ]
+    for extra, kind, reason in cases:
         with pytest.raises(kind) as caught:
             await client.images.generate(prompt=PROMPT, extra_body=extra)
-        assert caught.value.code == reason
+        assert (caught.value.code, caught.value.param) == (reason, next(iter(extra)))
 
 
 async def test_a_request_with_the_same_idempotency_key_runs_once(runtime: Runtime, client: openai.AsyncOpenAI) -> None:

@@ -120,7 +120,7 @@ def test_options_that_have_no_meaning_here_are_accepted_where_they_are_harmless(
 )
 def test_a_refusal_names_the_field_and_what_to_do(field: str, value: object, words: str) -> None:
     error = refusal({"prompt": "a", field: value})
-    assert error.details == {"param": field}
+    assert error.details == {"field": field}
     assert field in error.message
     assert words in error.message
 
@@ -138,7 +138,7 @@ def test_unknown_fields_are_refused_by_name_with_the_nearest_known_one() -> None
     error = refusal({"prompt": "a", "negative_promt": "b"})
     assert error.message == "The field 'negative_promt' is unknown; did you mean 'negative_prompt'?"
     inner = refusal({"prompt": "a", "control_images": {"edges": {"image": ENCODED, "sclae": 1}}})
-    assert inner.details == {"param": "control_images.edges.sclae"}
+    assert inner.details == {"field": "control_images.edges.sclae"}
     assert "did you mean 'scale'?" in inner.message
     assert "the fields are prompt, model, n" in refusal({"prompt": "a", "xyz": 1}).message
 
@@ -181,7 +181,7 @@ def test_other_control_images_are_refused_by_name(text: str, words: str) -> None
     error = refusal({"prompt": "a", "control_images": {"edges": {"image": text}}})
     assert words in error.message
     assert "'edges'" in error.message
-    assert error.details == {"param": "control_images.edges.image"}
+    assert error.details == {"field": "control_images.edges.image"}
 
 
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text()

@@ -23,6 +23,8 @@ from latentflow.errors import (
 )
 from pydantic import BaseModel, Field
 
+from latentflow_gateway.planning import FIELD
+
 STATUS: Mapping[type[LatentflowError], int] = {
     InvalidRequestError: 400,
     NotFoundError: 404,
@@ -38,8 +40,8 @@ STATUS: Mapping[type[LatentflowError], int] = {
     CancelledError: 499,
     InternalError: 500,
 }
-# The key of `LatentflowError.details` for the field of the request that is wrong.
-PARAM = "param"
+# The fields of the HTTP API whose gRPC names differ.
+_NAMES = {"workflow": "model", "images": "n", "width": "size", "height": "size"}
 
 
 class Problem(BaseModel):
@@ -66,7 +68,7 @@ def status_of(error: LatentflowError) -> int:
 
 def body(error: LatentflowError, status: int) -> bytes:
     """The JSON of an error."""
-    problem = Problem(message=error.message, type=_type(status), param=error.details.get(PARAM), code=str(error.reason))
+    problem = Problem(message=error.message, type=_type(status), param=_param(error), code=str(error.reason))
     return ErrorBody(error=problem).model_dump_json().encode()
 
 
@@ -79,6 +81,11 @@ def headers(error: LatentflowError) -> dict[str, str]:
         found["retry-after"] = str(max(1, math.ceil(error.retry_after)))
         found["retry-after-ms"] = str(max(1, math.ceil(error.retry_after * 1000)))
     return found
+
+
+def _param(error: LatentflowError) -> str | None:
+    field = error.details.get(FIELD)
+    return _NAMES.get(field, field) if field else None
 
 
 def _type(status: int) -> str:

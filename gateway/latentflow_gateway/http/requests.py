@@ -13,7 +13,7 @@ from latentflow.internal import images
 from latentflow.v1 import generation_pb2, images_pb2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentflow_gateway.http.errors import PARAM
+from latentflow_gateway.planning import FIELD
 
 _MAX_UINT32 = (1 << 32) - 1
 _MAX_SEED = (1 << 64) - 1
@@ -120,17 +120,17 @@ def parse(body: bytes) -> ImageRequest:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
         param = ".".join(str(part) for part in problem["loc"])
-        raise InvalidRequestError(_message(problem, param), details={PARAM: param} if param else None) from None
+        raise InvalidRequestError(_message(problem, param), details={FIELD: param} if param else None) from None
     longest = _LONGEST_SIDE.get(request.file_format)
     if request.sides and longest and max(request.sides) > longest:
         raise InvalidRequestError(
             f"A {request.file_format} has at most {longest} pixels on a side; choose another size or output_format.",
-            details={PARAM: "size"},
+            details={FIELD: "size"},
         )
     if request.file_format == "png" and request.compression != 100:
         raise InvalidRequestError(
             "output_compression is the quality of jpeg and webp; leave it out for png, which loses nothing.",
-            details={PARAM: "output_compression"},
+            details={FIELD: "output_compression"},
         )
     return request
 
@@ -166,7 +166,7 @@ def to_wire(request: ImageRequest, *, idempotency_key: str) -> generation_pb2.Ge
 
 
 def _decoded(name: str, image: str) -> images_pb2.EncodedImage:
-    param = {PARAM: f"control_images.{name}.image"}
+    param = {FIELD: f"control_images.{name}.image"}
     text = image
     if image.startswith("data:"):
         header, _, text = image.partition(",")
