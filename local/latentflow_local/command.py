@@ -11,6 +11,7 @@ import typer
 from latentflow.api import DiffusionWorkflow, load_workflows
 from latentflow.internal import logs, serving
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from latentflow_local.runtime import Runtime, run
@@ -18,6 +19,7 @@ from latentflow_local.supervisor import State, Supervised
 
 _console = Console(stderr=True)
 _READY_SECONDS = 600.0
+_WIDEST = 1000
 # Only the started processes import these. Where they are missing, the command line reports how to install them.
 for _package in ("torch", "cachetools"):
     if find_spec(_package) is None:
@@ -47,6 +49,14 @@ def up(
             "--metrics", help="host:port of this command's own /metrics; the table lists those of the processes."
         ),
     ] = "127.0.0.1:0",
+    targets: Annotated[
+        Path | None,
+        typer.Option(
+            "--prometheus-targets",
+            dir_okay=False,
+            help="File to write that lists the /metrics of all processes, for file_sd_configs of Prometheus.",
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads of every replica.", show_default="all cores")
     ] = None,
@@ -69,6 +79,7 @@ def up(
             http=None if http == "none" else http,
             cors_origins=cors_origins or [],
             metrics=metrics,
+            targets=targets,
             threads=threads,
             device=device,
             drain=drain,
@@ -85,6 +96,7 @@ async def _serve(
     http: str | None,
     cors_origins: list[str],
     metrics: str,
+    targets: Path | None,
     threads: int | None,
     device: str | None,
     drain: float,
@@ -98,6 +110,7 @@ async def _serve(
         http=http,
         cors_origins=cors_origins,
         metrics=metrics,
+        targets=targets,
         threads=threads,
         device=device,
         drain=drain,
@@ -109,7 +122,7 @@ async def _serve(
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not stopped.done():
             ready.result()
-            _console.print(_table(runtime))
+            _print_table(runtime)
             if runtime.http is not None:
                 _console.print(f"\nOpenAI API: http://{runtime.http}/v1", highlight=False, soft_wrap=True)
             name = workflows[0].name if len(workflows) > 1 else None
@@ -123,11 +136,17 @@ async def _serve(
         _console.print("stopping")
 
 
+def _print_table(runtime: Runtime) -> None:
+    """Prints each process in one line, however narrow the terminal is, so that names and addresses can be copied."""
+    table = _table(runtime)
+    width = Measurement.get(_console, _console.options.update(width=_WIDEST), table).maximum
+    Console(stderr=True, width=max(_console.width, width)).print(table, soft_wrap=True)
+
+
 def _table(runtime: Runtime) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("process", "role", "used as", "address", "/metrics", "state", "ready after"):
-        # Long values are wrapped, because a truncated name cannot be copied.
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=True)
     for one in runtime.supervised.values():
         table.add_row(
             one.spec.name,

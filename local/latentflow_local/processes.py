@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import signal
+import tempfile
 import threading
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 
 from latentflow_local.planning import GATEWAY, ProcessSpec
 
 Process = ForkServerProcess | SpawnProcess
+# Bytes. The path of a socket has at most 107, and multiprocessing adds a folder and a name.
+_LONGEST_FOLDER = 70
 
 
 def prepare() -> None:
@@ -25,7 +29,20 @@ def prepare() -> None:
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["latentflow_nodes.server"])
+    _choose_socket_folder()
     forkserver.ensure_running()
+
+
+def _choose_socket_folder() -> None:
+    """Makes the fork server's socket fit the kernel's limit for its path, also where TMPDIR is long."""
+    if len(os.fsencode(tempfile.gettempdir())) <= _LONGEST_FOLDER:
+        return
+    usual, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        # multiprocessing keeps the folder that it makes at the first call.
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual
 
 
 def start(spec: ProcessSpec, *, environment: dict[str, str]) -> Process:

@@ -16,6 +16,7 @@ from latentflow.internal import directory
 from latentflow_local import addresses
 from latentflow_local.planning import ProcessSpec, next_gpu
 from latentflow_local.supervisor import State, Supervisor
+from latentflow_local.targets import TargetsFile
 
 
 class Replicas:
@@ -25,6 +26,7 @@ class Replicas:
         specs: The first replicas, at least one of each model. The supervisor runs them.
         gpus: GPUs of this machine, over which replicas on "cuda" are spread.
         path: The directory file, which is written at once.
+        targets: Lists them for Prometheus; None: no file does.
     """
 
     def __init__(
@@ -34,11 +36,13 @@ class Replicas:
         workflows: Sequence[DiffusionWorkflow],
         gpus: int,
         path: Path,
+        targets: TargetsFile | None,
         supervisor: Supervisor,
     ) -> None:
         self._workflows = tuple(workflows)
         self._gpus = gpus
         self._path = path
+        self._targets = targets
         self._supervisor = supervisor
         self._template = {spec.model: spec for spec in specs}
         self._present = {model: [spec for spec in specs if spec.model == model] for model in self._template}
@@ -91,3 +95,5 @@ class Replicas:
             for model, present in self._present.items()
         }
         directory.Directory(workflows=self._workflows, models=models).write(self._path)
+        if self._targets is not None:
+            self._targets.write(spec for present in self._present.values() for spec in present)

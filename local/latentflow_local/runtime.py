@@ -34,6 +34,7 @@ from latentflow_local.planning import (
 from latentflow_local.replicas import Replicas
 from latentflow_local.scaling import DEFAULT_SCALING, Scaler, ScalingConfig
 from latentflow_local.supervisor import Supervised, Supervisor
+from latentflow_local.targets import TargetsFile
 
 _log = structlog.get_logger()
 
@@ -68,6 +69,7 @@ async def run(
     http: str | None = None,
     cors_origins: Sequence[str] = (),
     metrics: str = "127.0.0.1:0",
+    targets: Path | None = None,
     threads: int | None = None,
     device: str | None = None,
     drain: float = 10.0,
@@ -86,6 +88,7 @@ async def run(
         http: host:port of the gateway's HTTP API; port 0 selects a free port. None: it is not served.
         cors_origins: Origins of web pages that may use the HTTP API; "*": all.
         metrics: host:port of this process's own `/metrics`; port 0 selects a free port.
+        targets: File to write that lists the `/metrics` of all processes for Prometheus (`file_sd_configs`).
         threads, device: Override the workflows' values for every model.
         drain: Seconds that running requests get when a process is ended.
         cores: Cores of this machine that the models may use; None: those that this process may use.
@@ -142,7 +145,16 @@ async def run(
             name: capacity(model, threads=threads, device=device, cores=cores) for name, model in models.items()
         }
         scaler = Scaler(
-            Replicas(specs, workflows=workflows, gpus=gpus, path=directory, supervisor=supervisor),
+            Replicas(
+                specs,
+                workflows=workflows,
+                gpus=gpus,
+                path=directory,
+                targets=TargetsFile(targets, always={"up": metrics, gateway.name: gateway.metrics})
+                if targets
+                else None,
+                supervisor=supervisor,
+            ),
             bounds={name: _bounds(name, model, capacity=capacities[name]) for name, model in models.items()},
             gateway=gateway.metrics,
             config=scaling,

@@ -21,15 +21,18 @@ from latentflow import AsyncClient
 from latentflow.api import load_workflows
 from latentflow_local.runtime import run
 from support.packs import MODELS, SHAPES
+from support.scraping import value
 
 EXAMPLES = MODELS.parent / "examples"
 MINIMAL = EXAMPLES / "shapes-minimal.yaml"
 SECONDS = 240
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     command = [str(Path(sys.executable).parent / "latentflow"), "up", "--http-listen=127.0.0.1:0", *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,39 @@ def test_the_address_of_the_http_api_is_printed(serving: Up) -> None:
     assert found is not None, serving.printed
     with urllib.request.urlopen(f"{found[1]}/models", timeout=20) as response:
         assert json.loads(response.read())["data"][0]["id"] == "default/shapes-minimal"
+
+
+def test_it_serves_behind_a_proxy_with_a_long_tmpdir_and_in_a_narrow_terminal(tmp_path: Path) -> None:
+    temporary = tmp_path / ("x" * 150)
+    temporary.mkdir()
+    file = tmp_path / "targets.json"
+    proxies = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    up = start(
+        str(MINIMAL),
+        f"--model-root={MODELS}",
+        "--listen=[::1]:0",
+        "--threads=1",
+        f"--prometheus-targets={file}",
+        TMPDIR=str(temporary),
+        COLUMNS="40",
+        **proxies,
+    )
+    assert up.stderr is not None
+    printed = []
+    with up:
+        for line in up.stderr:
+            printed.append(line)
+            if "Try: latentflow generate" in line:
+                break
+        targets = json.loads(file.read_text())
+        scraped = [value(entry["targets"][0], "python_info") for entry in targets]
+        up.terminate()
+    assert "--target [::1]:" in printed[-1]
+    # Each process, the gateway and the command itself.
+    assert len(targets) == len(scraped) == 5
+    for entry in targets:
+        (line,) = (line for line in printed if line.startswith(f"{entry['labels']['process']} "))
+        assert entry["targets"][0] in line
 
 
 def refusal(*arguments: str) -> str:

@@ -129,8 +129,11 @@ class TextEncoder(Role):
         """The part of a text that the tokenizer with the lowest limit cuts off."""
         cut = ""
         for tokenizer in self._text.tokenizers:
-            ids = tokenizer(text, truncation=False, padding=False).input_ids
             room = tokenizer.model_max_length
+            # A token stands for at least one character, and two mark start and end: most prompts need no count.
+            if text.isascii() and len(text) + 2 <= room:
+                continue
+            ids = tokenizer(text, truncation=False, padding=False).input_ids
             if len(ids) > room:
                 # The end marker is kept, so one token less of the text fits.
                 lost = tokenizer.decode(ids[room - 1 : -1])
