@@ -15,7 +15,7 @@ from rich.table import Table
 
 from latentflow.api import identity, load_workflows
 from latentflow.api.fields import without_effect
-from latentflow.cli import options
+from latentflow.cli import options, warnings
 from latentflow.errors import InvalidRequestError
 
 _stdout = Console()
@@ -104,9 +104,15 @@ def models(
 
 def validate(
     files: Annotated[list[Path], typer.Argument(help="DiffusionWorkflow files.")],
+    model_root: Annotated[
+        Path | None,
+        typer.Option(
+            "--model-root", help="Folder in which to look for relative sources.", show_default="not looked for"
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check DiffusionWorkflow files, without a gateway or a cluster."""
+    """Check DiffusionWorkflow files, without a gateway or a cluster. Warnings leave the exit code 0."""
     problems: list[str] = []
     workflows = []
     for path in files:
@@ -114,8 +120,9 @@ def validate(
             workflows += load_workflows(path)
         except InvalidRequestError as error:
             problems += error.message.splitlines()
+    found = {workflow.full_name: warnings.of(workflow, model_root=model_root) for workflow in workflows}
     if as_json:
-        print(json.dumps({"workflows": [w.full_name for w in workflows], "problems": problems}))
+        print(json.dumps({"workflows": list(found), "problems": problems, "warnings": found}))
     else:
         for problem in problems:
             _stderr.print(problem, highlight=False, markup=False, soft_wrap=True)
@@ -124,6 +131,8 @@ def validate(
             _stdout.print(f"{workflow.full_name}: valid, {len(distinct)} models", highlight=False)
             for field in without_effect(workflow.spec):
                 _stdout.print(f"  {field} has no effect in this version", highlight=False, markup=False)
+            for warning in found[workflow.full_name]:
+                _stdout.print(f"  warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     if problems:
         raise typer.Exit(1)
 
