@@ -27,6 +27,7 @@ setup: $(READY) ## Install everything into .venv (once; again when the lock chan
 
 $(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found; install one, or run make PYTHON=/path/to/python"; exit 1; }
+	@echo "Installing everything into $(VENV): 6 GB, most of it torch with CUDA."
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PY) -m pip install --quiet --disable-pip-version-check uv==0.13.9

@@ -25,5 +25,9 @@ def test_a_command_without_its_packages_reports_how_to_install_them(missing: str
         check=False,
     )
     assert ended.returncode == 1
-    assert "pip install 'latentflow[local]'" in ended.stderr
+    assert "pip install '.[local]'" in ended.stderr
     assert missing in ended.stderr
+    listed = subprocess.run(
+        [sys.executable, "-c", PROGRAM, missing, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "(not installed: pip install '.[local]')" in listed.stdout

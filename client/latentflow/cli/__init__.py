@@ -10,10 +10,13 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from latentflow.cli import generate as generate_module
 from latentflow.cli import inspect as inspect_module
 from latentflow.errors import LatentflowError
+
+_INSTALL = "pip install '.[local]'"
 
 app = typer.Typer(
     name="latentflow",
@@ -33,10 +36,10 @@ def _unavailable(name: str, problem: Exception) -> Callable[[], None]:
     def command() -> None:
         raise LatentflowError(
             f"`latentflow {name}` needs packages that are not installed ({problem}). "
-            "Install them with: pip install 'latentflow[local]'"
+            f"Install them in a clone of the repository: {_INSTALL}"
         )
 
-    command.__doc__ = "(not installed: pip install 'latentflow[local]')"
+    command.__doc__ = escape(f"(not installed: {_INSTALL})")
     return command
 
 
@@ -62,13 +65,7 @@ def main() -> None:
     try:
         app()
     except LatentflowError as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {_escaped(error.message)}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(error.message)}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
