@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import adapters
 from support.adapters import OriginalUNet, Pair, Tensors
@@ -41,6 +41,10 @@ class Pack:
         self.loras = root / "pack" / "loras"
         make = {"sd": tiny_v_prediction, "sdxl": tiny_sdxl}[family]
         make(root / "pack")
+        if family == "sd":
+            # The projections around the transformers are convolutions in 1.x, and linear in 2.x and SDXL.
+            config = UNet2DConditionModel.load_config(root / "pack/unet") | {"use_linear_projection": False}
+            UNet2DConditionModel.from_config(config).save_pretrained(root / "pack/unet")
         cls: Any = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}[family]
         self.pipe = cls.from_pretrained(root / "pack")
         self.pipe.set_progress_bar_config(disable=True)
@@ -221,6 +225,24 @@ async def test_a_lora_of_each_format_equals_diffusers(
     assert (expected - plain).abs().max().item() > 100 * LATENTS
     request = Request(
         side=REQUEST.side, steps=REQUEST.steps, guidance_scale=REQUEST.guidance_scale, loras=[(name, 1.0)]
+    )
+    latents, _ = await stack.generate(request)
+    assert (latents - expected).abs().max().item() <= LATENTS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_loras_of_two_formats_together_equal_diffusers(
+    packs: dict[str, Pack], stacks: dict[str, Stack], family: str
+) -> None:
+    weights = {"kohya-lora": 0.7, "diffusers-config": -0.4}
+    pack, stack = packs[family], stacks[family]
+    for name in weights:
+        pack.pipe.load_lora_weights(pack.loras, weight_name=f"{name}.safetensors", adapter_name=name)
+    pack.pipe.set_adapters(list(weights), list(weights.values()))
+    expected = pack.latents()
+    pack.pipe.unload_lora_weights()
+    request = Request(
+        side=REQUEST.side, steps=REQUEST.steps, guidance_scale=REQUEST.guidance_scale, loras=list(weights.items())
     )
     latents, _ = await stack.generate(request)
     assert (latents - expected).abs().max().item() <= LATENTS

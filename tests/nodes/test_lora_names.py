@@ -7,6 +7,12 @@ from functools import cache
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
+from latentflow_nodes import families
+from latentflow_nodes.adapters import keys
+from latentflow_nodes.adapters.layers import Layer
+from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.families import layer_names
 from support.adapters import OriginalUNet, layers_of, names_in_diffusers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -93,3 +99,69 @@ def test_the_layers_of_text_encoders_have_their_names_of_all_releases(cls: type[
     if cls is CLIPTextModelWithProjection:
         reached.add(names["text_projection"])
     assert reached == set(layers_of(encoder))
+
+
+@pytest.mark.parametrize(
+    ("model", "key", "layer"),
+    [
+        # As in files of OneTrainer, kohya's scripts, LCM-LoRA, SDXL's offset LoRA and older diffusers.
+        (
+            "SDXL",
+            "unet.output_blocks.5.1.transformer_blocks.1.ff.net.0.proj.lora_up.weight",
+            "up_blocks.1.attentions.2",
+        ),
+        (
+            "SDXL",
+            "lora_unet_output_blocks_2_1_transformer_blocks_6_attn2_to_v.lora_down.weight",
+            "up_blocks.0.attentions.2",
+        ),
+        ("SDXL", "lora_unet_down_blocks_1_resnets_0_time_emb_proj.lora_down.weight", "down_blocks.1.resnets.0"),
+        ("SDXL", "lora_unet_input_blocks_3_0_op.alpha", "down_blocks.0.downsamplers.0.conv"),
+        ("SDXL", "lora_unet_input_blocks_0_0.lora_down.weight", "conv_in"),
+        ("SDXL", "lora_unet_label_emb_0_2.lora_down.weight", "add_embedding.linear_2"),
+        (
+            "SD 1.5",
+            "lora_unet_up_blocks_3_resnets_0_conv_shortcut.lora_down.weight",
+            "up_blocks.3.resnets.0.conv_shortcut",
+        ),
+        (
+            "SD 1.5",
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight",
+            "mid_block",
+        ),
+        ("SD 1.5", "lora_unet_output_blocks_2_1_conv.lora_down.weight", "up_blocks.0.upsamplers.0.conv"),
+    ],
+)
+def test_a_key_of_a_published_file_means_its_layer(model: str, key: str, layer: str) -> None:
+    (parsed,) = keys.parse([key], file="a", parts=families.adapter_parts()).values()
+    assert parsed.component == "unet"
+    assert layer_names.of_unet(unet(model))[parsed.layer.replace(".", "_")].startswith(layer)
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        # Of Flux, of SD3, and of SDXL and SD 1.5 for each other.
+        ("SDXL", "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
+        ("SDXL", "lora_unet_single_transformer_blocks_0_attn_to_q_.lora_down.weight"),
+        ("SDXL", "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"),
+        ("SDXL", "lora_unet_up_blocks_3_attentions_0_proj_in.lora_down.weight"),
+        ("SD 1.5", "lora_unet_output_blocks_2_1_transformer_blocks_6_attn2_to_v.lora_down.weight"),
+        ("SD 1.5", "lora_unet_label_emb_0_0.lora_down.weight"),
+    ],
+)
+def test_a_layer_of_another_base_model_is_refused(model: str, key: str) -> None:
+    (parsed,) = keys.parse([key], file="a", parts=families.adapter_parts()).values()
+    merger = Merger(unet(model), names=layer_names.of_unet(unet(model)), what="denoiser")
+    with pytest.raises(FailedPreconditionError, match="trained for another base model") as caught:
+        merger.check("a", {parsed.layer: Layer(a=torch.ones(2, 8), b=torch.ones(8, 2), alpha=2)})
+    assert caught.value.reason == Reason.ADAPTER_MISMATCH
+
+
+def test_the_cross_attention_of_another_base_model_is_refused_by_its_shape() -> None:
+    name = "mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    layer = Layer(a=torch.ones(2, 768), b=torch.ones(1280, 2), alpha=2)
+    Merger(unet("SD 1.5"), names=layer_names.of_unet(unet("SD 1.5")), what="denoiser").check("a", {name: layer})
+    merger = Merger(unet("SDXL"), names=layer_names.of_unet(unet("SDXL")), what="denoiser")
+    with pytest.raises(FailedPreconditionError, match=r"the layer of this denoiser is \[1280, 2048\]"):
+        merger.check("a", {name: layer})
