@@ -95,6 +95,11 @@ def _pipe(path: Path) -> None:
     os.mkfifo(path / "odd.safetensors")
 
 
+def _link_in_a_folder(path: Path) -> None:
+    (path / "odd").mkdir()
+    (path / "odd/adapter_model.safetensors").symlink_to("nowhere")
+
+
 def _directory(path: Path) -> None:
     (path / "odd.safetensors").mkdir()
 
@@ -123,6 +128,8 @@ def _other_name(path: Path) -> None:
             "odd.safetensors is damaged or incomplete",
         ),
         (lambda path: (path / "odd.safetensors").symlink_to("nowhere"), "odd.safetensors cannot be read: No such file"),
+        (lambda path: (path / "odd.safetensors").symlink_to("odd.safetensors"), "odd.safetensors cannot be read: Too many"),
+        (_link_in_a_folder, "odd/adapter_model.safetensors cannot be read: No such file"),
         (_pipe, "odd.safetensors is no regular file"),
         (
             _directory,
@@ -148,6 +155,21 @@ def test_an_unusable_file_has_a_problem_and_affects_no_other(
     with pytest.raises(FailedPreconditionError) as caught:
         made.get(odd)
     assert caught.value.reason == Reason.ADAPTER_UNREADABLE
+
+
+def test_a_pickle_beside_its_converted_file_is_ignored(tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors")
+    for suffix in (".ckpt", ".pt"):
+        (tmp_path / f"a{suffix}").write_bytes(b"x")
+    assert problems(library(tmp_path)) == {"a": ""}
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.pt", b"caf\xe9/pytorch_lora_weights.safetensors"])
+def test_any_name_that_is_not_utf_8_can_be_described(tmp_path: Path, name: bytes) -> None:
+    write(tmp_path / os.fsdecode(name))
+    (listed,) = library(tmp_path).listed.values()
+    assert listed.name == "caf\ufffd"
+    assert "is not UTF-8; rename it." in listed.problem
 
 
 def test_a_file_whose_name_is_not_utf_8_is_listed_with_its_problem(tmp_path: Path) -> None:
@@ -260,6 +282,14 @@ def test_while_the_folder_is_away_its_adapters_stay(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         made.scan()
     assert value(made.get("a")) == 1.0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+async def test_a_store_whose_folder_cannot_be_read_names_it(tmp_path: Path) -> None:
+    (tmp_path / "styles").mkdir(mode=0)
+    with pytest.raises(FailedPreconditionError, match=r"styles cannot be read: Permission denied"):
+        async with serve(NodeSettings(role="LoRAStore", uri="styles", model_root=tmp_path, identity="s")):
+            pass
 
 
 async def test_a_store_of_an_empty_folder_starts(tmp_path: Path) -> None:

@@ -61,45 +61,46 @@ def find(folder: Path, components: Collection[str]) -> dict[str, Entry]:
         components: The components that adapters may change.
     """
     found: dict[str, Entry] = {}
-    for path in sorted(folder.iterdir()):
-        entry = None if path.name.startswith(".") else _entry(path, components)
-        if entry is None:
+    # Pickles last: one that has been converted may lie beside its safetensors file.
+    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix in PICKLES, path.name)):
+        name = path.name.encode(errors="surrogateescape").decode(errors="replace")
+        try:
+            entry = None if name.startswith(".") else _entry(path, name, components)
+        except OSError as error:
+            entry = Entry(name=name.removesuffix(SUFFIX), problem=_unreadable(name, error))
+        if entry is None or (path.suffix in PICKLES and entry.name in found):
             continue
+        if name != path.name:
+            entry = Entry(name=entry.name, problem=f"The name of {name} is not UTF-8; rename it.")
         if entry.name in found:
             entry = Entry(
                 name=entry.name,
                 problem=f"The store has both {entry.name}{SUFFIX} and {entry.name}/; rename one of them.",
             )
         found[entry.name] = entry
-    return found
+    return dict(sorted(found.items()))
 
 
-def _entry(path: Path, components: Collection[str]) -> Entry | None:
-    name = path.name.encode(errors="surrogateescape").decode(errors="replace")
-    if name != path.name and path.suffix == SUFFIX:
-        return Entry(name=name.removesuffix(SUFFIX), problem=f"The name of {name} is not UTF-8; rename it.")
+def _entry(path: Path, name: str, components: Collection[str]) -> Entry | None:
     if path.is_dir():
         return _folder_entry(path, name, components)
     if path.suffix in PICKLES:
-        return Entry(name=path.stem, problem=_pickle(name))
+        return Entry(name=name.removesuffix(path.suffix), problem=_pickle(name))
     if path.suffix != SUFFIX:
         return None
     # A store may also be a single folder of PEFT.
-    config = path.with_name(PEFT_CONFIG) if path.name == PEFT_FILE else None
-    file = AdapterFile(weights=path, label=name, config=config if config and config.is_file() else None)
-    return Entry(name=name.removesuffix(SUFFIX), files=(file,), problem=_problem(path))
+    config = _config(path.parent) if path.name == PEFT_FILE else None
+    file = AdapterFile(weights=path, label=name, config=config)
+    return Entry(name=name.removesuffix(SUFFIX), files=(file,), problem=_problem(file))
 
 
 def _folder_entry(folder: Path, name: str, components: Collection[str]) -> Entry | None:
-    try:
-        inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        return Entry(name=name, problem=f"The folder {name}/ cannot be read: {error.strerror or error}.")
+    inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     files = list(_files(folder, name, inside, components))
     if len({file.component for file in files}) < len(files) or (len(files) > 1 and not all(f.component for f in files)):
         return Entry(name=name, problem=f"The folder {name}/ has several adapters; give each a folder of its own.")
     if files:
-        problem = next((text for file in files if (text := _problem(file.weights))), "")
+        problem = next((text for file in files if (text := _problem(file))), "")
         return Entry(name=name, files=tuple(files), problem=problem)
     weights = [file for file in inside if file.endswith((SUFFIX, *PICKLES))]
     if "config.json" in inside or not (weights or name.endswith(SUFFIX)):
@@ -117,30 +118,39 @@ def _folder_entry(folder: Path, name: str, components: Collection[str]) -> Entry
 def _files(folder: Path, name: str, inside: list[str], components: Collection[str]) -> Iterator[AdapterFile]:
     for file in (DIFFUSERS_FILE, PEFT_FILE):
         if file in inside:
-            config = folder / PEFT_CONFIG if file == PEFT_FILE and PEFT_CONFIG in inside else None
+            config = _config(folder) if file == PEFT_FILE else None
             yield AdapterFile(weights=folder / file, label=f"{name}/{file}", config=config)
     for component in components:
-        own = folder / component
-        if component in inside and (own / PEFT_FILE).is_file() and (own / PEFT_CONFIG).is_file():
+        weights = folder / component / PEFT_FILE
+        if component in inside and weights.is_file():
             yield AdapterFile(
-                weights=own / PEFT_FILE,
+                weights=weights,
                 label=f"{name}/{component}/{PEFT_FILE}",
-                config=own / PEFT_CONFIG,
+                config=_config(weights.parent),
                 component=component,
             )
+
+
+def _config(folder: Path) -> Path | None:
+    path = folder / PEFT_CONFIG
+    return path if path.is_file() else None
 
 
 def _pickle(label: str) -> str:
     return f"{label} is a pickle, which can run code when it is read; convert it to safetensors."
 
 
-def _problem(path: Path) -> str:
-    """Why a path cannot be opened as a file; a pipe, for instance, would block."""
+def _problem(file: AdapterFile) -> str:
+    """Why it cannot be opened as a file; a pipe, for instance, would block."""
     try:
-        mode = path.stat().st_mode
+        mode = file.weights.stat().st_mode
     except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror or error}."
-    return "" if stat.S_ISREG(mode) else f"{path.name} is no regular file."
+        return _unreadable(file.label, error)
+    return "" if stat.S_ISREG(mode) else f"{file.label} is no regular file."
+
+
+def _unreadable(label: str, error: OSError) -> str:
+    return f"{label} cannot be read: {error.strerror or error}."
 
 
 def _stat(path: Path) -> tuple[int, ...]:
