@@ -72,6 +72,7 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha_or_its_rank(tmp_path: Path
     [
         ({f"{KOHYA}.dora_scale": torch.ones(8, 1)}, "a DoRA"),
         ({f"{DOTTED}.lora_magnitude_vector": torch.ones(8)}, "a DoRA"),
+        ({f"{DOTTED}.magnitude": torch.ones(8)}, "a DoRA"),
         ({f"{KOHYA}.hada_w1_a": torch.ones(8, 2)}, "a LoHa"),
         ({f"{KOHYA}.lokr_w1": torch.ones(8, 2)}, "a LoKr"),
         ({"oft_unet_x.oft_blocks": torch.ones(8, 2)}, "an OFT"),
@@ -118,6 +119,9 @@ def test_a_file_of_another_method_is_refused_by_its_name(tmp_path: Path, extra: 
         (kohya("diffusion_model.input_blocks.1.1.proj_in"), "such as diffusion_model.input_blocks.1.1.proj_in"),
         (tensors(DOTTED, a="lora_A.default", b="lora_B.default"), f"such as {DOTTED}.lora_A.default.weight"),
         (tensors("mid_block.attentions.0.proj_in"), "keys begin with one of unet., lora_unet_, text_encoder."),
+        (tensors(f"unet.{PEFT}"), "its adapter_config.json, which has the alpha, is not beside it"),
+        (kohya() | kohya("diffusion_model_x"), "such as diffusion_model_x.lora_down.weight"),
+        ({"unet:0:up": torch.ones(8, 2), "unet:0:down": torch.ones(2, 8)}, "such as unet:0:down"),
         (tensors(PEFT), "its adapter_config.json, which has the alpha, is not beside it"),
         ({}, "has no tensors"),
     ],

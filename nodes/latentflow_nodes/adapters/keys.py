@@ -49,7 +49,7 @@ _SUFFIXES = {
 
 # Keys of everything that is no plain LoRA, in the order in which they are looked for.
 _OTHERS = (
-    (r"dora_scale|lora_magnitude_vector", "a DoRA"),
+    (r"dora_scale|lora_magnitude_vector|\.magnitude$", "a DoRA"),
     (r"\.hada_", "a LoHa"),
     (r"\.lokr_", "a LoKr"),
     (r"(^|[._])(oft|boft)_", "an OFT"),
@@ -127,5 +127,6 @@ def _owner(key: str, parts: Sequence[AdapterPart], component: str | None) -> tup
     for part in parts:
         for prefix in part.prefixes:
             if key.startswith(prefix):
-                return part.component, key.removeprefix(prefix)
+                # Some scripts for training save PEFT's keys with diffusers' prefix.
+                return part.component, key.removeprefix(prefix).removeprefix(PEFT_PREFIX)
     return None, key

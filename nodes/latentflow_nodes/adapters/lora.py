@@ -83,7 +83,7 @@ def _read(file: AdapterFile, total: Any) -> dict[str, dict[str, Layer]]:
         fields = _object(text, f"{file.label}'s {file.config.name}")
         whole = config.parse(fields, file=f"{file.label}'s {file.config.name}")
         component = component or _component(fields, file)
-    elif any(name.startswith(keys.PEFT_PREFIX) for name in names):
+    elif any(keys.PEFT_PREFIX in name for name in names):
         raise unusable(
             f"{file.label} was written by PEFT, and its adapter_config.json, which has the alpha, is not beside it; put "
             "both into a folder NAME/."
