@@ -42,9 +42,9 @@ class Key:
 
 
 _SUFFIXES = {
-    Kind.A: re.compile(r"(?:\.lora_A|\.lora_down|\.lora_linear_layer\.down|[._]lora\.down)\.weight"),
-    Kind.B: re.compile(r"(?:\.lora_B|\.lora_up|\.lora_linear_layer\.up|[._]lora\.up)\.weight"),
-    Kind.ALPHA: re.compile(r"\.alpha"),
+    Kind.A: re.compile(r"(?:\.lora_A|\.lora_down|\.lora_linear_layer\.down|[._]lora\.down)\.weight$"),
+    Kind.B: re.compile(r"(?:\.lora_B|\.lora_up|\.lora_linear_layer\.up|[._]lora\.up)\.weight$"),
+    Kind.ALPHA: re.compile(r"\.alpha$"),
 }
 
 # Keys of everything that is no plain LoRA, in the order in which they are looked for.
@@ -111,7 +111,7 @@ def _parse(key: str, parts: Sequence[AdapterPart], component: str | None) -> Key
         return None
     for kind, suffix in _SUFFIXES.items():
         match = suffix.search(rest)
-        if match and match.start() > 0 and match.end() == len(rest):
+        if match and match.start():
             # diffusers once kept the layers of an attention in an object that is no module.
             layer = rest[: match.start()].replace(".processor.", ".")
             return Key(component=owner, layer=layer, kind=kind)
