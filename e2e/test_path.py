@@ -29,6 +29,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixe
 PROMPT, SEED = "a large red circle on the left and a small blue star on the right, white background", 7
 LORA = "outline:0.8"
 MARK = "-----image-----"
+GATEWAYS = f"latentflow-gateway.{RELEASE_NAMESPACE}.svc"
 
 
 def threaded(example: str) -> Body:
@@ -58,34 +59,51 @@ def generate(release: ApiServer, namespace: Namespace, output: Path, *options: s
 
 def generate_in_a_pod(release: ApiServer, namespace: Namespace) -> Image.Image:
     """The image that the client makes in a pod that knows only the DNS name of the gateways."""
-    endpoint = f"latentflow-gateway.{RELEASE_NAMESPACE}.svc:8400"
     workflow = f"--workflow={namespace.name}/shapes"
-    make = f"latentflow generate '{PROMPT}' {workflow} --target={endpoint} --seed={SEED} --lora={LORA} -o /tmp/out.png"
-    script = f"{make} && echo {MARK} && base64 /tmp/out.png"
+    make = f"latentflow generate '{PROMPT}' {workflow} --target={GATEWAYS}:8400 --seed={SEED} --lora={LORA}"
+    script = f"{make} -o /tmp/out.png && echo {MARK} && base64 /tmp/out.png"
+    return printed_by_a_pod(release, namespace, "client", ["sh", "-c", script])
+
+
+def generate_over_http(release: ApiServer, namespace: Namespace) -> Image.Image:
+    """The image that a program without our client makes in a pod."""
+    body = {"model": f"{namespace.name}/shapes", "prompt": PROMPT, "seed": SEED, "loras": {"outline": 0.8}}
+    program = f"""
+import json, urllib.request
+url, body = "http://{GATEWAYS}:8402/v1/images/generations", {json.dumps(body)!r}.encode()
+request = urllib.request.Request(url, body, {{"content-type": "application/json"}})
+with urllib.request.urlopen(request, timeout=240) as response:
+    print({MARK!r}, json.load(response)["data"][0]["b64_json"])
+"""
+    return printed_by_a_pod(release, namespace, "http-client", ["python3", "-c", program])
+
+
+def printed_by_a_pod(release: ApiServer, namespace: Namespace, name: str, command: list[str]) -> Image.Image:
+    """The image whose PNG a command prints as base64 after the mark, in a pod of the control image."""
     security = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     namespace.create(
         {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": "client"},
+            "metadata": {"name": name},
             "spec": {
                 "restartPolicy": "Never",
                 "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
                 "containers": [
                     {
-                        "name": "client",
+                        "name": name,
                         "image": images.CONTROL,
                         "imagePullPolicy": "Never",
-                        "command": ["sh", "-c", script],
+                        "command": command,
                         "securityContext": security,
                     }
                 ],
             },
         }
     )
-    pod = namespace.until("Pod", lambda found: found["client"]["status"].get("phase") in ("Succeeded", "Failed"))
-    logs = release.kubectl("logs", f"--namespace={namespace.name}", "client")
-    assert pod["client"]["status"]["phase"] == "Succeeded", logs
+    pod = namespace.until("Pod", lambda found: found[name]["status"].get("phase") in ("Succeeded", "Failed"))
+    logs = release.kubectl("logs", f"--namespace={namespace.name}", name)
+    assert pod[name]["status"]["phase"] == "Succeeded", logs
     return Image.open(io.BytesIO(base64.b64decode(logs.partition(MARK)[2])))
 
 
@@ -122,10 +140,11 @@ async def test_a_workflow_becomes_ready_and_every_client_gets_the_same_image(
     namespace.apply(workflow)
     wait_until_ready(release, namespace, "shapes")
     outside = generate(release, namespace, tmp_path / "outside.png")
-    inside = generate_in_a_pod(release, namespace)
+    inside, over_http = generate_in_a_pod(release, namespace), generate_over_http(release, namespace)
     here = await embedded(workflow, tmp_path)
     assert ImageChops.difference(outside.convert("RGB"), here.convert("RGB")).getbbox() is None
-    assert ImageChops.difference(outside.convert("RGB"), inside.convert("RGB")).getbbox() is None
+    for other in (inside, over_http):
+        assert ImageChops.difference(outside.convert("RGB"), other.convert("RGB")).getbbox() is None
 
 
 @pytest.mark.timeout(900)

@@ -95,12 +95,12 @@ async def test_control_images_and_loras_act_as_over_grpc(runtime: Runtime, clien
 
 async def test_every_output_format_has_the_same_picture(client: openai.AsyncOpenAI) -> None:
     async def made(form: Any, **options: Any) -> bytes:
-        answer = await client.images.generate(
+        response = await client.images.generate(
             prompt=PROMPT, output_format=form, extra_body={"seed": 3, "steps": 4}, **options
         )
-        assert answer.data is not None
-        assert answer.output_format == form
-        return file(answer.data[0])
+        assert response.data is not None
+        assert response.output_format == form
+        return file(response.data[0])
 
     png = Image.open(io.BytesIO(await made("png"))).convert("RGB")
     for form in ("jpeg", "webp"):
@@ -171,7 +171,7 @@ async def test_twenty_requests_at_a_time_all_get_their_own_image(client: openai.
     made = await asyncio.gather(
         *(client.images.generate(prompt=PROMPT, extra_body={"seed": seed, "steps": 2}) for seed in range(20))
     )
-    images = [answer.data[0] for answer in made if answer.data]
+    images = [response.data[0] for response in made if response.data]
     assert [image.seed for image in images] == list(range(20))  # type: ignore[attr-defined]
     assert len({image.b64_json for image in images}) == 20
 

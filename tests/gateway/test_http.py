@@ -19,30 +19,33 @@ from latentflow_gateway.http import errors, openapi
 from latentflow_gateway.server import Gateway, serve
 from latentflow_gateway.settings import GatewaySettings, Limits, parse
 from openapi_spec_validator import validate
-from support.http import Answer, send
+from support.http import Response, send
 from support.scraping import value
 from support.serving import PROMPT, WORKFLOW, served, without_servers
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 IMAGES = "/v1/images/generations"
+IN_ITS_BODY = (
+    f"POST {IMAGES} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{{".encode()
+)
 PAGE = "https://app.example"
 
 
-async def answer(gateway: Gateway, path: str, **arguments: Any) -> Answer:
+async def response(gateway: Gateway, path: str, **arguments: Any) -> Response:
     assert gateway.http is not None
     return await asyncio.to_thread(send, gateway.http.address, path, **arguments)
 
 
 async def test_the_models_are_the_workflows(tmp_path: Path) -> None:
     async with without_servers(tmp_path) as gateway:
-        listed = (await answer(gateway, "/v1/models")).json
+        listed = (await response(gateway, "/v1/models")).json
         assert [one["id"] for one in listed["data"]] == ["default/shapes-minimal", "default/shapes"]
         for path in ("default/shapes", "default%2Fshapes", "shapes"):
-            found = await answer(gateway, f"/v1/models/{path}")
+            found = await response(gateway, f"/v1/models/{path}")
             assert found.json == listed["data"][1]
         assert (found.json["object"], found.json["owned_by"], found.json["ready"]) == ("model", "default", False)
         assert found.json["control_images"] == ["edges", "layout"]
-        absent = await answer(gateway, "/v1/models/absent")
+        absent = await response(gateway, "/v1/models/absent")
         assert (absent.status, absent.error["code"]) == (404, "UNKNOWN_WORKFLOW")
         assert absent.error["type"] == "invalid_request_error"
 
@@ -50,20 +53,20 @@ async def test_the_models_are_the_workflows(tmp_path: Path) -> None:
 async def test_whatever_is_no_request_of_the_api_gets_an_error_of_the_same_form(tmp_path: Path) -> None:
     async with without_servers(tmp_path) as gateway:
         for path in ("/", "/v1", "/v1/images/edits", "/v1/models/", "/v1/images/generations/"):
-            missing = await answer(gateway, path)
+            missing = await response(gateway, path)
             assert (missing.status, missing.error["code"]) == (404, "NOT_FOUND")
-        wrong = await answer(gateway, IMAGES, method="GET")
+        wrong = await response(gateway, IMAGES, method="GET")
         assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
         assert "use POST" in wrong.error["message"]
-        form = await answer(gateway, IMAGES, body=b"prompt=a", headers={"content-type": "text/plain"})
+        form = await response(gateway, IMAGES, body=b"prompt=a", headers={"content-type": "text/plain"})
         assert form.status == 415
         assert "must have the content type application/json, not text/plain" in form.error["message"]
-        broken = await answer(gateway, IMAGES, body=b"{")
+        broken = await response(gateway, IMAGES, body=b"{")
         assert (broken.status, broken.error["code"]) == (400, "INVALID_REQUEST")
-        unknown = await answer(gateway, IMAGES, body={"prompt": "a", "seeed": 1})
+        unknown = await response(gateway, IMAGES, body={"prompt": "a", "seeed": 1})
         assert (unknown.status, unknown.error["param"]) == (400, "seeed")
         assert unknown.headers["x-should-retry"] == "false"
-        nobody = await answer(gateway, IMAGES, body={"prompt": "a"})
+        nobody = await response(gateway, IMAGES, body={"prompt": "a"})
         assert "default/shapes-minimal, default/shapes" in nobody.error["message"]
         assert len({a.headers["x-request-id"] for a in (form, broken, unknown, nobody)}) == 4
         for route, status, count in (("?", "404", 4), ("?", "405", 1), (IMAGES, "400", 2), (IMAGES, "415", 1)):
@@ -91,7 +94,7 @@ async def test_a_body_that_is_too_large_is_refused_before_it_has_been_read(tmp_p
             assert status.split()[1] == b"413"
             writer.close()
             await writer.wait_closed()
-        largest = await answer(gateway, IMAGES, body=b" " * limit)
+        largest = await response(gateway, IMAGES, body=b" " * limit)
         assert largest.status == 400
 
 
@@ -100,16 +103,16 @@ async def test_api_keys_are_those_of_grpc(tmp_path: Path) -> None:
     (tmp_path / "keys/anna").write_text("key-of-anna")
     async with without_servers(tmp_path, api_keys=tmp_path / "keys") as gateway:
         for path, body in (("/v1/models", None), ("/v1/models/shapes", None), (IMAGES, {"prompt": "a"})):
-            missing = await answer(gateway, path, body=body)
+            missing = await response(gateway, path, body=body)
             assert (missing.status, missing.headers["www-authenticate"]) == (401, "Bearer")
             assert missing.error["type"] == "authentication_error"
             assert missing.error["code"] == "API_KEY_MISSING"
-            wrong = await answer(gateway, path, body=body, headers={"authorization": "Bearer key-of-ben"})
+            wrong = await response(gateway, path, body=body, headers={"authorization": "Bearer key-of-ben"})
             assert (wrong.status, wrong.error["code"]) == (401, "API_KEY_UNKNOWN")
-        known = await answer(gateway, "/v1/models", headers={"authorization": "Bearer key-of-anna"})
+        known = await response(gateway, "/v1/models", headers={"authorization": "Bearer key-of-anna"})
         assert known.status == 200
         for path in ("/healthz", "/openapi.json"):
-            assert (await answer(gateway, path)).status == 200
+            assert (await response(gateway, path)).status == 200
         metrics = f"127.0.0.1:{gateway.metrics_port}"
         for client, count in (("anna", 1), ("?", 6)):
             found = await asyncio.to_thread(value, metrics, "latentflow_gateway_authentications_total", client=client)
@@ -122,29 +125,29 @@ async def test_pages_of_the_listed_origins_may_use_the_api_and_no_others(tmp_pat
             "access-control-request-method": "POST",
             "access-control-request-headers": "authorization,content-type",
         }
-        allowed = await answer(gateway, IMAGES, method="OPTIONS", headers={"origin": PAGE} | asked)
+        allowed = await response(gateway, IMAGES, method="OPTIONS", headers={"origin": PAGE} | asked)
         assert allowed.status == 200
         assert allowed.headers["access-control-allow-origin"] == PAGE
         assert "POST" in allowed.headers["access-control-allow-methods"]
         assert "authorization" in allowed.headers["access-control-allow-headers"]
-        refused = await answer(gateway, IMAGES, method="OPTIONS", headers={"origin": "https://other.example"} | asked)
+        refused = await response(gateway, IMAGES, method="OPTIONS", headers={"origin": "https://other.example"} | asked)
         assert refused.status == 400
         # Pages read errors, too.
-        error = await answer(gateway, IMAGES, body={}, headers={"origin": PAGE})
+        error = await response(gateway, IMAGES, body={}, headers={"origin": PAGE})
         assert (error.status, error.headers["access-control-allow-origin"]) == (400, PAGE)
         assert "x-request-id" in error.headers["access-control-expose-headers"]
-        other = await answer(gateway, "/v1/models", headers={"origin": "https://other.example"})
+        other = await response(gateway, "/v1/models", headers={"origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
     async with without_servers(tmp_path) as gateway:
-        without = await answer(gateway, "/v1/models", headers={"origin": PAGE})
+        without = await response(gateway, "/v1/models", headers={"origin": PAGE})
         assert "access-control-allow-origin" not in without.headers
-        assert (await answer(gateway, IMAGES, method="OPTIONS", headers={"origin": PAGE} | asked)).status == 405
+        assert (await response(gateway, IMAGES, method="OPTIONS", headers={"origin": PAGE} | asked)).status == 405
 
 
 async def test_a_full_queue_is_a_429_with_the_time_after_which_to_try_again(tmp_path: Path) -> None:
     async with without_servers(tmp_path, max_running=1, max_queued=0) as gateway:
         body = {"prompt": PROMPT, "model": "shapes"}
-        first = asyncio.create_task(answer(gateway, IMAGES, body=body))
+        first = asyncio.create_task(response(gateway, IMAGES, body=body))
         metrics = f"127.0.0.1:{gateway.metrics_port}"
 
         @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(20), wait=wait_fixed(0.05))
@@ -152,7 +155,7 @@ async def test_a_full_queue_is_a_429_with_the_time_after_which_to_try_again(tmp_
             assert await asyncio.to_thread(value, metrics, "latentflow_gateway_in_flight") == 1
 
         await running()
-        full = await answer(gateway, IMAGES, body=body)
+        full = await response(gateway, IMAGES, body=body)
         assert (full.status, full.error["code"], full.error["type"]) == (429, "QUEUE_FULL", "rate_limit_error")
         assert full.headers["retry-after"] == "1"
         assert 0 < int(full.headers["retry-after-ms"]) <= 1000
@@ -183,26 +186,41 @@ async def test_a_client_that_disconnects_while_its_request_is_held_frees_its_pla
         assert await asyncio.to_thread(value, metrics, "latentflow_gateway_http_responses_total", **gone) == 1
 
 
+@pytest.mark.parametrize(
+    "sent", [b"GET /v1/models HTTP/1.1\r\n", b"\x16\x03\x01\x02\x00\x01", IN_ITS_BODY, IN_ITS_BODY[:-3]]
+)
+async def test_a_connection_that_ends_in_the_middle_of_a_request_harms_no_other(tmp_path: Path, sent: bytes) -> None:
+    async with without_servers(tmp_path) as gateway:
+        assert gateway.http is not None
+        host, port = gateway.http.address.split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(sent)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        assert (await response(gateway, "/healthz")).status == 200
+
+
 async def test_a_model_without_servers_is_a_503(tmp_path: Path) -> None:
     async with without_servers(tmp_path, ready_seconds=0.2) as gateway:
-        late = await answer(gateway, IMAGES, body={"prompt": PROMPT, "model": "shapes"})
+        late = await response(gateway, IMAGES, body={"prompt": PROMPT, "model": "shapes"})
         assert (late.status, late.error["code"], late.error["type"]) == (503, "MODEL_NOT_READY", "server_error")
         assert late.headers["retry-after"] == "1"
 
 
 async def test_a_draining_gateway_is_unhealthy_and_admits_no_images(tmp_path: Path) -> None:
     async with without_servers(tmp_path) as gateway:
-        assert (await answer(gateway, "/healthz")).json == {"status": "serving"}
+        assert (await response(gateway, "/healthz")).json == {"status": "serving"}
         gateway.generation.running.draining = True
-        health = await answer(gateway, "/healthz")
+        health = await response(gateway, "/healthz")
         assert (health.status, health.json) == (503, {"status": "draining"})
-        refused = await answer(gateway, IMAGES, body={"prompt": PROMPT, "model": "shapes"})
+        refused = await response(gateway, IMAGES, body={"prompt": PROMPT, "model": "shapes"})
         assert (refused.status, refused.error["code"]) == (503, "DRAINING")
 
 
 async def test_a_stopping_gateway_finishes_running_http_requests(tmp_path: Path) -> None:
     async with served(tmp_path) as servers:
-        running = asyncio.create_task(answer(servers.gateway, IMAGES, body={"prompt": PROMPT, "steps": 60}))
+        running = asyncio.create_task(response(servers.gateway, IMAGES, body={"prompt": PROMPT, "steps": 60}))
         denoiser = f"127.0.0.1:{servers.node('Denoiser').metrics_port}"
 
         @retry(retry=retry_if_exception_type(AssertionError), stop=stop_after_delay(20), wait=wait_fixed(0.01))
@@ -215,7 +233,7 @@ async def test_a_stopping_gateway_finishes_running_http_requests(tmp_path: Path)
         assert finished.status == 200
         assert servers.gateway.http is not None
         with pytest.raises(OSError, match="refused"):
-            await answer(servers.gateway, "/healthz")
+            await response(servers.gateway, "/healthz")
 
 
 async def test_http_has_the_tls_of_grpc(tmp_path: Path) -> None:
@@ -252,13 +270,13 @@ async def test_http_is_served_on_ipv6(tmp_path: Path) -> None:
     directory = tmp_path / "directory.json"
     Directory(workflows=(WORKFLOW,), models={}).write(directory)
     async with serve(GatewaySettings(directory=directory, listen="127.0.0.1:0", http="[::1]:0")) as gateway:
-        assert (await answer(gateway, "/healthz")).status == 200
+        assert (await response(gateway, "/healthz")).status == 200
 
 
 async def test_the_openapi_document_is_valid_and_has_every_route(tmp_path: Path) -> None:
     async with without_servers(tmp_path) as gateway:
         assert gateway.http is not None
-        document = (await answer(gateway, "/openapi.json")).json
+        document = (await response(gateway, "/openapi.json")).json
     validate(document)
     assert document["paths"].keys() == {IMAGES, "/v1/models", "/v1/models/{model}", "/healthz", "/openapi.json"}
     properties = document["components"]["schemas"]["ImageRequest"]["properties"]

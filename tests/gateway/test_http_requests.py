@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from latentflow.errors import InvalidRequestError
 from latentflow.v1 import generation_pb2
 from latentflow_gateway.http.requests import ImageRequest, parse, to_wire
 from PIL import Image
+from support.paths import ROOT
 
 PNG = b"\x89PNG\r\n\x1a\n and the rest"
 ENCODED = base64.b64encode(PNG).decode()
@@ -182,6 +184,12 @@ def test_other_control_images_are_refused_by_name(text: str, words: str) -> None
     assert words in error.message
     assert "'edges'" in error.message
     assert error.details == {"field": "control_images.edges.image"}
+
+
+def test_the_page_of_the_api_describes_every_field() -> None:
+    page = (ROOT / "docs/http.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page.partition("## The request")[2].partition("## Errors")[0], re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == ImageRequest.model_fields.keys()
 
 
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | st.text()

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's own client sees them: which class it raises, and how often it sends the request."""
+"""Errors in OpenAI's own client: which class it raises, and how often it sends the request."""
 
 from __future__ import annotations
 

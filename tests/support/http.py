@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class Response:
     """A response."""
 
     status: int
@@ -38,7 +38,7 @@ def send(
     method: str | None = None,
     body: Any = None,
     headers: Mapping[str, str] | None = None,
-) -> Answer:
+) -> Response:
     """The response to one request, whatever its status.
 
     Args:
@@ -52,7 +52,7 @@ def send(
     )
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
-            return Answer(status=response.status, headers=dict(response.headers.items()), body=response.read())
+            return Response(status=response.status, headers=dict(response.headers.items()), body=response.read())
     except urllib.error.HTTPError as error:
         with error:
-            return Answer(status=error.code, headers=dict(error.headers.items()), body=error.read())
+            return Response(status=error.code, headers=dict(error.headers.items()), body=error.read())

@@ -157,7 +157,7 @@ class HttpApi:
 
     async def _body(self, request: Request) -> bytes:
         """The body of a request. HTTPException where its type is wrong or it is too large, which is found while it arrives."""
-        # A page of another origin can send other types without a preflight request, so it could use the API unasked.
+        # Pages of other origins can send other types without a preflight request, by which CORS refuses them.
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type != _JSON:
             raise HTTPException(415, f"The body must have the content type {_JSON}, not {media_type or 'none'}.")

@@ -55,7 +55,7 @@ class HttpServer:
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                # Its warnings are about connections that speak no HTTP, such as port scans.
+                # Its warnings are about connections that send no HTTP, such as port scans.
                 log_level="error",
                 access_log=False,
                 server_header=False,
