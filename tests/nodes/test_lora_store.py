@@ -128,7 +128,10 @@ def _other_name(path: Path) -> None:
             "odd.safetensors is damaged or incomplete",
         ),
         (lambda path: (path / "odd.safetensors").symlink_to("nowhere"), "odd.safetensors cannot be read: No such file"),
-        (lambda path: (path / "odd.safetensors").symlink_to("odd.safetensors"), "odd.safetensors cannot be read: Too many"),
+        (
+            lambda path: (path / "odd.safetensors").symlink_to("odd.safetensors"),
+            "odd.safetensors cannot be read: Too many",
+        ),
         (_link_in_a_folder, "odd/adapter_model.safetensors cannot be read: No such file"),
         (_pipe, "odd.safetensors is no regular file"),
         (
