@@ -73,6 +73,9 @@ def load(entry: Entry) -> Adapter:
 def _read(file: AdapterFile, total: Any) -> dict[str, dict[str, Layer]]:
     """The layers of one file, by component. Adds the file to the digest `total`."""
     parts = families.adapter_parts()
+    with file.weights.open("rb"):
+        # safetensors reports every file that it cannot open as missing.
+        pass
     # The header first: a file that is no LoRA may be large.
     with safe_open(file.weights, framework="pt") as opened:
         names, header = list(opened.keys()), opened.metadata() or {}

@@ -7,8 +7,6 @@ import hashlib
 from collections.abc import Iterator
 
 import structlog
-from latentflow.errors import FailedPreconditionError
-from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2, tensors_pb2
 
 from latentflow_nodes import families
@@ -33,13 +31,7 @@ class LoRAStore(Role):
         self._folder = source.alone
         self.family = families.of_pipeline(source.pipeline).name if source.is_pipeline else ""
         self._library = Library(self._folder)
-        try:
-            self._scan(settled=False)
-        except OSError as error:
-            raise FailedPreconditionError(
-                f"The folder {self._folder} cannot be read: {error.strerror or error}. Correct its permissions or the source.",
-                reason=Reason.WEIGHTS_UNAVAILABLE,
-            ) from None
+        self._scan(settled=False)
         if not self._library.listed:
             _log.warning("the folder has no adapter yet", folder=str(self._folder))
         self._following: asyncio.Task[None] | None = None
