@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -60,3 +62,15 @@ def test_a_server_that_waits_for_another_releases_the_lock(tmp_path: Path) -> No
 def test_without_a_file_the_lock_is_always_free() -> None:
     with ComputeLock(None), ComputeLock(None) as inner, inner.released():
         pass
+
+
+def test_only_the_thread_of_the_model_computes_in_parallel() -> None:
+    # In a process of its own, because the number of threads belongs to the process. It ends where it would serve.
+    program = """
+import torch
+from latentflow_nodes import server
+server.serving.run = lambda program, work: (work.close(), print(torch.get_num_threads()))
+server.main(["--role=VAE", "--uri=shapes", '--engine={"threads": 2}'])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout == "1\n"
