@@ -8,6 +8,7 @@ from urllib.parse import urlparse
 
 import structlog
 from latentflow.api import DiffusionWorkflow, Source
+from latentflow.internal import source_uri
 
 _log = structlog.get_logger()
 
@@ -38,11 +39,10 @@ def _resolve(source: Source) -> Source:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionResolutionError
 
-    parsed = urlparse(source.uri)
     try:
         # The variable is read here because the library reads it only when it is imported.
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-        found = api.resolve_revision(parsed.netloc + parsed.path, revision=source.revision)
+        found = api.resolve_revision(source_uri.repository(source.uri), revision=source.revision)
     except (HfHubHTTPError, HFValidationError, RevisionResolutionError, httpx2.HTTPError, OSError) as error:
         _log.warning(
             "could not resolve a revision to a commit",

@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 import structlog
 from latentflow.api import Source
 from latentflow.api.conditions import ConditionReason
+from latentflow.internal import source_uri
 
 Key = TypeVar("Key", bound=Hashable)
 _log = structlog.get_logger()
@@ -162,7 +163,7 @@ def resolve_commit(source: Source, *, endpoint: str | None) -> str:
     )
 
     api = HfApi(endpoint=endpoint)
-    repository = urlparse(source.uri).netloc + urlparse(source.uri).path
+    repository = source_uri.repository(source.uri)
     try:
         commit = api.model_info(repository, revision=source.revision, timeout=_TIMEOUT_SECONDS).sha
     except GatedRepoError:

@@ -121,8 +121,9 @@ _OWN: dict[str, tuple[Rule, ...]] = {
             message="? and # end the path of a URI; write %3F and %23 for those of a folder's name",
         ),
         Rule(
-            cel="!self.uri.startsWith('hf:') || self.uri.matches('^hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$')",
-            message="a hub URI names organisation and repository: hf://org/repo",
+            cel="!self.uri.startsWith('hf:') || self.uri.matches('^hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
+            "(/([^/?#.][^/?#]*/)*[^/?#.][^/?#]*[.]safetensors)?$')",
+            message="a hub URI names organisation and repository, hf://org/repo, or a file of it that ends with .safetensors",
         ),
         Rule(
             cel="!self.uri.matches('^(pvc|s3|oci):') || self.uri.matches('^(pvc|s3|oci)://[^/]')",
@@ -133,6 +134,10 @@ _OWN: dict[str, tuple[Rule, ...]] = {
             cel="!has(self.subfolder) || !(self.subfolder.size() == 0 || self.subfolder.startsWith('/') || "
             "self.subfolder.matches('(^|/)[.][.](/|$)'))",
             message="a subfolder is a relative path inside the source, without '..'",
+        ),
+        Rule(
+            cel="!self.uri.endsWith('.safetensors') || !(has(self.subfolder) || has(self.variant))",
+            message="a single file has neither a subfolder nor a variant; remove them",
         ),
         Rule(
             cel="!has(self.revision) || self.uri.startsWith('hf:')",

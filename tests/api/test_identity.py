@@ -91,6 +91,8 @@ def test_what_changes_the_served_model_changes_the_identity() -> None:
     others = [
         model(dtype="float16"),
         model(source={"uri": "shapes", "subfolder": "unet"}),
+        model(source={"uri": "shapes", "variant": "fp16"}),
+        model(source={"uri": "shapes.safetensors"}),
         model(engine={"threads": 2}),
         model(resources={"limits": {"cpu": 1}}),
         model().model_copy(update={"parallelism": Parallelism().model_copy(update={"tensor": 2})}),

@@ -153,6 +153,16 @@ def test_weights_that_are_left_out_are_named(remote: Remote, tmp_path: Path, kep
     assert words in caught.value.message
 
 
+@pytest.mark.parametrize("remote", ["hub"], indirect=True)
+def test_a_repository_with_a_single_file_is_refused_with_its_name(remote: Remote, tmp_path: Path) -> None:
+    assert isinstance(remote.server, Hub)
+    (tmp_path / "single").mkdir()
+    (tmp_path / "single/anime.safetensors").write_bytes(b"weights")
+    remote.server.push("org/single", tmp_path / "single")
+    with pytest.raises(FailedPreconditionError, match=r"org/single holds anime.safetensors, .* name it in the uri"):
+        remote.fetch(uri="hf://org/single")
+
+
 @pytest.mark.parametrize("role", ["VAE", "Denoiser", "TextEncoder"])
 def test_a_repository_may_be_a_component_of_its_own(remote: Remote, role: str) -> None:
     part = {"VAE": "vae", "Denoiser": "unet", "TextEncoder": "text_encoder"}[role]
@@ -162,6 +172,24 @@ def test_a_repository_may_be_a_component_of_its_own(remote: Remote, role: str) -
         remote.server.upload(SHAPES / part, "packs/alone")
     found = remote.fetch(role, uri=remote.uri.replace("shapes", "alone"))
     assert content(found) == content(SHAPES / part)
+
+
+@pytest.mark.parametrize("role", ["VAE", "TextEncoder"])
+def test_of_a_single_file_that_file_and_the_role_s_folders_beside_it_are_fetched(remote: Remote, role: str) -> None:
+    beside = {"VAE": ["vae"], "TextEncoder": ["text_encoder", "tokenizer"]}[role]
+    folder = remote.cache.parent / "ckpt"
+    for part in (*beside, "unet", "scheduler"):
+        shutil.copytree(SHAPES / part, folder / f"deep/{part}", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "deep/a[1].safetensors").write_bytes(b"weights")
+    (folder / "deep/other.safetensors").write_bytes(b"other weights")
+    if isinstance(remote.server, Hub):
+        remote.server.push("org/ckpt", folder)
+        uri = "hf://org/ckpt/deep/a[1].safetensors"
+    else:
+        remote.server.upload(folder, "packs/ckpt")
+        uri = f"s3://{BUCKET}/packs/ckpt/deep/a[1].safetensors"
+    found = content(remote.fetch(role, uri=uri))
+    assert {name.partition("/")[0] for name in found} == {"a[1].safetensors", "unet", *beside}
 
 
 def test_a_subfolder_limits_what_is_fetched(remote: Remote) -> None:

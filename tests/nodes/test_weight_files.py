@@ -100,7 +100,7 @@ async def test_a_text_encoder_of_sdxl_without_its_projection_is_refused(tmp_path
     change(tmp_path / "m/text_encoder_2/model.safetensors", without("text_projection"))
     error = await refused(tmp_path, "TextEncoder")
     assert (
-        "text_encoder_2 are not those that its config.json describes: missing text_projection.weight" in error.message
+        "text_encoder_2 are not those that its configuration describes: missing text_projection.weight" in error.message
     )
 
 

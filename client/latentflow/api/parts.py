@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from pydantic.alias_generators import to_camel
 
 from latentflow.api.fields import Limits, field, limits_of, unserved
-from latentflow.internal import file_uri
+from latentflow.internal import source_uri
 
 API_VERSION = "latentflow.io/v1alpha1"
 # On everything that serves a model in a cluster.
@@ -24,6 +24,8 @@ MODEL_LABEL, ROLE_LABEL = "latentflow.io/model", "latentflow.io/role"
 SCHEMES = ("", "file", "pvc", "hf", "s3", "oci")
 _DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 _DEVICE = r"^(cpu|cuda(:[0-9]{1,2})?)$"
+# A repository, or a single file in it.
+_HUB = r"hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+(/([^/?#.][^/?#]*/)*[^/?#.][^/?#]*\.safetensors)?"
 _WORD = r"^[A-Za-z0-9_-]{1,64}$"
 # In words, for errors.
 PATTERNS = {
@@ -86,8 +88,8 @@ class Source(Typed):
         min_length=1,
         max_length=1024,
         description="A folder under the model root, or file:///abs/path, hf://org/repo, pvc://claim/path, s3://bucket/path, "
-        "oci://registry/image. Names a diffusers pipeline folder, out of which the role takes its parts, or one component's "
-        "folder.",
+        "oci://registry/image. Names a diffusers pipeline folder, out of which the role takes its parts, one component's "
+        "folder, or a single file that ends with .safetensors.",
     )
     subfolder: str | None = Field(
         default=None, max_length=512, description="One component of the pipeline folder, such as controlnet-edges."
@@ -118,12 +120,14 @@ class Source(Typed):
         if parsed.scheme == "" and (uri.startswith("/") or ".." in uri.split("/")):
             raise ValueError("a relative URI stays under the model root; write file:///… for a folder elsewhere")
         if parsed.scheme == "file":
-            file_uri.path(uri)
+            source_uri.file_path(uri)
         if parsed.scheme == "pvc":
             # The claim is mounted, and the servers read file:///MOUNT/path.
-            file_uri.path(f"file://{uri.removeprefix('pvc:/')}")
-        if parsed.scheme == "hf" and not re.fullmatch(r"hf://[\w.-]+/[\w.-]+", uri):
-            raise ValueError("a hub URI names organisation and repository: hf://org/repo")
+            source_uri.file_path(f"file://{uri.removeprefix('pvc:/')}")
+        if parsed.scheme == "hf" and not re.fullmatch(_HUB, uri):
+            raise ValueError(
+                "a hub URI names organisation and repository, hf://org/repo, or a file of it that ends with .safetensors"
+            )
         if parsed.scheme in ("pvc", "s3", "oci") and not parsed.netloc:
             raise ValueError(f"{uri!r} names nothing after {parsed.scheme}://")
         return uri
@@ -134,6 +138,12 @@ class Source(Typed):
         if subfolder is not None and (subfolder.startswith("/") or ".." in subfolder.split("/") or not subfolder):
             raise ValueError("a subfolder is a relative path inside the source, without '..'")
         return subfolder
+
+    @model_validator(mode="after")
+    def _a_file_is_whole(self) -> Source:
+        if source_uri.is_single_file(self.uri) and (self.subfolder is not None or self.variant is not None):
+            raise ValueError("a single file has neither a subfolder nor a variant; remove them")
+        return self
 
     @model_validator(mode="after")
     def _revision_needs_a_hub(self) -> Source:

@@ -12,10 +12,11 @@ from typing import Any
 from latentflow.errors import FailedPreconditionError
 from latentflow.reasons import Reason
 
+from latentflow_nodes.families import single_files
 from latentflow_nodes.families.base import AdapterPart, Family
 from latentflow_nodes.families.sd import StableDiffusion
 from latentflow_nodes.families.sdxl import StableDiffusionXL
-from latentflow_nodes.weights import files
+from latentflow_nodes.weights import files, names
 from latentflow_nodes.weights.source import Source
 
 FAMILIES: list[Family] = [StableDiffusion(), StableDiffusionXL()]
@@ -42,6 +43,8 @@ def of_source(source: Source, role: str) -> Family:
     """
     if source.is_pipeline and role != "ControlNet":
         return of_pipeline(source.pipeline)
+    if source.single_file is not None:
+        return _of_single_file(source.single_file, role)
     folders = [source.part(family.parts[role][0]) if role != "TextEncoder" else source.alone for family in FAMILIES]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:
@@ -57,8 +60,36 @@ def text_index(source: Source, family: Family) -> Mapping[str, Any]:
     """The pipeline's index, by which a text encoder finds its parts; of an encoder alone, what such an index would name."""
     if source.is_pipeline:
         return files.config(source.pipeline, "model_index.json")
+    if source.single_file is not None:
+        parts = family.parts["TextEncoder"]
+        count = len(family.encoders)
+        return single_files.index(source.single_file, dict(zip(parts[:count], parts[count:], strict=True)))
     name = _class(files.config(source.alone))
     return {part: ["transformers", name if part in family.encoders else ""] for part in family.parts["TextEncoder"]}
+
+
+def scheduler_config(source: Source) -> dict[str, Any]:
+    """The configuration of a denoiser's own sampler. FailedPreconditionError where it is unknown what it predicts."""
+    if source.single_file is not None:
+        return single_files.scheduler(source.single_file)
+    name = "scheduler_config.json"
+    folder = source.beside("scheduler")
+    if not source.is_pipeline and not (folder / name).is_file():
+        raise FailedPreconditionError(
+            f"{source.alone} is a denoiser without the scheduler that it was trained for. Copy scheduler/{name} of its base "
+            "model into this folder.",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
+        )
+    return files.config(folder, name)
+
+
+def _of_single_file(file: Path, role: str) -> Family:
+    files.check_file(file)
+    config = single_files.role_config(file, role)
+    for family in FAMILIES:
+        if family.owns_component("Denoiser" if _class(config).startswith("UNet") else role, config):
+            return family
+    raise _unsupported(file, f"a {_class(config)}, which does not serve as a {role}")
 
 
 def _class(config: Mapping[str, Any]) -> str:
@@ -66,6 +97,9 @@ def _class(config: Mapping[str, Any]) -> str:
 
 
 def _no_model(source: Source, role: str) -> FailedPreconditionError:
+    found = [path.name for path in source.alone.glob("*") if path.is_file()]
+    if names.has_weights(found) and not any(names.is_component(name) for name in found):
+        return names.refusal(str(source.alone), found, variant=source.variant)
     where = "the pipeline around it has none" if source.is_pipeline else "it holds no model_index.json of a pipeline"
     return FailedPreconditionError(
         f"{source.alone} holds no {role}: its config.json is missing, and {where}. Correct the uri or the subfolder.",

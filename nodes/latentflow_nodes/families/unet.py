@@ -14,7 +14,7 @@ from latentflow.errors import FailedPreconditionError
 from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 
-from latentflow_nodes.families import kinds, layer_names
+from latentflow_nodes.families import kinds, layer_names, single_files
 from latentflow_nodes.families.base import (
     AdapterPart,
     Conditioning,
@@ -80,7 +80,7 @@ class UNetFamily(ABC):
 
     def load_text(self, source: Source, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
         encoders = {
-            name: _text_encoder(source.beside(name), index[name][1], dtype, source.variant)
+            name: _text_encoder(source, name, index[name][1], dtype)
             for name in self.encoders
             if is_present(index, name)
         }
@@ -104,16 +104,13 @@ class UNetFamily(ABC):
         """diffusers' pipeline of the family with only its text parts."""
 
     def load_denoiser(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
-        _check_kind(folder, kinds.of_denoiser)
-        return _load(UNet2DConditionModel, folder, dtype, variant)
+        return _network(UNet2DConditionModel, folder, "unet", kinds.of_denoiser, dtype, variant)
 
     def load_control_net(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
-        _check_kind(folder, kinds.of_control_net)
-        return _load(ControlNetModel, folder, dtype, variant)
+        return _network(ControlNetModel, folder, "controlnet", kinds.of_control_net, dtype, variant)
 
     def load_vae(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
-        _check_kind(folder, kinds.of_vae)
-        return _load(AutoencoderKL, folder, dtype, variant)
+        return _network(AutoencoderKL, folder, "vae", kinds.of_vae, dtype, variant)
 
     def embeds_guidance(self, network: torch.nn.Module) -> bool:
         return _config(network).time_cond_proj_dim is not None
@@ -217,13 +214,23 @@ class _Middle:
         return sample + self._residuals.wait().mid
 
 
-def _check_kind(folder: Path, kind: Callable[[kinds.Config], str | None]) -> None:
-    """Before anything is loaded, which may take minutes."""
-    if other := kind(files.config(folder)):
+def _network(
+    cls: Any,
+    path: Path,
+    part: str,
+    kind: Callable[[kinds.Config], str | None],
+    dtype: torch.dtype,
+    variant: str | None,
+) -> torch.nn.Module:
+    """The network of a component folder, or of a part of a single file."""
+    is_single_file = path.is_file()
+    # Before anything is loaded, which may take minutes.
+    if other := kind(single_files.config(path, part) if is_single_file else files.config(path)):
         raise FailedPreconditionError(
-            f"{folder} is {other}; this version does not serve it. Choose a text-to-image model.",
+            f"{path} is {other}; this version does not serve it. Choose a text-to-image model.",
             reason=Reason.UNSUPPORTED_FAMILY,
         )
+    return single_files.network(cls, path, part, dtype) if is_single_file else _load(cls, path, dtype, variant)
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
@@ -242,13 +249,17 @@ def _load(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> to
     return loaded
 
 
-def _text_encoder(folder: Path, cls: str, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
-    if cls not in _TEXT_CLASSES:
+def _text_encoder(source: Source, part: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
+    folder = source.beside(part)
+    if name not in _TEXT_CLASSES:
         raise FailedPreconditionError(
-            f"{folder} is a {cls}; this server runs {' and '.join(sorted(_TEXT_CLASSES))}.",
+            f"{folder} is a {name}; this server runs {' and '.join(sorted(_TEXT_CLASSES))}.",
             reason=Reason.UNSUPPORTED_FAMILY,
         )
-    return _load(getattr(transformers, cls), folder, dtype, variant)
+    cls = getattr(transformers, name)
+    if source.single_file is not None:
+        return single_files.text_encoder(cls, source.single_file, part, dtype)
+    return _load(cls, folder, dtype, source.variant)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Any
 
 import torch
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
@@ -30,7 +29,6 @@ from latentflow_nodes.families.base import NEGATIVE, Conditioning, Shape, warm_u
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.tensors.step_stream import ResidualStream
 from latentflow_nodes.weights import files
-from latentflow_nodes.weights.source import Source
 
 _MAX_STEPS = 1000
 # Progress is for people to watch. Messages of quicker steps are left out, because each one takes the processor from the
@@ -50,7 +48,7 @@ class Denoiser(Role):
         self.family = self._family.name
         self._component = self._family.parts["Denoiser"][0]
         folder = source.part(self._component)
-        self._scheduler = _scheduler_config(source)
+        self._scheduler = families.scheduler_config(source)
         self._fewest_steps = samplers.fewest(self._scheduler)
         self.content_digest = files.digest(files.check(folder, variant=source.variant))
         network = self._family.load_denoiser(folder, dtype=context.dtype, variant=source.variant)
@@ -285,19 +283,6 @@ async def _follow(later: AsyncIterator[stage_pb2.DenoiseRequest], sample: Sample
             mailbox.stop(sample)
     except LatentflowError as error:
         mailbox.refuse(error)
-
-
-def _scheduler_config(source: Source) -> dict[str, Any]:
-    """The configuration of the model's own sampler, without which it is unknown what the network predicts."""
-    name = "scheduler_config.json"
-    folder = source.beside("scheduler")
-    if not source.is_pipeline and not (folder / name).is_file():
-        raise FailedPreconditionError(
-            f"{source.alone} is a denoiser without the scheduler that it was trained for. Copy scheduler/{name} of its base "
-            "model into this folder.",
-            reason=Reason.WEIGHTS_UNAVAILABLE,
-        )
-    return files.config(folder, name)
 
 
 def _checkpoint(sample: Sample) -> stage_pb2.Checkpoint:

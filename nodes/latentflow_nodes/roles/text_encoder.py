@@ -38,8 +38,9 @@ class TextEncoder(Role):
         self._family = families.of_source(source, "TextEncoder")
         self.family = self._family.name
         index = families.text_index(source, self._family)
-        present = [source.beside(name) for name in self._family.encoders if is_present(index, name)]
-        weights = [path for folder in present for path in files.check(folder, variant=source.variant)]
+        present = [name for name in self._family.encoders if is_present(index, name)]
+        folders = [source.single_file] if source.single_file else [source.beside(name) for name in present]
+        weights = [path for folder in folders for path in files.check(folder, variant=source.variant)]
         self.content_digest = files.digest(weights)
         self._text = self._family.load_text(source, index=index, dtype=context.dtype)
         encoders = self._text.encoders

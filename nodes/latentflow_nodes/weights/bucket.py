@@ -30,6 +30,7 @@ from latentflow.errors import FailedPreconditionError
 from latentflow.reasons import Reason
 
 from latentflow_nodes.weights.fetching import Progress, Wanted
+from latentflow_nodes.weights.names import SUFFIX
 
 _log = structlog.get_logger()
 _FILES_AT_ONCE, _CONNECT_SECONDS, _SERVER_FAILED = 4, 10, 500
@@ -82,6 +83,9 @@ def names(uri: str) -> list[str]:
 
 def _split(uri: str) -> tuple[str, str]:
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    if prefix.endswith(SUFFIX):
+        # A single file, which is read with what is beside it.
+        prefix = prefix.rpartition("/")[0]
     return bucket, prefix.strip("/")
 
 

@@ -82,6 +82,20 @@ def wanted(role: str, subfolder: str | None, *, parts: Sequence[str], variant: s
     )
 
 
+def wanted_beside(file: str, *, parts: Sequence[str]) -> Wanted:
+    """A single file, and the configurations and vocabularies beside it that a role reads.
+
+    Args:
+        file: Its path in the source.
+        parts: The folders of a pipeline that the role may read.
+    """
+    folder = glob.escape(file.rpartition("/")[0] + "/") if "/" in file else ""
+    # Every role reads the denoiser's configuration, by which the family is known.
+    folders = [f"{folder}{part}/*{suffix}" for part in (*parts, "unet") for suffix in _DESCRIPTIONS]
+    alone = [folder + name for name in ("config.json", "scheduler_config.json")]
+    return Wanted(allow=(glob.escape(file), *alone, *folders), ignore=())
+
+
 class Progress:
     """Reports the progress of a download: in metrics at once, in the log every ten seconds. Thread-safe.
 

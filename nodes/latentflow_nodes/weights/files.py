@@ -42,8 +42,12 @@ def check(folder: Path, *, variant: str | None = None) -> list[Path]:
     """The weight files that a component folder's loader reads, each checked to be complete. Pickles are refused.
 
     Args:
+        folder: The folder, or a single file.
         variant: As in the source; None: the files without a variant in their names.
     """
+    if folder.is_file():
+        check_file(folder)
+        return [folder]
     if not folder.is_dir():
         raise FailedPreconditionError(
             f"The component folder {folder} is missing; check the source.", reason=Reason.WEIGHTS_UNAVAILABLE
@@ -56,13 +60,14 @@ def check(folder: Path, *, variant: str | None = None) -> list[Path]:
     return files
 
 
-def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
-    """FailedPreconditionError unless the weights of a folder are exactly those that its configuration describes.
+def check_complete(path: Path, report: Mapping[str, Any], *, part: str = "") -> None:
+    """FailedPreconditionError unless the weights of a folder or file are exactly those that the configuration describes.
 
     Loaders leave what a file lacks at random values, and ignore what they do not expect.
 
     Args:
         report: As `from_pretrained` of diffusers and transformers returns it with `output_loading_info`.
+        part: The part of a single file.
     """
     problems = [f"{word} {names.listed(report[key])}" for key, word in _DIFFERENCES.items() if report[key]]
     if report["mismatched_keys"]:
@@ -74,8 +79,8 @@ def check_complete(folder: Path, report: Mapping[str, Any]) -> None:
         )
     if problems:
         raise FailedPreconditionError(
-            f"The weights in {folder} are not those that its config.json describes: {'; '.join(problems)}. Fetch the folder "
-            "again, or convert the weights to this layout.",
+            f"The weights {f'of {part} ' if part else ''}in {path} are not those that its configuration describes: "
+            f"{'; '.join(problems)}. Fetch them again, or convert them to this layout.",
             reason=Reason.WEIGHTS_MISMATCH,
         )
 

@@ -10,7 +10,6 @@ import os
 import threading
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import httpx2
 from huggingface_hub import HfApi, snapshot_download
@@ -24,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal import source_uri
 from latentflow.reasons import Reason
 from tqdm.auto import tqdm
 
@@ -36,7 +36,7 @@ def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress)
     try:
         return Path(
             snapshot_download(
-                _repository(uri),
+                source_uri.repository(uri),
                 revision=revision,
                 allow_patterns=list(wanted.allow),
                 ignore_patterns=list(wanted.ignore),
@@ -65,13 +65,11 @@ def fetch(uri: str, *, revision: str | None, wanted: Wanted, progress: Progress)
 def names(uri: str, *, revision: str | None) -> list[str]:
     """The paths of all files of a repository; none where the hub cannot list them."""
     try:
-        return HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(_repository(uri), revision=revision)
+        return HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(
+            source_uri.repository(uri), revision=revision
+        )
     except (HfHubHTTPError, httpx2.HTTPError, OSError):
         return []
-
-
-def _repository(uri: str) -> str:
-    return urlparse(uri).netloc + urlparse(uri).path
 
 
 def _bars(progress: Progress) -> type[tqdm[Any]]:

@@ -30,6 +30,16 @@ def index(stem: str, variant: str | None) -> str:
     return f"{stem}{SUFFIX}.index{_dotted(variant)}.json"
 
 
+def is_component(name: str) -> bool:
+    """Whether a file of this name holds the weights of a component, or some of them."""
+    return _NAME.fullmatch(name) is not None
+
+
+def has_weights(names: Iterable[str]) -> bool:
+    """Whether any of these files may hold weights."""
+    return any(name.endswith((SUFFIX, *_PICKLES)) for name in names)
+
+
 def variants(names: Iterable[str]) -> list[str]:
     """The variants of the weights among these files, without the empty one."""
     return sorted({match[1] for name in names if (match := _NAME.fullmatch(name)) and match[1]})
@@ -60,7 +70,8 @@ def refusal(folder: str, names: Collection[str], *, variant: str | None) -> Fail
     if others := sorted(name for name in names if name.endswith(SUFFIX)):
         return _refusal(
             f"{folder} holds {listed(others)}, which is not the name of a component's weights: "
-            f"{' or '.join(whole(stem, variant) for stem in STEMS)}. Rename the file or correct the source."
+            f"{' or '.join(whole(stem, variant) for stem in STEMS)}. To serve a single file that holds a whole model, name it "
+            "in the uri; otherwise rename the file."
         )
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         return FailedPreconditionError(

@@ -8,11 +8,11 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from latentflow.errors import FailedPreconditionError, LatentflowError
-from latentflow.internal import file_uri
+from latentflow.internal import source_uri
 from latentflow.reasons import Reason
 
 from latentflow_nodes.weights import names
-from latentflow_nodes.weights.fetching import Progress, wanted
+from latentflow_nodes.weights.fetching import Progress, wanted, wanted_beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +23,18 @@ class Source:
         pipeline: The diffusers pipeline folder.
         component: The one component folder that `subfolder` named, or None.
         variant: The variant of the weight files, or None.
+        single_file: The file that holds all weights of a model, or None; the pipeline is the folder around it.
     """
 
     pipeline: Path
     component: Path | None = None
     variant: str | None = None
+    single_file: Path | None = None
 
     @property
     def is_pipeline(self) -> bool:
         """Whether a pipeline is there, around the component if the source names one."""
-        return (self.pipeline / "model_index.json").is_file()
+        return self.single_file is None and (self.pipeline / "model_index.json").is_file()
 
     @property
     def alone(self) -> Path:
@@ -40,7 +42,12 @@ class Source:
         return self.component or self.pipeline
 
     def part(self, name: str) -> Path:
-        """Folder of a part of the pipeline, or the one component that `subfolder` named, or the source itself if it is one."""
+        """Folder of a part of the pipeline, or the one component that `subfolder` named, or the source itself if it is one.
+
+        Of a single file that file, whichever the part.
+        """
+        if self.single_file is not None:
+            return self.single_file
         if self.component is not None:
             return self.component
         folder = self.pipeline / name
@@ -49,7 +56,7 @@ class Source:
 
     def beside(self, name: str) -> Path:
         """Folder of a part that belongs to the model whichever component the source names, such as a tokenizer."""
-        if self.is_pipeline:
+        if self.is_pipeline or self.single_file is not None:
             return self.pipeline / name
         return self.alone / name if (self.alone / name).is_dir() else self.alone
 
@@ -79,7 +86,14 @@ def locate(
         FailedPreconditionError: There is no such folder, or it cannot be fetched.
     """
     scheme = urlparse(uri).scheme
-    remote = wanted(role, subfolder, parts=parts, variant=variant)
+    # A single file's path below what a hub or a bucket gives.
+    inside = source_uri.path_in_repository(uri) if scheme == "hf" else uri.rpartition("/")[2]
+    is_single_file = source_uri.is_single_file(uri)
+    if is_single_file:
+        _check_single_file(uri, subfolder=subfolder, variant=variant, role=role)
+        remote = wanted_beside(inside, parts=parts)
+    else:
+        remote = wanted(role, subfolder, parts=parts, variant=variant)
     # Imported here, because only such sources need them.
     if scheme == "hf":
         from latentflow_nodes.weights import hub
@@ -95,7 +109,7 @@ def locate(
             raise _refusal(uri, bare, bucket.names(uri), variant)
     elif scheme == "file":
         try:
-            root = file_uri.path(uri)
+            root = source_uri.file_path(uri)
         except ValueError as error:
             raise FailedPreconditionError(
                 f"Source {uri!r} cannot be read: {error}.", reason=Reason.WEIGHTS_UNAVAILABLE
@@ -113,20 +127,55 @@ def locate(
             "s3://bucket/path.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
+    if is_single_file:
+        file = root / inside if scheme in ("hf", "s3") else root
+        if not file.is_file():
+            raise FailedPreconditionError(
+                f"There is no file {file} (source {uri!r}); check the uri and the model root.",
+                reason=Reason.WEIGHTS_UNAVAILABLE,
+            )
+        return Source(pipeline=file.parent, single_file=file)
     folder = root / subfolder if subfolder else root
+    if folder.is_file():
+        raise names.refusal(str(folder.parent), [folder.name], variant=None)
     if not folder.is_dir():
         raise FailedPreconditionError(
             f"There is no weights folder {folder} (source {uri!r}); check the uri, the subfolder and the model root.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
+    if role != "LoRAStore" and subfolder is None and (only := _only_file(folder)):
+        _check_single_file(uri, subfolder=None, variant=variant, role=role)
+        return Source(pipeline=folder, single_file=only)
     return Source(pipeline=root, component=folder if subfolder else None, variant=variant)
 
 
-def _bare(root: Path, role: str) -> str | None:
-    """The path of a downloaded component folder without weights, which were left out or are not there."""
+def _check_single_file(uri: str, *, subfolder: str | None, variant: str | None, role: str) -> None:
+    problem = ""
     if role == "LoRAStore":
+        problem = "a LoRA store reads a folder; name the folder of the file"
+    elif subfolder or variant:
+        problem = f"it is a file and has no {'subfolder' if subfolder else 'variant'}; remove that field"
+    if problem:
+        raise FailedPreconditionError(f"Source {uri!r}: {problem}.", reason=Reason.WEIGHTS_UNAVAILABLE)
+
+
+def _only_file(folder: Path) -> Path | None:
+    """The single file of a folder that is neither a pipeline nor a component, if it has exactly one."""
+    found = sorted(folder.glob(f"*{names.SUFFIX}"))
+    is_other = (folder / "model_index.json").is_file() or any(names.is_component(path.name) for path in found)
+    return found[0] if len(found) == 1 and not is_other else None
+
+
+def _bare(root: Path, role: str) -> str | None:
+    """The path of a downloaded component folder without weights, which were left out or are not there.
+
+    The path of all, if nothing was downloaded that says what is there.
+    """
+    if role == "LoRAStore" or any(root.glob(f"*{names.SUFFIX}")):
         return None
     folders = sorted(path.parent for path in root.rglob("config.json"))
+    if not folders and not (root / "model_index.json").is_file():
+        return "."
     return next((str(f.relative_to(root)) for f in folders if not any(f.glob(f"*{names.SUFFIX}"))), None)
 
 

@@ -1,0 +1,146 @@
+"""Single files: all weights of a Stable Diffusion model in one file, with the keys of its original code.
+
+diffusers names the kind of a single file and converts its keys. Configurations, scheduler and tokenizers are not in the file:
+those beside it are used, and otherwise those of `single_file_configs`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.loaders import single_file_utils
+from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
+
+from latentflow_nodes.families.single_file_configs import CONFIGS
+from latentflow_nodes.weights import files
+
+_NETWORK, _VAE = "model.diffusion_model.", "first_stage_model."
+_CONVERSIONS: Mapping[str, Any] = {
+    "UNet2DConditionModel": single_file_utils.convert_ldm_unet_checkpoint,
+    "AutoencoderKL": single_file_utils.convert_ldm_vae_checkpoint,
+    "ControlNetModel": single_file_utils.convert_controlnet_checkpoint,
+}
+_PARTS = {"Denoiser": "unet", "VAE": "vae", "ControlNet": "controlnet", "TextEncoder": "text_encoder"}
+# Tensors that mark a model which predicts something else than its kind does.
+_MARKS = ("v_pred", "edm_vpred", "edm_mean")
+
+
+def kind(file: Path) -> str | None:
+    """diffusers' name of what a single file holds; None where it is no whole model, but for instance a VAE."""
+    keys = files.keys(file)
+    if not any(key.startswith(_NETWORK) for key in keys):
+        return None
+    return str(single_file_utils.infer_diffusers_model_type(_tensors(file)))
+
+
+def config(file: Path, part: str) -> dict[str, Any]:
+    """The configuration of a part: the one beside the file, or the one of the file's kind.
+
+    FailedPreconditionError for a single file of another kind, and for a part alone without its configuration.
+    """
+    for folder in (file.parent / part, *([file.parent] if part in ("vae", "controlnet") else [])):
+        if (folder / "config.json").is_file():
+            return files.config(folder)
+    known = kind(file)
+    if known is None:
+        raise FailedPreconditionError(
+            f"{file} is no whole model of Stable Diffusion, and there is no {part}/config.json beside it. Copy that file of "
+            "the base model there.",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
+        )
+    if known not in CONFIGS:
+        raise FailedPreconditionError(
+            f"{file} is a single file of the kind {known}; this version serves {', '.join(CONFIGS)}.",
+            reason=Reason.UNSUPPORTED_FAMILY,
+        )
+    if part not in CONFIGS[known]:
+        raise FailedPreconditionError(
+            f"{file} is a single file of the kind {known}, which has no {part}.", reason=Reason.WEIGHTS_UNAVAILABLE
+        )
+    return CONFIGS[known][part]
+
+
+def role_config(file: Path, role: str) -> dict[str, Any]:
+    """The configuration by which the family of a file is known: of a whole model that of its denoiser."""
+    is_whole = any(key.startswith(_NETWORK) for key in files.keys(file))
+    return config(file, "unet" if is_whole else _PARTS[role])
+
+
+def scheduler(file: Path) -> dict[str, Any]:
+    """The configuration of the scheduler. FailedPreconditionError where the file does not determine it."""
+    name = "scheduler_config.json"
+    for folder in (file.parent / "scheduler", file.parent):
+        if (folder / name).is_file():
+            return files.config(folder, name)
+    found = CONFIGS.get(kind(file) or "", {}).get("scheduler")
+    if found is None or set(_MARKS) & set(files.keys(file)):
+        raise FailedPreconditionError(
+            f"{file} does not determine what its network predicts. Put scheduler/{name} of its base model beside it.",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
+        )
+    return found
+
+
+def index(file: Path, parts: Mapping[str, str]) -> dict[str, Any]:
+    """What a pipeline's index would name: the classes of these text encoders, and their tokenizers.
+
+    Args:
+        parts: Tokenizers by encoder.
+    """
+    classes = {part: config(file, part)["architectures"][0] for part in parts}
+    return {part: ["transformers", cls] for part, cls in classes.items()} | {
+        tokenizer: ["transformers", "CLIPTokenizer"] for tokenizer in parts.values()
+    }
+
+
+def network(cls: Any, file: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A network of diffusers. FailedPreconditionError where the file lacks some of its weights, or has others."""
+    described = config(file, part)
+    with init_empty_weights():
+        module: torch.nn.Module = cls.from_config(described)
+    needed = module.state_dict()
+    tensors = _tensors(file)
+    # Some files have the keys of diffusers already.
+    found = tensors if needed.keys() == tensors.keys() else _CONVERSIONS[cls.__name__](tensors, config=described)
+    _check(file, part, needed, found)
+    module.load_state_dict(found, assign=True)
+    return module.to(dtype).eval()
+
+
+def text_encoder(cls: Any, file: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A text encoder of transformers. FailedPreconditionError where the file lacks some of its weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        # diffusers reads configurations from folders only.
+        (Path(folder) / part).mkdir()
+        (Path(folder) / part / "config.json").write_text(json.dumps(config(file, part)))
+        encoder: torch.nn.Module = single_file_utils.create_diffusers_clip_model_from_ldm(
+            cls, checkpoint=_tensors(file), subfolder=part, config=folder, torch_dtype=dtype, local_files_only=True
+        )
+    missing = [name for name, tensor in encoder.state_dict().items() if tensor.is_meta]
+    files.check_complete(file, {"missing_keys": missing, "unexpected_keys": [], "mismatched_keys": []}, part=part)
+    return encoder
+
+
+def _check(file: Path, part: str, needed: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    shared = needed.keys() & found.keys()
+    report = {
+        "missing_keys": needed.keys() - found.keys(),
+        "unexpected_keys": found.keys() - needed.keys(),
+        "mismatched_keys": [
+            (key, found[key].shape, needed[key].shape) for key in shared if found[key].shape != needed[key].shape
+        ],
+    }
+    files.check_complete(file, report, part=part)
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Mapped into memory: only what is used is read."""
+    loaded: dict[str, torch.Tensor] = single_file_utils.load_single_file_checkpoint(str(file), local_files_only=True)
+    return loaded
