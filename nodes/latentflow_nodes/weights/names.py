@@ -37,7 +37,7 @@ def is_component(name: str) -> bool:
 
 def has_weights(names: Iterable[str]) -> bool:
     """Whether any of these files may hold weights."""
-    return any(name.endswith((SUFFIX, *_PICKLES)) for name in names)
+    return any(name.endswith((SUFFIX, *PICKLES)) for name in names)
 
 
 def variants(names: Iterable[str]) -> list[str]:
