@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latentflow.api import Model, identity, load_workflows
+from latentflow.api import DiffusionWorkflow, Model, Source, identity, load_workflows
 from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, next_gpu, plan_models
 from latentflow_nodes import settings
 from latentflow_scheduler.policy import Bounds
@@ -31,9 +31,16 @@ def first(*, threads: int | None, cores: int) -> ProcessSpec:
     return planned(threads=threads, cores=cores)[0]
 
 
-def planned(*, threads: int | None = 1, cores: int = 1, device: str | None = None, gpus: int = 0) -> list[ProcessSpec]:
+def planned(
+    *,
+    threads: int | None = 1,
+    cores: int = 1,
+    device: str | None = None,
+    gpus: int = 0,
+    workflow: DiffusionWorkflow | None = None,
+) -> list[ProcessSpec]:
     """The first replica of every model."""
-    workflow = load_workflows(EXAMPLES / "shapes-minimal.yaml")[0]
+    workflow = workflow or load_workflows(EXAMPLES / "shapes-minimal.yaml")[0]
     addresses = {identity(model): ("127.0.0.1:1", "127.0.0.1:2") for model in workflow.spec.models}
     return plan_models(
         [workflow],
@@ -89,6 +96,19 @@ def test_the_replicas_of_a_model_differ_only_in_name_and_addresses() -> None:
     assert f"--identity={one.model}" in other.argv
     assert {"--listen=127.0.0.1:3", "--metrics=127.0.0.1:4"} == set(other.argv) - set(one.argv)
     assert one.another(1, address=one.address, metrics=one.metrics) == one
+
+
+def test_the_source_of_a_model_reaches_its_server() -> None:
+    source = {"uri": "hf://org/repo", "subfolder": "vae", "revision": "main", "variant": "fp16"}
+    workflow = load_workflows(EXAMPLES / "shapes-minimal.yaml")[0]
+    models = [
+        one.model_copy(update={"source": Source.model_validate(source)}) if one.role == "VAE" else one
+        for one in workflow.spec.models
+    ]
+    spec = workflow.spec.model_copy(update={"models": models})
+    specs = planned(workflow=workflow.model_copy(update={"spec": spec}))
+    (found,) = (settings.parse(list(spec.argv)) for spec in specs if "--role=VAE" in spec.argv)
+    assert {name: getattr(found, name) for name in source} == source
 
 
 @pytest.mark.parametrize(("threads", "cores", "locked"), [(2, 2, True), (2, 3, True), (2, 4, False), (1, 1, False)])

@@ -40,17 +40,13 @@ def test_all_objects_of_a_model_are_owned_by_it() -> None:
 def test_the_server_accepts_its_arguments() -> None:
     (container,) = pod(
         role="Denoiser",
-        source={"uri": "hf://org/repo", "subfolder": "vae", "revision": "main"},
+        source={"uri": "hf://org/repo", "subfolder": "vae", "revision": "main", "variant": "fp16"},
         engine={"threads": 2, "maxRunning": 3, "maxWaiting": 5},
         dtype="bfloat16",
     )["containers"]
     settings = parse([argument.replace("$(POD_IP)", "10.1.2.3") for argument in container["args"]])
-    assert (settings.role, settings.uri, settings.subfolder, settings.revision) == (
-        "Denoiser",
-        "hf://org/repo",
-        "vae",
-        "main",
-    )
+    assert (settings.role, settings.uri) == ("Denoiser", "hf://org/repo")
+    assert (settings.subfolder, settings.revision, settings.variant) == ("vae", "main", "fp16")
     assert (settings.engine, settings.dtype) == (Engine(threads=2, max_running=3, max_waiting=5), "bfloat16")
     assert settings.advertise == "10.1.2.3:8500"
     assert settings.identity == "vae-1"
