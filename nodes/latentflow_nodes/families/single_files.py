@@ -107,8 +107,12 @@ def network(cls: Any, file: Path, part: str, dtype: torch.dtype) -> torch.nn.Mod
         module: torch.nn.Module = cls.from_config(described)
     needed = module.state_dict()
     tensors = _tensors(file)
-    # Some files have the keys of diffusers already.
-    found = tensors if needed.keys() == tensors.keys() else _CONVERSIONS[cls.__name__](tensors, config=described)
+    try:
+        # Some files have the keys of diffusers already.
+        found = tensors if needed.keys() == tensors.keys() else _CONVERSIONS[cls.__name__](tensors, config=described)
+    except KeyError as missing:
+        found = {}
+        needed = {str(missing.args[0]): torch.empty(0)}
     _check(file, part, needed, found)
     module.load_state_dict(found, assign=True)
     return module.to(dtype).eval()
