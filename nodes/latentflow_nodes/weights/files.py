@@ -124,6 +124,12 @@ def check_file(path: Path) -> None:
         ) from None
 
 
+def keys(path: Path) -> list[str]:
+    """The names of the tensors in a safetensors file that `check_file` has accepted."""
+    with safe_open(path, framework="pt") as opened:
+        return list(opened.keys())
+
+
 def digest(files: list[Path]) -> str:
     """SHA-256 over files' contents, in the order of their names within the model; lower-case hex."""
     total = hashlib.sha256()
