@@ -99,13 +99,13 @@ def locate(
         from latentflow_nodes.weights import hub
 
         root = hub.fetch(uri, revision=revision, wanted=remote, progress=progress)
-        if bare := _bare(root, role):
+        if not is_single_file and (bare := _bare(root, role)):
             raise _refusal(uri, bare, hub.names(uri, revision=revision), variant)
     elif scheme == "s3":
         from latentflow_nodes.weights import bucket
 
         root = bucket.fetch(uri, wanted=remote, cache=cache, progress=progress)
-        if bare := _bare(root, role):
+        if not is_single_file and (bare := _bare(root, role)):
             raise _refusal(uri, bare, bucket.names(uri), variant)
     elif scheme == "file":
         try:
@@ -171,7 +171,7 @@ def _bare(root: Path, role: str) -> str | None:
 
     The path of all, if nothing was downloaded that says what is there.
     """
-    if role == "LoRAStore" or any(root.glob(f"*{names.SUFFIX}")):
+    if role == "LoRAStore":
         return None
     folders = sorted(path.parent for path in root.rglob("config.json"))
     if not folders and not (root / "model_index.json").is_file():
