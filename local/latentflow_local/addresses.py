@@ -7,6 +7,7 @@ import random
 import socket
 from collections.abc import Collection
 
+from latentflow.errors import FailedPreconditionError
 from latentflow.internal import hosts, serving
 
 # Below the ephemeral ports: an outgoing connection could take one of those before the server listens on it.
@@ -33,6 +34,14 @@ def free(count: int, *, exclude: Collection[str] = ()) -> list[str]:
                 if address not in exclude:
                     found.append(address)
     return found
+
+
+def first_choice(listen: str) -> str:
+    """The address if it is free; otherwise one of the same host with a free port."""
+    try:
+        return check_free(listen)
+    except FailedPreconditionError:
+        return check_free(hosts.join(hosts.split(listen)[0], 0))
 
 
 def check_free(listen: str) -> str:

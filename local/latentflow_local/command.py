@@ -14,12 +14,14 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from latentflow_local import addresses
 from latentflow_local.runtime import Runtime, run
 from latentflow_local.supervisor import State, Supervised
 
 _console = Console(stderr=True)
 _READY_SECONDS = 600.0
 _WIDEST = 1000
+_HTTP = "127.0.0.1:8402"
 # Only the started processes import these. Where they are missing, the command line reports how to install them.
 for _package in ("torch", "cachetools"):
     if find_spec(_package) is None:
@@ -33,8 +35,13 @@ def up(
     ] = Path("models"),
     listen: Annotated[str, typer.Option("--listen", help="host:port of the gateway.")] = "127.0.0.1:8400",
     http: Annotated[
-        str, typer.Option("--http-listen", help="host:port of the gateway's HTTP API (OpenAI's images API), or none.")
-    ] = "127.0.0.1:8402",
+        str | None,
+        typer.Option(
+            "--http-listen",
+            help="host:port of the gateway's HTTP API (OpenAI's images API), or none.",
+            show_default=f"{_HTTP}, or a free port if another process uses it",
+        ),
+    ] = None,
     cors_origins: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,7 +83,7 @@ def up(
             workflows,
             model_root=model_root,
             listen=listen,
-            http=None if http == "none" else http,
+            http=None if http == "none" else http or addresses.first_choice(_HTTP),
             cors_origins=cors_origins or [],
             metrics=metrics,
             targets=targets,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.api import DiffusionWorkflow, Model, Source, identity, load_workflows
+from latentflow_local import addresses
 from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, next_gpu, plan_models
 from latentflow_nodes import settings
 from latentflow_scheduler.policy import Bounds
@@ -135,3 +137,12 @@ def test_another_replica_uses_the_gpu_with_the_fewest_processes() -> None:
     specs = planned(device="cuda", gpus=2)
     assert next_gpu("cuda", specs, gpus=2) == 1
     assert devices([specs[0].another(2, address="127.0.0.1:3", metrics="127.0.0.1:4", gpu=1)]) == ["cuda:1"]
+
+
+def test_a_taken_port_of_first_choice_is_replaced_by_a_free_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        other = addresses.first_choice(address)
+        assert other.startswith("127.0.0.1:")
+        assert other != address
+    assert addresses.first_choice(address) == address
