@@ -52,7 +52,6 @@ class Served:
                 store = await self.store()
                 if (set(store.adapters), set(store.unusable_adapters)) == (usable, set(unusable)):
                     return store
-                await asyncio.sleep(0.02)
 
     async def image(self, name: str) -> bytes:
         made = await self.client.generate("a red circle", seed=3, steps=3, loras={name: 1.0}, timeout=SECONDS)
