@@ -59,7 +59,8 @@ class AsyncTransport(Protocol):
 class GrpcTransport:
     """A gRPC channel to a gateway. Closing a `generate` iterator early cancels the call.
 
-    A new request waits up to ten seconds for a lost connection; it fails at once where no gateway ever responded.
+    A new request waits up to ten seconds for a lost connection; it fails at once where no gateway ever responded on
+    this machine.
     """
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
@@ -227,12 +228,15 @@ def _explained(rpc_error: grpc.RpcError, target: str, *, responded: bool) -> Lat
 
 
 def _unreachable(target: str, problem: str, *, responded: bool) -> UnavailableError:
-    """The error where no gateway responds; the request is sent again only where one responded before."""
+    """The error where no gateway responds.
+
+    On this machine a refusal is final if none ever responded. Elsewhere one of several gateways may just be restarting.
+    """
     variable = rpc.proxy_variable() if rpc.may_be_proxied(target) else None
     proxy = f" gRPC uses the HTTP proxy of {variable}; add the gateway to no_proxy." if variable else ""
     error = UnavailableError(
         f"No gateway responds at {target}. Start one with `latentflow up FILE`, or pass another target.{proxy} ({problem})",
         reason=Reason.GATEWAY_UNREACHABLE,
     )
-    error.retryable = responded
+    error.retryable = responded or rpc.may_be_proxied(target)
     return error

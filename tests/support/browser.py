@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import queue
 import shutil
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -53,9 +55,11 @@ def report(page: Path, folder: Path, **query: str) -> Any:
         # Containers and root have no sandbox.
         command = [found, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += [f"--user-data-dir={folder}", "--remote-debugging-port=0", url]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as browser:
+        quiet = subprocess.DEVNULL
+        with subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True) as browser:
             try:
                 return reports.get(timeout=_SECONDS)
             finally:
-                browser.terminate()
+                # The program may be a script that starts the browser, which starts processes of its own.
+                os.killpg(browser.pid, signal.SIGKILL)
                 server.shutdown()
