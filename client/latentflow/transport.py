@@ -22,6 +22,8 @@ from latentflow.v1 import generation_pb2, generation_pb2_grpc
 Metadata = list[tuple[str, str]]
 # How long a new request waits for a lost connection to a gateway that has responded before.
 _RECONNECT_SECONDS = 10.0
+# The synchronous channel does not tell a lost connection from a slow one, and keepalive needs half a minute for that.
+_SILENT_SECONDS = 30.0
 
 
 class Transport(Protocol):
@@ -59,7 +61,7 @@ class AsyncTransport(Protocol):
 class GrpcTransport:
     """A gRPC channel to a gateway. Closing a `generate` iterator early cancels the call.
 
-    A new request waits up to ten seconds for a lost connection; it fails at once where no gateway ever responded on
+    A new request waits up to half a minute for a lost connection; it fails at once where no gateway ever responded on
     this machine.
     """
 
@@ -82,7 +84,7 @@ class GrpcTransport:
             self._stub.Generate, request, timeout=timeout, metadata=metadata, wait_for_ready=self._responded
         )
         # A gateway sends the headers when it gets the request. grpc offers no wait with a limit for them.
-        late = threading.Timer(_RECONNECT_SECONDS, call.cancel)
+        late = threading.Timer(_SILENT_SECONDS, call.cancel)
         late.daemon = True
         if self._responded:
             late.start()
@@ -91,7 +93,7 @@ class GrpcTransport:
             is_late = late.finished.is_set()
             late.cancel()
             if self._responded and is_late:
-                raise _unreachable(self._target, f"no connection within {_RECONNECT_SECONDS:g} s", responded=True)
+                raise _unreachable(self._target, f"no response within {_SILENT_SECONDS:g} s", responded=True)
             for response in call:
                 self._responded = True
                 yield response
@@ -143,7 +145,7 @@ class GrpcTransport:
 
 
 class AsyncGrpcTransport:
-    """As `GrpcTransport`, for asyncio. May be made outside an event loop, and used by several."""
+    """As `GrpcTransport`, for asyncio; it waits ten seconds. May be made outside an event loop, and used by several."""
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
@@ -160,13 +162,8 @@ class AsyncGrpcTransport:
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         call = self._stub().Generate(request, timeout=timeout, metadata=metadata, wait_for_ready=self._responded)
         try:
-            try:
-                async with asyncio.timeout(_RECONNECT_SECONDS if self._responded else None):
-                    await call.initial_metadata()
-            except TimeoutError:
-                raise _unreachable(
-                    self._target, f"no connection within {_RECONNECT_SECONDS:g} s", responded=True
-                ) from None
+            if self._responded and not await self._connected(call):
+                raise _unreachable(self._target, f"no connection within {_RECONNECT_SECONDS:g} s", responded=True)
             async for response in call:
                 self._responded = True
                 yield response
@@ -202,6 +199,14 @@ class AsyncGrpcTransport:
         channel = self._channels.pop(asyncio.get_running_loop(), None)
         if channel is not None:
             await channel.close()
+
+    async def _connected(self, call: Any) -> bool:
+        """Whether a call has a connection: at once where the gateway has it, after some seconds otherwise."""
+        # A gateway sends the headers when it gets the request. To cancel this wait would cancel the call.
+        headers = asyncio.ensure_future(call.initial_metadata())
+        await asyncio.wait({headers}, timeout=_RECONNECT_SECONDS)
+        channel = self._channels[asyncio.get_running_loop()]
+        return headers.done() or channel.get_state() is grpc.ChannelConnectivity.READY
 
     def _stub(self) -> generation_pb2_grpc.GenerationStub:
         if self._closed:
