@@ -67,7 +67,7 @@ class GrpcTransport:
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
-        options = rpc.channel_options(tls=tls, proxied=rpc.may_be_proxied(target))
+        options = rpc.channel_options(tls=tls, proxied=rpc.is_remote(target))
         self._channel = (
             grpc.secure_channel(target, tls.channel_credentials(), options)
             if tls
@@ -213,7 +213,7 @@ class AsyncGrpcTransport:
             raise _closed()
         loop = asyncio.get_running_loop()
         if loop not in self._channels:
-            self._channels[loop] = rpc.channel(self._target, tls=self._tls, proxied=rpc.may_be_proxied(self._target))
+            self._channels[loop] = rpc.channel(self._target, tls=self._tls, proxied=rpc.is_remote(self._target))
         return generation_pb2_grpc.GenerationStub(self._channels[loop])
 
     def _explained(self, error: grpc.RpcError) -> LatentflowError:
@@ -237,11 +237,11 @@ def _unreachable(target: str, problem: str, *, responded: bool) -> UnavailableEr
 
     On this machine a refusal is final if none ever responded. Elsewhere one of several gateways may just be restarting.
     """
-    variable = rpc.proxy_variable() if rpc.may_be_proxied(target) else None
+    variable = rpc.proxy_variable() if rpc.is_remote(target) else None
     proxy = f" gRPC uses the HTTP proxy of {variable}; add the gateway to no_proxy." if variable else ""
     error = UnavailableError(
         f"No gateway responds at {target}. Start one with `latentflow up FILE`, or pass another target.{proxy} ({problem})",
         reason=Reason.GATEWAY_UNREACHABLE,
     )
-    error.retryable = responded or rpc.may_be_proxied(target)
+    error.retryable = responded or rpc.is_remote(target)
     return error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from latentflow.internal import replacing
 
 from latentflow_local.planning import ProcessSpec
 
@@ -26,12 +26,8 @@ class TargetsFile:
     def write(self, replicas: Iterable[ProcessSpec]) -> None:
         """Replaces the file. Prometheus reads it again by itself."""
         models = [_target(one.metrics, process=one.name, model=one.model, role=one.role) for one in replicas]
-        handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
-        with os.fdopen(handle, "w") as stream:
-            json.dump([*self._always, *models], stream, indent=2)
-        # A Prometheus server of another user has to read it.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, self._path)
+        # A Prometheus server of another user reads it.
+        replacing.write(self._path, json.dumps([*self._always, *models], indent=2), mode=0o644)
 
 
 def _target(address: str, **labels: str) -> Mapping[str, Sequence[str] | Mapping[str, Any]]:

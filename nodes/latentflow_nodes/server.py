@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     node = settings.parse(argv)
     logs.configure(process=node.identity or node.role, form=node.log_format)
     # Only the thread that runs the model may have a team of OpenMP threads. With a second team the process has more of them
-    # than cores, and OpenMP then lets idle threads sleep at once: a forward pass takes 15 % longer (decision 0004).
+    # than cores, and OpenMP then lets idle threads sleep at once (decision 0004).
     torch.set_num_threads(1)
     serving.run("latentflow-node", run(node))
 

@@ -6,14 +6,13 @@ The file is replaced as a whole, so that a reader sees one version or the next.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentflow.api.types import DiffusionWorkflow, Role
 from latentflow.errors import InvalidRequestError
+from latentflow.internal import replacing
 
 
 class Replicas(BaseModel):
@@ -45,7 +44,4 @@ class Directory(BaseModel):
 
     def write(self, path: Path) -> None:
         """Replaces the file by this directory."""
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w") as stream:
-            stream.write(self.model_dump_json(by_alias=True, exclude_none=True))
-        os.replace(temporary, path)
+        replacing.write(path, self.model_dump_json(by_alias=True, exclude_none=True))

@@ -123,8 +123,8 @@ def channel(address: str, *, tls: Tls | None, proxied: bool = False) -> grpc.aio
     return grpc.aio.secure_channel(address, tls.channel_credentials(), options)
 
 
-def may_be_proxied(target: str) -> bool:
-    """Whether a client's connection to a gateway may use the environment's HTTP proxy: not where it stays on this machine."""
+def is_remote(target: str) -> bool:
+    """Whether a connection to a target may leave this machine, so that it may use the HTTP proxy of the environment."""
     try:
         return not hosts.is_loopback(hosts.split(target)[0])
     except InvalidRequestError:
