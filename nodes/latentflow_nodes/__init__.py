@@ -9,4 +9,3 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # How long torch's threads spin before they sleep: long enough for the next parallel region of a forward pass, short
 # enough to leave the cores to the next server. Read when OpenMP is loaded, with torch. See docs/decisions/0004.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")

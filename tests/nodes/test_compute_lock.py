@@ -64,6 +64,40 @@ def test_without_a_file_the_lock_is_always_free() -> None:
         pass
 
 
+# In a process of its own, because the number of OpenMP threads belongs to the process.
+_TEAM = """
+import os, sys, threading
+from pathlib import Path
+import torch
+from latentflow_nodes.engine.compute_lock import ComputeLock
+
+def compute():
+    torch.set_num_threads(2)
+    before = len(os.listdir("/proc/self/task"))
+    with ComputeLock(Path(sys.argv[1])) as lock:
+        image = torch.ones(1000, 1000)
+        image.add(1)
+        computing = len(os.listdir("/proc/self/task"))
+        with lock.released():
+            waiting = len(os.listdir("/proc/self/task"))
+        image.add(1)
+        again = len(os.listdir("/proc/self/task"))
+        print(computing - before, waiting - before, again - before, torch.get_num_threads())
+
+torch.set_num_threads(1)
+thread = threading.Thread(target=compute)
+thread.start()
+thread.join()
+"""
+
+
+def test_a_server_that_waits_for_another_has_no_openmp_threads(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _TEAM, str(tmp_path / "lock")], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split() == ["1", "0", "1", "2"]
+
+
 def test_only_the_thread_of_the_model_computes_in_parallel() -> None:
     # In a process of its own, because the number of threads belongs to the process. It ends where it would serve.
     program = """

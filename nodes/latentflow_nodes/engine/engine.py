@@ -211,6 +211,7 @@ class Engine:
         while True:
             with self._changed:
                 while not (self._stopping or self._queued or self._running):
+                    self._runner.idle()
                     self._changed.wait()
                 if self._stopping:
                     break

@@ -58,6 +58,10 @@ class Runner(Protocol):
         """One pass for samples of one group. SampleError where one sample's residuals fail."""
         ...
 
+    def idle(self) -> None:
+        """The thread is about to wait for samples."""
+        ...
+
 
 class EagerRunner:
     """Calls the network as it is.
@@ -96,6 +100,9 @@ class EagerRunner:
         return Prediction(
             noise=noise.split(rows), time=taken, residuals_wait_ns=residuals.waited_ns if residuals else 0
         )
+
+    def idle(self) -> None:
+        self._lock.idle()
 
 
 class BatchResiduals:

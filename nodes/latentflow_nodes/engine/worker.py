@@ -76,14 +76,18 @@ class Worker:
     def _timed(self, work: Callable[[], T], call: object, size: PassSize) -> T:
         self._queued.discard(call)
         self._report()
-        with self._lock:
-            start = time.perf_counter()
-            try:
-                return work()
-            finally:
-                seconds = time.perf_counter() - start
-                self._mean = seconds if self._mean == 0 else 0.9 * self._mean + 0.1 * seconds
-                self._load.passed(size, requests=1, seconds=seconds)
+        try:
+            with self._lock:
+                start = time.perf_counter()
+                try:
+                    return work()
+                finally:
+                    seconds = time.perf_counter() - start
+                    self._mean = seconds if self._mean == 0 else 0.9 * self._mean + 0.1 * seconds
+                    self._load.passed(size, requests=1, seconds=seconds)
+        finally:
+            if self._present == 1:
+                self._lock.idle()
 
     def _report(self) -> None:
         self._load.set(running=min(1, self._present), queued=len(self._queued))
