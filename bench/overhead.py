@@ -1,7 +1,9 @@
 """The overhead of serving: latency of a request through the servers, beside one plain diffusers pipeline in one process.
 
 Both sides have the same weights, prompt, steps, size, guidance and threads, and run one request at a time, in turn.
-The same hooks measure the time inside forward passes on both sides; the rest of the wall time is `non_model_ms`.
+The same hooks measure the time inside forward passes on both sides; the rest of the wall time is `non_model_ms`. A ratio
+is the median over pairs of requests that follow each other: the speed of a machine that shares its cores changes within
+seconds, and where it has two levels, the median of one side alone jumps between them.
 Every run starts its servers anew, and a figure is the median of the runs. Needs an idle machine. The last line is JSON.
 """
 
@@ -181,8 +183,9 @@ def figures_of(model: BenchModel, sides: dict[str, Sides]) -> dict[str, float]:
     """The figures of one run. Those of another model than shapes have its name at their end."""
     text = sides["text"]
     served, plain = statistics.median(text.servers.wall), statistics.median(text.diffusers.wall)
+    pairs = zip(text.servers.wall, text.diffusers.wall, strict=True)
     figures = {
-        "latency_ratio": served / plain,
+        "latency_ratio": statistics.median(ours / theirs for ours, theirs in pairs),
         "non_model_ms": statistics.median(text.servers.outside) - statistics.median(text.diffusers.outside),
         "served_ms": served,
         "diffusers_ms": plain,

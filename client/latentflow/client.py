@@ -92,7 +92,7 @@ class Client:
         Args:
             prompt: Text that describes the image.
             timeout: Seconds for this call; None: the client's.
-            on_progress: Called as steps end, at most about ten times a second.
+            on_progress: Called as steps end, at most about four times a second.
             **arguments: See `latentflow.requests.Arguments`.
 
         Raises:

@@ -33,7 +33,7 @@ from latentflow_nodes.weights import files
 _MAX_STEPS = 1000
 # Progress is for people to watch. Messages of quicker steps are left out, because each one takes the processor from the
 # step loop for a while (20 steps of 9 ms each took 12 % longer).
-_PROGRESS_SECONDS = 0.1
+_PROGRESS_SECONDS = 0.25
 
 
 class Denoiser(Role):
