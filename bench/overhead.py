@@ -151,11 +151,11 @@ async def measure(model: BenchModel, *, root: Path, rounds: int, threads: int) -
     if (net_folder := folder / f"controlnet-{CONTROL_NET}").exists():
         net = ControlNetModel.from_pretrained(net_folder)
         steered = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=net)
-        outline = _outline(model.side)
+        circle = outline(model.side)
         kinds["edges"] = (
             Plain(model, steered, net),
-            {"image": outline},
-            {"control_images": {CONTROL_NET: outline}},
+            {"image": circle},
+            {"control_images": {CONTROL_NET: circle}},
         )
     sides = {kind: Sides() for kind in kinds}
     async with run(
@@ -172,7 +172,7 @@ async def measure(model: BenchModel, *, root: Path, rounds: int, threads: int) -
     return sides
 
 
-def _outline(side: int) -> Image.Image:
+def outline(side: int) -> Image.Image:
     """The control image: a circle, white on black."""
     image = Image.new("RGB", (side, side))
     ImageDraw.Draw(image).ellipse((side // 5, side // 5, side * 2 // 3, side * 2 // 3), outline="white")

@@ -183,6 +183,11 @@ class Reason(Documented):
         "Lower the weights of LoRAs, the scales of ControlNets or the guidance, or give the models `dtype: bfloat16` or "
         "`float32`.",
     )
+    OUT_OF_MEMORY = (
+        "OUT_OF_MEMORY",
+        "The memory of the server's device does not suffice for the request, even without other requests beside it.",
+        "Request a smaller image, or give the model a device with more memory or a half-precision dtype.",
+    )
     FAMILY_MISMATCH = (
         "FAMILY_MISMATCH",
         "Models of one workflow belong to different families.",

@@ -57,6 +57,7 @@ class Arguments(TypedDict, total=False):
         control_images: Control images by ControlNet name.
         loras: Weights by LoRA name, from -100 to 100 and not 0, applied in this order.
         strict_prompt: Refuse a prompt that is too long, instead of cutting it.
+        deterministic: Make images that are bit-identical whatever else the servers run; it costs throughput.
         preview_interval: Steps between previews; 0: no previews.
         idempotency_key: Identifies the request when it is sent again; random where absent.
     """
@@ -73,6 +74,7 @@ class Arguments(TypedDict, total=False):
     control_images: Mapping[str, ControlImage | ImageLike] | None
     loras: Mapping[str, float] | None
     strict_prompt: bool
+    deterministic: bool
     preview_interval: int
     idempotency_key: str | None
 
@@ -92,6 +94,7 @@ def build(
     control_images: Mapping[str, ControlImage | ImageLike] | None = None,
     loras: Mapping[str, float] | None = None,
     strict_prompt: bool = False,
+    deterministic: bool = False,
     preview_interval: int = 0,
     idempotency_key: str | None = None,
 ) -> generation_pb2.GenerateRequest:
@@ -112,6 +115,7 @@ def build(
         seed=secrets.randbits(_RANDOM_SEED_BITS) if seed is None else _whole("seed", seed, 0, _MAX_SEED),
         images=_whole("images", images, 1, _MAX_UINT32),
         strict_prompt=strict_prompt,
+        deterministic=deterministic,
         preview_interval=_whole("preview_interval", preview_interval, 0, _MAX_UINT32),
         idempotency_key=idempotency_key or uuid.uuid4().hex,
     )

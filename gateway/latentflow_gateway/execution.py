@@ -195,6 +195,7 @@ class Execution:
                 near=replica.address,
             ),
         )
+        request.scheduling.deterministic = self._plan.deterministic
         if self._plan.negative_prompt is not None:
             request.negative_prompt = self._plan.negative_prompt
         response: stage_pb2.EncodeResponse = await stage_pb2_grpc.StageStub(replica.channel).Encode(
@@ -239,6 +240,7 @@ class Execution:
             checkpoint=progress.state,
             checkpoint_interval=self._checkpoint_interval,
             preview_interval=plan.preview_interval,
+            scheduling=stage_pb2.Scheduling(deterministic=plan.deterministic),
         )
         requests = [stage_pb2.DenoiseRequest(open=opening)]
         async for event in stage_pb2_grpc.StageStub(replica.channel).Denoise(requests, **self._call()):
@@ -268,6 +270,7 @@ class Execution:
 
     async def _decode(self, latents: tensors_pb2.Tensor, timing: _Timing, replica: Replica) -> stage_pb2.DecodeResponse:
         request = stage_pb2.DecodeRequest(request_id=self._request_id, latents=latents)
+        request.scheduling.deterministic = self._plan.deterministic
         response: stage_pb2.DecodeResponse = await stage_pb2_grpc.StageStub(replica.channel).Decode(
             request, **self._call()
         )

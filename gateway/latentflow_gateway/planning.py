@@ -63,6 +63,7 @@ class Plan:
     prompt: str
     negative_prompt: str | None
     strict_prompt: bool
+    deterministic: bool
     guidance: bool
     guidance_scale: float
     width: int
@@ -188,6 +189,7 @@ def plan(
         prompt=request.prompt,
         negative_prompt=negative,
         strict_prompt=request.strict_prompt,
+        deterministic=request.deterministic,
         guidance=Guidance(scale=guidance_scale, is_embedded=not denoiser.classifier_free_guidance).has_halves,
         guidance_scale=guidance_scale,
         width=width,

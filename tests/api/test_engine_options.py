@@ -109,7 +109,11 @@ def test_options_for_every_model_reach_the_roles_that_use_them(role: Role) -> No
 @pytest.mark.parametrize(
     ("role", "options", "message"),
     [
-        ("VAE", '{"maxRunning": 2}', "engine.maxRunning is an option of Denoiser, not of VAE; remove it"),
+        (
+            "LoRAStore",
+            '{"maxRunning": 2}',
+            "engine.maxRunning is an option of TextEncoder, Denoiser, ControlNet, VAE, not of",
+        ),
         ("LoRAStore", '{"device": "cuda"}', "is an option of TextEncoder, Denoiser, ControlNet, VAE, not of LoRAStore"),
         ("Denoiser", '{"maxRunning": 65}', "maxRunning: Input should be less than or equal to 64"),
         ("Denoiser", '{"max_running": 2}', "maxRunning: Extra inputs are not permitted"),

@@ -82,8 +82,10 @@ def test_defaults_that_change_results_are_those_of_every_release_of_this_version
 
 def test_an_option_that_the_role_does_not_use_does_not_change_the_identity() -> None:
     pixels = model(role="VAE")
-    options = {"max_running": 9, "compile": True, "step_cache": "Auto", "async_steps": 3}
+    options = {"compile": True, "step_cache": "Auto", "async_steps": 3}
     assert identity(with_engine(pixels, **options)) == identity(pixels)
+    store = model(role="LoRAStore", attachTo="base")
+    assert identity(with_engine(store, max_running=9)) == identity(store)
     assert identity(model(engine={"maxRunning": 9})) != identity(model())
 
 

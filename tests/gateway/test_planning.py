@@ -140,7 +140,6 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
         ({"priority": 101}, InvalidRequestError, "priority must be from 0 to 100"),
         ({"deadline": Duration()}, InvalidRequestError, "deadline must be a positive duration"),
         ({"media_type": "image/webp"}, UnimplementedError, "as image/png only"),
-        ({"deterministic": True}, UnimplementedError, "does not serve GenerateRequest.deterministic"),
         ({"control_images": [control(net="canny")]}, UnimplementedError, "does not serve ControlImage.net"),
         ({"control_images": [control(guess_mode=True)]}, UnimplementedError, "does not serve ControlImage.guess_mode"),
         (

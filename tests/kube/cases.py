@@ -109,7 +109,7 @@ BAD = [
     Case("no threads", _model(PIXELS, "engine"), {"threads": 0}, "threads"),
     Case("a device number of three digits", _model(PIXELS, "engine"), {"device": "cuda:100"}, "device"),
     Case("no request may run", _model(DENOISER, "engine"), {"maxRunning": 0}, "maxRunning"),
-    Case("an option of the denoiser for a vae", _model(PIXELS, "engine"), {"maxRunning": 2}, "engine.maxRunning is an option of Denoiser, not of VAE; remove it"),
+    Case("shared passes for a lora store", _model(STYLES, "engine"), {"maxRunning": 2}, "engine.maxRunning is an option of TextEncoder, Denoiser, ControlNet, VAE, not of LoRAStore; remove it"),
     Case("threads for a lora store", _model(STYLES, "engine"), {"threads": 2}, "engine.threads is an option of TextEncoder, Denoiser, ControlNet, VAE, not of LoRAStore; remove it"),
     Case("an unknown engine option", _model(DENOISER, "engine"), {"speed": 2}, "speed"),
     Case("minimum above maximum", _model(DENOISER, "scaling"), {"minReplicas": 3, "maxReplicas": 2}, "minReplicas is above maxReplicas; swap or raise one"),

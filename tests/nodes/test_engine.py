@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from latentflow.errors import LatentflowError, OverloadedError, UnavailableError
 from latentflow.internal.guidance import Guidance
 from latentflow.internal.metrics import NODE, Instruments
@@ -17,7 +19,7 @@ from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.engine import Engine
 from latentflow_nodes.engine.load import Load
-from latentflow_nodes.engine.runner import EagerRunner
+from latentflow_nodes.engine.runner import EagerRunner, Prediction, Runner
 from latentflow_nodes.engine.sample import Control, Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
 from latentflow_nodes.families.base import Residuals
@@ -26,6 +28,8 @@ from support.packs import SHAPES
 
 FAMILY = families.of_pipeline(SHAPES)
 NETWORK = UNet2DConditionModel.from_pretrained(SHAPES / "unet").eval()
+EDGES = ControlNetModel.from_pretrained(SHAPES / "controlnet-edges").eval()
+IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 SCHEDULER = files.config(SHAPES / "scheduler", "scheduler_config.json")
 
 
@@ -36,12 +40,14 @@ class Listener:
         self.steps: list[int] = []
         self.latents: torch.Tensor | None = None
         self.error: LatentflowError | None = None
+        self.done = threading.Event()
 
     def stepped(self, sample: Sample) -> None:
         self.steps.append(sample.index)
 
     def finished(self, sample: Sample) -> None:
         self.latents = sample.latents
+        self.done.set()
 
     def failed(self, sample: Sample, error: LatentflowError) -> None:
         self.error = error
@@ -56,45 +62,121 @@ class Broken:
         return future
 
 
-def sample(key: int, *, steps: int = 3, controls: tuple[Control, ...] = ()) -> tuple[Sample, Listener]:
+class Edges:
+    """The edges ControlNet in this process. `hold` keeps its answers back until `send`."""
+
+    def __init__(self, *, hold: bool = False) -> None:
+        self._hold = hold
+        self._held: list[tuple[Future[Residuals], Residuals]] = []
+
+    @torch.inference_mode()
+    def request(self, *, step: int, timestep: float, sample: torch.Tensor, scale: float) -> Future[Residuals]:
+        rows = len(sample)
+        residuals = FAMILY.residuals(
+            EDGES, sample, torch.tensor([timestep] * rows), image=IMAGE.repeat(rows, 1, 1, 1), inputs=inputs(rows)
+        )
+        future: Future[Residuals] = Future()
+        if self._hold:
+            self._held.append((future, residuals))
+        else:
+            future.set_result(residuals)
+        return future
+
+    def send(self) -> None:
+        for future, residuals in self._held:
+            future.set_result(residuals)
+        self._held.clear()
+
+
+def inputs(rows: int) -> dict[str, Any]:
+    """A conditioning of 8 tokens."""
+    embeds = torch.randn(2, 8, NETWORK.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    return {"encoder_hidden_states": embeds[-rows:]}
+
+
+def sample(
+    key: int,
+    *,
+    steps: int = 3,
+    controls: tuple[Control, ...] = (),
+    guidance: float = 3.0,
+    sampler: str = "ddim",
+    deterministic: bool = False,
+) -> tuple[Sample, Listener]:
     listener = Listener()
     settings = Settings(
         seed=key,
         steps=steps,
         shape=(1, 4, 8, 8),
-        guidance=Guidance(scale=3.0, is_embedded=False),
-        sampler="ddim",
+        guidance=Guidance(scale=guidance, is_embedded=False),
+        sampler=sampler,
     )
     generator = torch.Generator().manual_seed(key)
-    width = NETWORK.config.cross_attention_dim
     made = Sample(
         key=key,
         request_id=str(key),
         settings=settings,
-        inputs={"encoder_hidden_states": torch.randn(2, 8, width, generator=torch.Generator().manual_seed(1))},
-        sampler=Sampler(name="ddim", config=SCHEDULER, steps=steps, device=torch.device("cpu")),
+        inputs=inputs(settings.guidance.rows),
+        sampler=Sampler(name=sampler, config=SCHEDULER, steps=steps, device=torch.device("cpu")),
         generator=generator,
         latents=initial_noise(settings.shape, generator=generator, dtype=torch.float32, device=torch.device("cpu")),
         listener=listener,
         controls=controls,
+        is_deterministic=deterministic,
     )
     return made, listener
 
 
-@pytest.fixture
-def engine() -> Engine:
+class Recording(EagerRunner):
+    """Records the requests of each pass, and runs out of memory where a pass has more than `room` of them."""
+
+    def __init__(self, *, room: int = 64) -> None:
+        super().__init__(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None))
+        self.room = room
+        self.passes: list[list[int]] = []
+
+    def run(self, batch: Sequence[Sample], *, patience: float) -> Prediction:
+        if len(batch) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.passes.append([one.key for one in batch])
+        # Nothing arrives during a pass of these tests.
+        return super().run(batch, patience=0.0)
+
+
+def engine_of(runner: Runner, *, max_running: int = 2, max_waiting: int = 1) -> Engine:
     """An engine that steps when the test calls it."""
     torch.set_num_threads(1)
     metrics = Instruments(NODE, model="m", role="Denoiser")
     return Engine(
-        runner=EagerRunner(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None)),
+        runner=runner,
         merger=Merger(NETWORK, names={}, what="denoiser"),
-        max_running=2,
-        max_waiting=1,
+        max_running=max_running,
+        max_waiting=max_waiting,
         threads=1,
         load=Load(metrics),
         metrics=metrics,
     )
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return engine_of(EagerRunner(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None)))
+
+
+def finish(engine: Engine) -> None:
+    """Steps until no sample can take part in a pass."""
+    while engine.step():
+        pass
+
+
+def alone(key: int, **arguments: Any) -> torch.Tensor:
+    """The latents of a sample that shares no pass."""
+    engine = engine_of(Recording())
+    one, received = sample(key, **arguments)
+    engine.submit(one)
+    finish(engine)
+    assert received.latents is not None
+    return received.latents
 
 
 def test_a_later_request_joins_at_the_next_step(engine: Engine) -> None:
@@ -156,6 +238,122 @@ def test_only_the_defective_request_of_a_batch_fails(engine: Engine) -> None:
     assert received_good.latents is not None
 
 
+MIXED: list[dict[str, Any]] = [
+    {"guidance": 3.0},
+    {"guidance": 1.0, "sampler": "euler"},
+    {"guidance": 5.0, "controls": (Control(source=Edges(), scale=1.0),)},
+    {"guidance": 1.0, "controls": (Control(source=Edges(), scale=1.0, start=0.3),), "steps": 4},
+]
+
+
+def test_requests_of_equal_shape_share_passes_and_equal_those_alone() -> None:
+    runner = Recording()
+    engine = engine_of(runner, max_running=4)
+    received = []
+    for key, arguments in enumerate(MIXED):
+        one, listener = sample(key, **arguments)
+        received.append(listener)
+        engine.submit(one)
+    finish(engine)
+    assert runner.passes == [[0, 1, 2, 3]] * 3 + [[3]]
+    for key, (arguments, listener) in enumerate(zip(MIXED, received, strict=True)):
+        assert listener.latents is not None
+        assert (listener.latents - alone(key, **arguments)).abs().max() < 1e-4
+
+
+def test_a_deterministic_request_shares_no_pass_and_is_bit_identical() -> None:
+    runner = Recording()
+    engine = engine_of(runner, max_running=3)
+    one, received = sample(1, deterministic=True)
+    for other in (sample(2)[0], one, sample(3, deterministic=True)[0]):
+        engine.submit(other)
+    finish(engine)
+    assert all(len(keys) == 1 for keys in runner.passes)
+    assert received.latents is not None
+    assert torch.equal(received.latents, alone(1))
+
+
+def test_a_request_whose_residuals_are_late_sits_out_until_they_are_there() -> None:
+    runner = Recording()
+    engine = engine_of(runner)
+    net = Edges(hold=True)
+    late, received_late = sample(1, controls=(Control(source=net, scale=1.0),))
+    other, received_other = sample(2)
+    engine.submit(late)
+    engine.submit(other)
+    finish(engine)
+    assert received_other.steps == [1, 2]
+    assert received_other.latents is not None
+    assert received_late.steps == []
+    for _ in range(3):
+        net.send()
+        finish(engine)
+    assert received_late.latents is not None
+    expected = alone(1, controls=(Control(source=Edges(), scale=1.0),))
+    assert (received_late.latents - expected).abs().max() < 1e-4
+
+
+def test_requests_that_sit_out_do_not_keep_others_from_starting() -> None:
+    engine = engine_of(Recording(), max_running=1, max_waiting=3)
+    for key in range(2):
+        engine.submit(sample(key, controls=(Control(source=Edges(hold=True), scale=1.0),))[0])
+    other, received = sample(2)
+    engine.submit(other)
+    finish(engine)
+    assert received.latents is not None
+
+
+def test_a_request_whose_residuals_never_arrive_fails_alone() -> None:
+    engine = engine_of(Recording())
+    late, received = sample(1, controls=(Control(source=Edges(hold=True), scale=1.0),))
+    engine.submit(late)
+    finish(engine)
+    assert received.error is None
+    late.requested_at -= 60
+    finish(engine)
+    assert received.error is not None
+    assert received.error.reason == Reason.PEER_UNAVAILABLE
+    other, received_other = sample(2)
+    engine.submit(other)
+    finish(engine)
+    assert received_other.latents is not None
+
+
+def test_the_step_loop_wakes_up_when_late_residuals_arrive() -> None:
+    engine = engine_of(Recording())
+    net = Edges(hold=True)
+    late, received = sample(1, steps=1, controls=(Control(source=net, scale=1.0),))
+    engine.submit(late)
+    finish(engine)
+    engine.start()
+    assert not received.done.wait(0.1)
+    net.send()
+    assert received.done.wait(30)
+    engine.stop()
+
+
+def test_a_batch_that_runs_out_of_memory_is_halved_and_loses_nothing() -> None:
+    runner = Recording(room=2)
+    engine = engine_of(runner, max_running=4)
+    received = []
+    for key in range(4):
+        one, listener = sample(key)
+        received.append(listener)
+        engine.submit(one)
+    finish(engine)
+    assert all(listener.latents is not None for listener in received)
+    assert max(len(keys) for keys in runner.passes) == 2
+
+
+def test_a_request_too_large_for_the_memory_is_refused_alone() -> None:
+    engine = engine_of(Recording(room=0))
+    one, received = sample(1)
+    engine.submit(one)
+    finish(engine)
+    assert received.error is not None
+    assert received.error.reason == Reason.OUT_OF_MEMORY
+
+
 def test_a_full_queue_refuses_with_a_retry_delay(engine: Engine) -> None:
     for key in range(1, 4):
         engine.submit(sample(key)[0])
@@ -189,6 +387,7 @@ def test_a_pass_without_residuals_neither_synchronises_nor_branches_on_data() ->
             return function(*args, **(kwargs or {}))
 
     with torch.inference_mode(), Synchronising():
-        prediction = runner.run([one])
+        prediction = runner.run([one], patience=0.0)
+    assert prediction.noise[0] is not None
     assert prediction.noise[0].shape == (2, 4, 8, 8)
     assert prediction.time.nanoseconds() > 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from latentflow.errors import LatentflowError
 from latentflow.internal.guidance import Guidance
 from latentflow.v1 import stage_pb2
 from latentflow_nodes import families
@@ -88,15 +89,21 @@ class Alphabet:
         return Scale(folder)
 
     def encode(
-        self, text: TextModel, *, prompt: str, negative_prompt: str | None, guidance: bool, device: torch.device
+        self,
+        text: TextModel,
+        *,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        guidance: bool,
+        device: torch.device,
     ) -> dict[str, torch.Tensor]:
-        def letters(words: str) -> torch.Tensor:
-            padded = words[:LETTERS].ljust(LETTERS)
-            encoded: torch.Tensor = text.encoders["letters"](torch.tensor([[ord(c) / 128 for c in padded]]))
+        def letters(words: Sequence[str]) -> torch.Tensor:
+            padded = [one[:LETTERS].ljust(LETTERS) for one in words]
+            encoded: torch.Tensor = text.encoders["letters"](torch.tensor([[ord(c) / 128 for c in p] for p in padded]))
             return encoded
 
-        encoded = {"letters": letters(prompt)}
-        return encoded | ({"negative_letters": letters(negative_prompt or "")} if guidance else {})
+        encoded = {"letters": letters(prompts)}
+        return encoded | ({"negative_letters": letters(negative_prompts or [""] * len(prompts))} if guidance else {})
 
     def embeds_guidance(self, network: torch.nn.Module) -> bool:
         return False
@@ -142,10 +149,9 @@ class Alphabet:
         timestep: torch.Tensor,
         *,
         image: torch.Tensor,
-        scale: float,
         inputs: Mapping[str, Any],
     ) -> Residuals:
-        return Residuals(down=(network(latents),), mid=network(image[:, :2]) * scale)
+        return Residuals(down=(network(latents),), mid=network(image[:, :2]))
 
     def vae_geometry(self, vae: torch.nn.Module) -> VaeGeometry:
         return VaeGeometry(scale_factor=1, latent_channels=2)
@@ -153,9 +159,9 @@ class Alphabet:
     def decoding_modules(self, vae: torch.nn.Module) -> list[torch.nn.Module]:
         return [vae]
 
-    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
-        values = vae(latents)[0, 0].clamp(-1, 1)
-        return Image.fromarray(((values + 1) * 127.5).round().to(torch.uint8).numpy(), "L").convert("RGB")
+    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> list[Image.Image | LatentflowError]:
+        images = ((vae(latents)[:, 0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return [Image.fromarray(one.numpy(), "L").convert("RGB") for one in images]
 
     def layer_names(self, component: str, module: torch.nn.Module) -> Mapping[str, str]:
         return {}

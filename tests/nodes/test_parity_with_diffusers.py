@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -21,12 +22,14 @@ LATENTS = 1e-4
 PIXELS = 1
 
 
-async def assert_equal(stack: Stack, root: Path, request: Request, *, xl: bool = False) -> None:
-    expected_latents, expected_image = reference(root, request, xl=xl)
-    latents, image = await stack.generate(request)
-    assert (latents - expected_latents).abs().max().item() <= LATENTS
-    difference = np.abs(np.asarray(image, dtype=int) - np.asarray(expected_image, dtype=int))
-    assert difference.max() <= PIXELS
+async def assert_equal(stack: Stack, root: Path, *requests: Request, xl: bool = False) -> None:
+    """Generates the requests' images concurrently."""
+    expected = [reference(root, request, xl=xl) for request in requests]
+    made = await asyncio.gather(*(stack.generate(request) for request in requests))
+    for (latents, image), (expected_latents, expected_image) in zip(made, expected, strict=True):
+        assert (latents - expected_latents).abs().max().item() <= LATENTS
+        difference = np.abs(np.asarray(image, dtype=int) - np.asarray(expected_image, dtype=int))
+        assert difference.max() <= PIXELS
 
 
 async def test_a_prompt_alone_makes_diffusers_image(shapes: Stack) -> None:
@@ -114,6 +117,33 @@ async def test_every_combination_of_features_is_diffusers_own(
         loras=[(name, 0.7) for name in loras],
     )
     await assert_equal(shapes, SHAPES, request)
+
+
+async def test_concurrent_requests_that_differ_share_passes_and_equal_diffusers(
+    shapes: Stack, edge_image: Image.Image, layout_image: Image.Image
+) -> None:
+    edges, layout = ("edges", edge_image, 0.7), ("layout", layout_image, 1.2)
+    requests = [
+        Request(seed=1, steps=6),
+        Request(seed=2, steps=5, guidance_scale=1.0, sampler="euler_ancestral"),
+        Request(seed=3, steps=6, controls=[edges], negative_prompt="a star"),
+        Request(seed=4, steps=4, guidance_scale=1.0, controls=[edges, layout], sampler="dpmpp_2m"),
+    ]
+    before = shapes.passes("base")
+    await assert_equal(shapes, SHAPES, *requests)
+    assert shapes.passes("base") - before < sum(request.steps for request in requests)
+
+
+async def test_concurrent_sdxl_requests_equal_diffusers(tmp_path: Path, edge_image: Image.Image) -> None:
+    tiny_sdxl(tmp_path / "tiny")
+    control = ("control", edge_image.resize((32, 32)), 0.8)
+    requests = [
+        Request(side=32, seed=1),
+        Request(side=32, seed=2, guidance_scale=1.0),
+        Request(side=32, seed=3, controls=[control], negative_prompt="a star"),
+    ]
+    async with started(tmp_path, "tiny", controls={"control": "controlnet"}) as stack:
+        await assert_equal(stack, tmp_path / "tiny", *requests, xl=True)
 
 
 async def test_the_plain_model_is_restored_bit_for_bit_after_a_lora(shapes: Stack) -> None:

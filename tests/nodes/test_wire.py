@@ -119,9 +119,7 @@ async def test_a_denoise_stream_out_of_order_is_refused(
     assert message in found.message
 
 
-DETERMINISTIC = stage_pb2.Scheduling(deterministic=True)
 UNSERVED: list[tuple[str, str, Any]] = [
-    ("base", "Scheduling.deterministic", stage_pb2.DenoiseOpen(scheduling=DETERMINISTIC)),
     ("base", "AdapterRef.async_steps", stage_pb2.DenoiseOpen(adapters=[stage_pb2.AdapterRef(async_steps=1)])),
     ("base", "ControlNetRef.net", stage_pb2.DenoiseOpen(control_nets=[stage_pb2.ControlNetRef(net="a")])),
     (
@@ -134,10 +132,7 @@ UNSERVED: list[tuple[str, str, Any]] = [
     ("base", "DenoiseRequest.guidance", stage_pb2.DenoiseRequest(guidance=stage_pb2.DenoiseGuidance())),
     ("edges", "ResidualsOpen.net", stage_pb2.ResidualsOpen(net="a")),
     ("edges", "ResidualsOpen.guess_mode", stage_pb2.ResidualsOpen(guess_mode=True)),
-    ("edges", "Scheduling.deterministic", stage_pb2.ResidualsOpen(scheduling=DETERMINISTIC)),
     ("text", "AdapterRef.async_steps", stage_pb2.EncodeRequest(adapters=[stage_pb2.AdapterRef(async_steps=1)])),
-    ("text", "Scheduling.deterministic", stage_pb2.EncodeRequest(scheduling=DETERMINISTIC)),
-    ("pixels", "Scheduling.deterministic", stage_pb2.DecodeRequest(scheduling=DETERMINISTIC)),
 ]
 
 

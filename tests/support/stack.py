@@ -64,6 +64,12 @@ class Stack:
         )
         return description
 
+    def passes(self, name: str) -> float:
+        """Forward passes of a server so far."""
+        metrics = self.nodes[name].context.metrics
+        role = self.nodes[name].context.settings.role
+        return metrics.registry.get_sample_value("latentflow_step_seconds_count", {"model": name, "role": role}) or 0.0
+
     def peer(self, name: str) -> stage_pb2.Peer:
         return stage_pb2.Peer(address=self.nodes[name].address, model=name)
 

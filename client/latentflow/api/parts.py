@@ -175,7 +175,7 @@ class Engine(Typed):
         ge=1,
         le=64,
         description="Maximum number of requests in one forward pass.",
-        limits=Limits(roles=[Role.DENOISER]),
+        limits=Limits(roles=_COMPUTING),
     )
     max_waiting: int = field(
         default=64,

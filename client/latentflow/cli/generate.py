@@ -82,6 +82,13 @@ def generate(
     strict_prompt: Annotated[
         bool, typer.Option("--strict-prompt", help="Fail if the prompt is too long, instead of cutting it.")
     ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Make the same bits whatever else the servers run; it costs throughput.",
+        ),
+    ] = False,
     target: options.Target = None,
     kube: options.Kube = False,
     namespace: options.Namespace = None,
@@ -113,7 +120,9 @@ def generate(
         )
     recorded = arguments.pop("workflow", None)
     wanted = workflow if workflow is not None else recorded
-    request = requests.build(text, workflow=wanted, images=images, strict_prompt=strict_prompt, **arguments)
+    request = requests.build(
+        text, workflow=wanted, images=images, strict_prompt=strict_prompt, deterministic=deterministic, **arguments
+    )
     files = output_files.paths(output, images=images)
     with options.client(
         target, timeout=timeout, api_key=api_key, tls_ca=tls_ca, kube=kube, namespace=namespace, workflow=wanted

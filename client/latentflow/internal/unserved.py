@@ -21,11 +21,9 @@ FIELDS = frozenset(
         "ControlNetRef.stale",
         "DenoiseOpen.guidance_peer",
         "DenoiseRequest.guidance",
-        "GenerateRequest.deterministic",
         "Lora.async_steps",
         "ResidualsOpen.guess_mode",
         "ResidualsOpen.net",
-        "Scheduling.deterministic",
     }
 )
 

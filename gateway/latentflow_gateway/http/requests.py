@@ -81,6 +81,9 @@ class ImageRequest(_Body):
     strict_prompt: bool | None = Field(
         default=None, description="Refuse a prompt that is too long, instead of cutting it."
     )
+    deterministic: bool | None = Field(
+        default=None, description="Make the same bits whatever else the servers run; it costs throughput."
+    )
     loras: dict[str, float] | None = Field(default=None, description="Weights by LoRA name, applied in this order.")
     control_images: dict[str, ControlImage] | None = Field(default=None, description="Control images by ControlNet.")
     user: str | None = Field(default=None, description="Accepted without effect.")
@@ -147,6 +150,7 @@ def to_wire(request: ImageRequest, *, idempotency_key: str) -> generation_pb2.Ge
         seed=request.seed,
         images=request.n,
         strict_prompt=bool(request.strict_prompt),
+        deterministic=bool(request.deterministic),
         idempotency_key=idempotency_key,
         loras=[generation_pb2.Lora(name=name, weight=weight) for name, weight in (request.loras or {}).items()],
         control_images=[

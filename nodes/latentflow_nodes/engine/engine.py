@@ -1,8 +1,8 @@
 """The denoiser's step loop: submit, step, cancel.
 
 Requests join and leave at every step boundary. A step admits queued samples, chooses who shares the next forward pass,
-runs it, advances each sample and delivers its progress. One sample's failure never affects the others of its batch. The
-engine knows no gRPC: the denoiser's role makes the samples, and their listeners report to the outside.
+runs it, advances each sample and delivers its progress. One sample's failure never affects the others of its batch, and a
+sample whose residuals are late sits out until they are there. The engine knows no gRPC: the denoiser's role makes the samples, and their listeners report to the outside.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ from latentflow.reasons import Reason
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.batching import Candidate, choose
 from latentflow_nodes.engine.load import Load, PassSize
+from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
 from latentflow_nodes.engine.runner import Runner, SampleError
 from latentflow_nodes.engine.sample import Sample
 from latentflow_nodes.engine.worker import queue_full
 
 _log = structlog.get_logger()
+
+# How long a pass waits for residuals: a multiple of the usual pass, because the ControlNet runs about half of it and may
+# have other requests before this one.
+_PATIENCE_PASSES = 4.0
+_LEAST_PATIENCE = 0.5
+# A ControlNet that sends nothing for so long is considered dead; the gateway retries the request elsewhere.
+_RESIDUAL_SECONDS = 60.0
 
 
 class Engine:
@@ -54,6 +62,8 @@ class Engine:
         self._merger = merger
         self._merged: Hashable = ()
         self._max_running = max_running
+        # Most samples in a forward pass; the device's memory may allow fewer than run at a time.
+        self._largest_batch = max_running
         self._max_waiting = max_waiting
         self._load = load
         self._metrics = metrics
@@ -80,8 +90,7 @@ class Engine:
     def submit(self, sample: Sample) -> None:
         """Queues a sample. OverloadedError when the queue is full."""
         with self._changed:
-            free = self._max_running - len(self._running)
-            if len(self._queued) >= self._max_waiting + max(0, free):
+            if len(self._queued) + len(self._running) >= self._max_waiting + self._max_running:
                 raise queue_full(
                     queued=len(self._queued), limit=self._max_waiting, seconds_each=self._mean_step * sample.total
                 )
@@ -98,10 +107,13 @@ class Engine:
             self._changed.notify()
 
     def step(self) -> bool:
-        """One step boundary and one forward pass. False when no sample was there."""
+        """One step boundary and one forward pass. False when no sample was there that could take part."""
         with self._changed:
             self._admit()
             batch = self._choose()
+            overdue = [sample for sample in self._running.values() if _is_overdue(sample)]
+        for sample in overdue:
+            self._fail(sample, _no_residuals(sample))
         if not batch:
             return False
         started = time.perf_counter()
@@ -112,10 +124,12 @@ class Engine:
         except Exception as error:
             if len(batch) == 1:
                 self._fail(batch[0], _as_error(error))
+            elif is_out_of_memory(error):
+                self._largest_batch = len(batch) // 2
+                _log.warning("forward pass out of memory", requests=len(batch), largest_batch=self._largest_batch)
             else:
                 self._run_alone(batch)
         seconds = time.perf_counter() - started
-        self._mean_step = seconds if self._mean_step == 0 else 0.9 * self._mean_step + 0.1 * seconds
         self._load.passed(_size(batch), requests=len(batch), seconds=seconds)
         return True
 
@@ -123,20 +137,25 @@ class Engine:
         for key in self._cancelled:
             self._retire(key)
         self._cancelled.clear()
-        while self._queued and len(self._running) < self._max_running:
+        while self._can_admit():
             key = next(iter(self._queued))
             self._running[key] = self._queued.pop(key)
             self._skipped[key] = 0
         self._report()
 
+    def _can_admit(self) -> bool:
+        """Whether a queued sample may start: samples that sit out occupy nobody's slot."""
+        return bool(self._queued) and sum(not s.sits_out for s in self._running.values()) < self._max_running
+
     def _choose(self) -> list[Sample]:
         candidates = [
             Candidate(key=key, group=sample.group, adapters=sample.adapter_key, skipped=self._skipped[key])
             for key, sample in self._running.items()
+            if not sample.sits_out
         ]
-        chosen = set(choose(candidates, merged=self._merged, limit=self._max_running))
-        for key in self._running:
-            self._skipped[key] = 0 if key in chosen else self._skipped[key] + 1
+        chosen = set(choose(candidates, merged=self._merged, limit=self._largest_batch))
+        for one in candidates:
+            self._skipped[one.key] = 0 if one.key in chosen else one.skipped + 1
         return [sample for key, sample in self._running.items() if key in chosen]
 
     @torch.inference_mode()
@@ -145,8 +164,18 @@ class Engine:
         now = time.monotonic_ns()
         for sample in batch:
             sample.first_step_ns = sample.first_step_ns or now
-        prediction = self._runner.run(batch)
+        for sample in self._running.values():
+            # Those of samples that wait for the next pass are computed during this one.
+            sample.residuals()
+        patience = max(_LEAST_PATIENCE, _PATIENCE_PASSES * self._mean_step)
+        started = time.perf_counter_ns()
+        prediction = self._runner.run(batch, patience=patience)
+        seconds = (time.perf_counter_ns() - started - prediction.residuals_wait_ns) / 1e9
+        self._mean_step = seconds if self._mean_step == 0 else 0.9 * self._mean_step + 0.1 * seconds
         for sample, noise in zip(batch, prediction.noise, strict=True):
+            if noise is None:
+                self._sit_out(sample)
+                continue
             sample.forward_time += prediction.time
             sample.residuals_wait_ns += prediction.residuals_wait_ns
             try:
@@ -155,6 +184,18 @@ class Engine:
                 self._fail(sample, _as_error(error))
             else:
                 self._deliver(sample)
+
+    def _sit_out(self, sample: Sample) -> None:
+        """The sample takes part in no pass until its residuals are there."""
+        if not all(future.done() for future in sample.residuals()):
+            _log.info("residuals are late", request=sample.request_id, step=sample.index + 1)
+            sample.is_late = True
+            for future in sample.residuals():
+                future.add_done_callback(self._wake)
+
+    def _wake(self, _: object) -> None:
+        with self._changed:
+            self._changed.notify()
 
     def _run_alone(self, batch: Sequence[Sample]) -> None:
         """Runs each sample of a failed batch by itself, so that only the sample at fault fails."""
@@ -203,6 +244,15 @@ class Engine:
         self._running.pop(key, None)
         self._skipped.pop(key, None)
 
+    def _has_work(self) -> bool:
+        running = self._running.values()
+        return bool(self._cancelled) or self._can_admit() or any(not s.sits_out or _is_overdue(s) for s in running)
+
+    def _seconds_to_overdue(self) -> float | None:
+        """Until the first sample that sits out has to fail; None: none sits out."""
+        late = [sample.requested_at for sample in self._running.values() if sample.sits_out]
+        return max(0.0, min(late) + _RESIDUAL_SECONDS - time.monotonic()) if late else None
+
     def _report(self) -> None:
         self._load.set(running=len(self._running), queued=len(self._queued))
 
@@ -210,9 +260,9 @@ class Engine:
         torch.set_num_threads(threads)
         while True:
             with self._changed:
-                while not (self._stopping or self._queued or self._running):
+                while not (self._stopping or self._has_work()):
                     self._runner.idle()
-                    self._changed.wait()
+                    self._changed.wait(self._seconds_to_overdue())
                 if self._stopping:
                     break
             try:
@@ -224,6 +274,17 @@ class Engine:
         self._fail_all(UnavailableError("This server is stopping; retry on another replica.", reason=Reason.DRAINING))
 
 
+def _is_overdue(sample: Sample) -> bool:
+    return sample.sits_out and time.monotonic() - sample.requested_at >= _RESIDUAL_SECONDS
+
+
+def _no_residuals(sample: Sample) -> LatentflowError:
+    return UnavailableError(
+        f"A ControlNet sent no residuals for step {sample.index + 1} within {_RESIDUAL_SECONDS:g} s.",
+        reason=Reason.PEER_UNAVAILABLE,
+    )
+
+
 def _size(batch: Sequence[Sample]) -> PassSize:
     height, width = batch[0].latents.shape[-2:]
     return PassSize(rows=sum(sample.settings.guidance.rows for sample in batch), height=height, width=width)
@@ -232,6 +293,8 @@ def _size(batch: Sequence[Sample]) -> PassSize:
 def _as_error(error: Exception) -> LatentflowError:
     if isinstance(error, LatentflowError):
         return error
+    if is_out_of_memory(error):
+        return out_of_memory()
     _log.exception("forward pass failed", exc_info=error)
     if isinstance(error, RuntimeError) and "size of tensor" in str(error):
         return FailedPreconditionError(

@@ -8,23 +8,18 @@ threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from latentflow.errors import InternalError, LatentflowError, UnavailableError
-from latentflow.reasons import Reason
+from latentflow.errors import InternalError, LatentflowError
 
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.forward_time import ForwardTime, Stopwatch
 from latentflow_nodes.engine.sample import Sample
 from latentflow_nodes.families.base import Family, Residuals, stack
-
-# A ControlNet that sends nothing for so long is considered dead; the gateway retries the request elsewhere.
-_RESIDUAL_SECONDS = 60.0
 
 
 class SampleError(Exception):
@@ -41,12 +36,13 @@ class Prediction:
     """The result of a forward pass.
 
     Attributes:
-        noise: For each sample of the batch the network's prediction, [rows, channels, height, width].
+        noise: For each sample of the batch the network's prediction, [rows, channels, height, width]; None for a sample
+            whose residuals were late.
         time: The pass itself, without waiting for residuals.
         residuals_wait_ns: Nanoseconds that the pass waited for residuals.
     """
 
-    noise: tuple[torch.Tensor, ...]
+    noise: tuple[torch.Tensor | None, ...]
     time: ForwardTime
     residuals_wait_ns: int
 
@@ -54,8 +50,12 @@ class Prediction:
 class Runner(Protocol):
     """Runs forward passes in the engine's thread."""
 
-    def run(self, batch: Sequence[Sample]) -> Prediction:
-        """One pass for samples of one group. SampleError where one sample's residuals fail."""
+    def run(self, batch: Sequence[Sample], *, patience: float) -> Prediction:
+        """One pass for samples of one group. SampleError where one sample's residuals fail.
+
+        Args:
+            patience: Seconds that the pass may wait for residuals.
+        """
         ...
 
     def idle(self) -> None:
@@ -79,7 +79,7 @@ class EagerRunner:
         self._stopwatch = Stopwatch(device)
         self._lock = lock
 
-    def run(self, batch: Sequence[Sample]) -> Prediction:
+    def run(self, batch: Sequence[Sample], *, patience: float) -> Prediction:
         latents = [sample.model_input() for sample in batch]
         rows = [len(one) for one in latents]
         inputs = stack([sample.inputs for sample in batch])
@@ -88,47 +88,60 @@ class EagerRunner:
         else:
             stacked = torch.cat(latents)
             timestep = torch.cat([s.timestep.reshape(1).expand(n) for s, n in zip(batch, rows, strict=True)])
-        # The group is one: all samples of a batch have active ControlNets, or none has.
-        residuals = BatchResiduals(batch, latents, self._stopwatch, self._lock) if batch[0].active_controls() else None
+        residuals = None
+        if any(sample.residuals() for sample in batch):
+            residuals = BatchResiduals(batch, latents, self._stopwatch, self._lock, patience=patience)
+        noise: Sequence[torch.Tensor | None] = [None] * len(batch)
         with self._lock:
             self._stopwatch.start()
             try:
-                noise = self._family.predict(self._network, stacked, timestep, inputs=inputs, residuals=residuals)
+                predicted = self._family.predict(self._network, stacked, timestep, inputs=inputs, residuals=residuals)
+                noise = predicted.split(rows)
+            except _NoResiduals:
+                pass
             finally:
                 self._stopwatch.stop()
                 taken = self._stopwatch.take()
+        late = residuals.late if residuals else ()
         return Prediction(
-            noise=noise.split(rows), time=taken, residuals_wait_ns=residuals.waited_ns if residuals else 0
+            noise=tuple(None if sample in late else one for sample, one in zip(batch, noise, strict=True)),
+            time=taken,
+            residuals_wait_ns=residuals.waited_ns if residuals else 0,
         )
 
     def idle(self) -> None:
         self._lock.idle()
 
 
+class _NoResiduals(Exception):
+    """All residuals of a batch are late, so the pass cannot go on."""
+
+
 class BatchResiduals:
-    """The residuals of a batch's ControlNets: requested at once, waited for only where the network adds them."""
+    """The residuals of a batch's ControlNets, waited for only where the network adds them.
+
+    Attributes:
+        late: The samples whose residuals were not there in time. Zeros stand for their residuals.
+        waited_ns: Nanoseconds that the pass waited.
+    """
 
     def __init__(
-        self, batch: Sequence[Sample], latents: Sequence[torch.Tensor], stopwatch: Stopwatch, lock: ComputeLock
+        self,
+        batch: Sequence[Sample],
+        latents: Sequence[torch.Tensor],
+        stopwatch: Stopwatch,
+        lock: ComputeLock,
+        *,
+        patience: float,
     ) -> None:
+        self._batch = batch
+        self._latents = latents
         self._stopwatch = stopwatch
         self._lock = lock
+        self._patience = patience
+        self.late: list[Sample] = []
         self.waited_ns = 0
-        self._device, self._dtype = latents[0].device, latents[0].dtype
         self._ready: Residuals | None = None
-        self._requested: list[tuple[Sample, int, list[Future[Residuals]]]] = [
-            (
-                sample,
-                len(one),
-                [
-                    control.source.request(
-                        step=sample.index, timestep=float(sample.timestep), sample=one, scale=control.scale
-                    )
-                    for control in sample.active_controls()
-                ],
-            )
-            for sample, one in zip(batch, latents, strict=True)
-        ]
 
     def wait(self) -> Residuals:
         """The residuals, summed over each sample's ControlNets in its order and stacked over the samples."""
@@ -137,39 +150,59 @@ class BatchResiduals:
             started = time.perf_counter_ns()
             try:
                 with self._lock.released():
-                    summed = [self._sum(*one) for one in self._requested]
+                    wait([future for sample in self._batch for future in sample.residuals()], self._patience)
+                    summed = list(self._sums())
             finally:
                 self._stopwatch.start()
-            down = tuple(torch.cat(parts) for parts in zip(*(one.down for one in summed), strict=True))
-            self._ready = Residuals(down=down, mid=torch.cat([one.mid for one in summed]))
+            self._ready = self._stacked(summed)
             self.waited_ns += time.perf_counter_ns() - started
         return self._ready
 
-    def _sum(self, sample: Sample, rows: int, futures: list[Future[Residuals]]) -> Residuals:
+    def _sums(self) -> Iterator[Residuals | None]:
+        """For each sample the sum over its ControlNets; None where there is nothing to add, or not yet."""
+        for sample, latents in zip(self._batch, self._latents, strict=True):
+            futures = sample.residuals()
+            if all(future.done() for future in futures):
+                yield self._sum(sample, len(latents), futures)
+            else:
+                self.late.append(sample)
+                yield None
+
+    def _sum(self, sample: Sample, rows: int, futures: Sequence[Future[Residuals]]) -> Residuals | None:
         total: Residuals | None = None
         for future in futures:
             try:
-                one = future.result(timeout=_RESIDUAL_SECONDS)
+                one = future.result()
             except LatentflowError as error:
                 raise SampleError(sample, error) from None
-            except FutureTimeout:
-                late = UnavailableError(
-                    f"A ControlNet sent no residuals for step {sample.index + 1} within {_RESIDUAL_SECONDS:g} s.",
-                    reason=Reason.PEER_UNAVAILABLE,
+            if any(len(tensor) != rows for tensor in (*one.down, one.mid)):
+                raise SampleError(
+                    sample,
+                    InternalError(f"A ControlNet sent residuals of other than {rows} rows; its server is defective."),
                 )
-                raise SampleError(sample, late) from None
             one = Residuals(down=tuple(self._on_device(t) for t in one.down), mid=self._on_device(one.mid))
             if total is None:
                 total = one
             else:
                 down = tuple(a + b for a, b in zip(total.down, one.down, strict=True))
                 total = Residuals(down=down, mid=total.mid + one.mid)
-        if total is None or any(len(t) != rows for t in total.down):
-            raise SampleError(
-                sample,
-                InternalError(f"A ControlNet sent residuals of other than {rows} rows; its server is defective."),
-            )
         return total
 
+    def _stacked(self, summed: Sequence[Residuals | None]) -> Residuals:
+        some = next((one for one in summed if one is not None), None)
+        if some is None:
+            raise _NoResiduals
+        rows = [len(one) for one in self._latents]
+        down = zip(*(_tensors(one, some, n)[:-1] for one, n in zip(summed, rows, strict=True)), strict=True)
+        mid = [_tensors(one, some, n)[-1] for one, n in zip(summed, rows, strict=True)]
+        return Residuals(down=tuple(torch.cat(parts) for parts in down), mid=torch.cat(mid))
+
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device=self._device, dtype=self._dtype)
+        return tensor.to(device=self._latents[0].device, dtype=self._latents[0].dtype)
+
+
+def _tensors(residuals: Residuals | None, like: Residuals, rows: int) -> tuple[torch.Tensor, ...]:
+    """The tensors of residuals, the middle block's last; None: zeros, which change no result."""
+    if residuals is not None:
+        return (*residuals.down, residuals.mid)
+    return tuple(tensor.new_zeros((rows, *tensor.shape[1:])) for tensor in (*like.down, like.mid))

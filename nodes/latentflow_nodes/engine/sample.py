@@ -6,6 +6,7 @@ which another replica resumes with a bit-identical result.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -85,7 +86,9 @@ class Sample:
         inputs: The network's inputs besides latents and timestep, with one row for each guidance half, negative first.
         adapters: Layers to merge with their weights, and `adapter_key`, equal for equal sets.
         latents: [1, channels, height, width].
+        is_deterministic: It shares no forward pass, so that its result is bit-identical whatever else the server runs.
         index: Steps done.
+        is_late: A pass did not get the residuals of the present step in time.
     """
 
     key: int
@@ -99,10 +102,14 @@ class Sample:
     adapters: tuple[tuple[Layers, float], ...] = ()
     adapter_key: Hashable = ()
     controls: tuple[Control, ...] = ()
+    is_deterministic: bool = False
     index: int = 0
+    is_late: bool = False
     forward_time: ForwardTime = field(default_factory=ForwardTime)
     residuals_wait_ns: int = 0
     first_step_ns: int = 0
+    requested_at: float = 0.0
+    _residuals: tuple[Future[Residuals], ...] | None = None
 
     @property
     def total(self) -> int:
@@ -112,20 +119,30 @@ class Sample:
     def timestep(self) -> torch.Tensor:
         return self.sampler.timesteps[self.index]
 
-    def active_controls(self) -> tuple[Control, ...]:
-        return tuple(c for c in self.controls if c.is_active(step=self.index, total=self.total))
+    def residuals(self) -> tuple[Future[Residuals], ...]:
+        """What the active ControlNets send for the present step; the first call of a step requests it."""
+        if self._residuals is None:
+            active = [c for c in self.controls if c.is_active(step=self.index, total=self.total)]
+            latents = self.model_input() if active else self.latents
+            self.requested_at = time.monotonic()
+            self._residuals = tuple(
+                control.source.request(
+                    step=self.index, timestep=float(self.timestep), sample=latents, scale=control.scale
+                )
+                for control in active
+            )
+        return self._residuals
+
+    @property
+    def sits_out(self) -> bool:
+        """Takes part in no pass until its late residuals are there."""
+        return self.is_late and not all(future.done() for future in self.residuals())
 
     @property
     def group(self) -> Hashable:
-        """Equal for samples that can share a forward pass at their present steps."""
+        """Equal for samples that can share a forward pass: shapes alone decide, and the adapters that are merged."""
         shapes = tuple((name, _shape(value)) for name, value in sorted(self.inputs.items()))
-        return (
-            tuple(self.latents.shape),
-            self.settings.guidance.rows,
-            self.adapter_key,
-            bool(self.active_controls()),
-            shapes,
-        )
+        return (tuple(self.latents.shape), shapes, self.adapter_key, self.key if self.is_deterministic else None)
 
     def model_input(self) -> torch.Tensor:
         """[1 or 2, channels, height, width]: the scaled latents, once for each guidance half."""
@@ -143,6 +160,8 @@ class Sample:
             eta=self.settings.eta,
         )
         self.index += 1
+        self.is_late = False
+        self._residuals = None
 
     def checkpoint(self) -> bytes:
         """The state from which `restore` resumes."""

@@ -1,24 +1,33 @@
 """The one thread in which a server's model runs, behind a bounded queue.
 
 Torch's thread pools belong to the calling thread, and two forward passes at a time would only slow each other down. So
-every role except the denoiser, which has an engine, runs its forward passes in a `Worker`.
+every role except the denoiser, which has an engine, runs its forward passes in a `Worker`. Calls that are queued at the
+same time and can share a pass share one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
+import structlog
 import torch
-from latentflow.errors import OverloadedError
+from latentflow.errors import LatentflowError, OverloadedError
 
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.load import Load, PassSize
+from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
 
-T = TypeVar("T")
+_log = structlog.get_logger()
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def queue_full(*, queued: int, limit: int, seconds_each: float) -> OverloadedError:
@@ -29,68 +38,142 @@ def queue_full(*, queued: int, limit: int, seconds_each: float) -> OverloadedErr
     )
 
 
-class Worker:
-    """Runs callables one at a time in its thread.
+@dataclass(eq=False, kw_only=True)
+class _Call(Generic[Item, Result]):
+    """A call in the queue or in a forward pass.
 
-    Args:
-        threads: Torch's threads in that thread.
-        max_waiting: Most calls that are queued behind the running one.
-        lock: Held while a callable runs.
-        load: Where calls and their durations are recorded.
+    Attributes:
+        group: Equal for calls that can share a pass.
+        counts: It belongs to a request that has had no forward pass here yet, so it counts as a queued request.
     """
 
-    def __init__(self, *, threads: int, max_waiting: int, lock: ComputeLock, load: Load) -> None:
-        self._executor = ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(threads,))
+    item: Item
+    group: Hashable
+    size: PassSize
+    counts: bool
+    result: Future[Result] = field(default_factory=Future)
+
+
+class Worker(Generic[Item, Result]):
+    """Runs calls in its thread, in the order of their arrival, several in one pass where they can share one.
+
+    Args:
+        run: The results of items of one group, in their order; an error in place of a result fails that call alone.
+        threads: Torch's threads in that thread.
+        max_running: Most calls in one pass.
+        max_waiting: Most calls that are queued behind the running one.
+        lock: Held during a pass.
+        load: Where calls and the durations of passes are recorded.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item]], Sequence[Result | LatentflowError]],
+        *,
+        threads: int,
+        max_running: int,
+        max_waiting: int,
+        lock: ComputeLock,
+        load: Load,
+    ) -> None:
+        self._run = run
+        self._max_running = max_running
         self._max_waiting = max_waiting
-        # All calls: the running one and those behind it.
-        self._present = 0
-        # Of these the ones that the metrics count as queued requests.
-        self._queued: set[object] = set()
-        self._mean = 0.0
         self._lock = lock
         self._load = load
+        self._mean = 0.0
+        self._changed = threading.Condition()
+        self._queued: deque[_Call[Item, Result]] = deque()
+        self._running: list[_Call[Item, Result]] = []
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, args=(threads,), name="model", daemon=True)
+        self._thread.start()
 
-    async def run(self, work: Callable[[], T], *, size: PassSize, resumed: bool = False) -> T:
-        """The callable's result. OverloadedError when the queue is full; a cancelled caller's work is not started.
+    async def run(self, item: Item, *, group: Hashable, size: PassSize, resumed: bool = False) -> Result:
+        """The item's result. OverloadedError when the queue is full; a cancelled caller's item is not run.
 
         Args:
-            size: What the duration of the call depends on.
+            group: Equal for items that can share a pass.
+            size: What the duration of a pass of this item alone depends on.
             resumed: The call belongs to a request that has had forward passes here, so it is not a queued request.
         """
-        if self._present > self._max_waiting:
-            raise queue_full(queued=self._present - 1, limit=self._max_waiting, seconds_each=self._mean)
-        call = object()
-        self._present += 1
-        if not resumed:
-            self._queued.add(call)
-        self._report()
-        future = self._executor.submit(self._timed, work, call, size)
-        try:
-            return await asyncio.wrap_future(future)
-        finally:
-            self._present -= 1
-            self._queued.discard(call)
+        call: _Call[Item, Result] = _Call(item=item, group=group, size=size, counts=not resumed)
+        with self._changed:
+            if len(self._queued) >= self._max_waiting + (not self._running):
+                raise queue_full(queued=len(self._queued), limit=self._max_waiting, seconds_each=self._mean)
+            self._queued.append(call)
             self._report()
-
-    @torch.inference_mode()
-    def _timed(self, work: Callable[[], T], call: object, size: PassSize) -> T:
-        self._queued.discard(call)
-        self._report()
+            self._changed.notify()
         try:
-            with self._lock:
-                start = time.perf_counter()
-                try:
-                    return work()
-                finally:
-                    seconds = time.perf_counter() - start
-                    self._mean = seconds if self._mean == 0 else 0.9 * self._mean + 0.1 * seconds
-                    self._load.passed(size, requests=1, seconds=seconds)
+            return await asyncio.wrap_future(call.result)
         finally:
-            if self._present == 1:
-                self._lock.idle()
-
-    def _report(self) -> None:
-        self._load.set(running=min(1, self._present), queued=len(self._queued))
+            with self._changed:
+                if call in self._queued:
+                    self._queued.remove(call)
+                    self._report()
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """Ends after the running pass; queued calls are cancelled."""
+        with self._changed:
+            self._closed = True
+            for call in self._queued:
+                call.result.cancel()
+            self._queued.clear()
+            self._changed.notify()
+        self._thread.join()
+
+    def _loop(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        while batch := self._next():
+            started = time.perf_counter()
+            self._pass(batch)
+            seconds = time.perf_counter() - started
+            self._mean = seconds if self._mean == 0 else 0.9 * self._mean + 0.1 * seconds
+            size = batch[0].size
+            rows = sum(call.size.rows for call in batch)
+            self._load.passed(size._replace(rows=rows), requests=len(batch), seconds=seconds)
+            with self._changed:
+                self._running = []
+                self._report()
+
+    def _next(self) -> list[_Call[Item, Result]]:
+        """Waits for calls; the first of the queue and those of its group. Empty: the worker is closed."""
+        with self._changed:
+            while not (self._queued or self._closed):
+                self._lock.idle()
+                self._changed.wait()
+            if self._closed:
+                return []
+            group = self._queued[0].group
+            batch = [call for call in self._queued if call.group == group][: self._max_running]
+            for call in batch:
+                self._queued.remove(call)
+            # A caller that leaves from now on gets no result, but its item runs.
+            self._running = [call for call in batch if call.result.set_running_or_notify_cancel()]
+            self._report()
+            return self._running or self._next()
+
+    @torch.inference_mode()
+    def _pass(self, batch: Sequence[_Call[Item, Result]]) -> None:
+        try:
+            with self._lock:
+                results = self._run([call.item for call in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].result.set_exception(out_of_memory() if is_out_of_memory(error) else error)
+                return
+            if is_out_of_memory(error):
+                self._max_running = len(batch) // 2
+                _log.warning("forward pass out of memory", calls=len(batch), largest_batch=self._max_running)
+            # Only the item at fault fails.
+            for call in batch:
+                self._pass([call])
+            return
+        for call, result in zip(batch, results, strict=True):
+            if isinstance(result, LatentflowError):
+                call.result.set_exception(result)
+            else:
+                call.result.set_result(result)
+
+    def _report(self) -> None:
+        self._load.set(running=len(self._running), queued=sum(call.counts for call in self._queued))

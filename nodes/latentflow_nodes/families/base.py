@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from latentflow.errors import FailedPreconditionError
+from latentflow.errors import FailedPreconditionError, LatentflowError
 from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 from PIL import Image
@@ -139,9 +139,19 @@ class Family(Protocol):
     # Text encoding
 
     def encode(
-        self, text: TextModel, *, prompt: str, negative_prompt: str | None, guidance: bool, device: torch.device
+        self,
+        text: TextModel,
+        *,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        guidance: bool,
+        device: torch.device,
     ) -> dict[str, torch.Tensor]:
-        """The conditioning of a prompt; with `guidance` that of the negative half too."""
+        """The conditioning of prompts, a row for each; with `guidance` that of the negative halves too.
+
+        Args:
+            negative_prompts: As many as prompts; None: none of the requests has one.
+        """
         ...
 
     # Denoising
@@ -209,14 +219,13 @@ class Family(Protocol):
         timestep: torch.Tensor,
         *,
         image: torch.Tensor,
-        scale: float,
         inputs: Mapping[str, Any],
     ) -> Residuals:
-        """One forward pass of a ControlNet.
+        """One forward pass of a ControlNet, with a conditioning scale of 1.
 
         Args:
+            timestep: [rows].
             image: [rows, 3, height, width], from 0 to 1.
-            scale: Factor of the residuals.
         """
         ...
 
@@ -228,8 +237,8 @@ class Family(Protocol):
         """The modules whose forward passes make up a decoding; none contains another."""
         ...
 
-    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
-        """The image of latents [1, channels, height, width]."""
+    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> list[Image.Image | LatentflowError]:
+        """The images of latents [batch, channels, height, width], or the error of one that is not finite."""
         ...
 
     # Adapters
@@ -267,14 +276,18 @@ def halves(conditioning: Conditioning, name: str, *, rows: int) -> torch.Tensor:
     return torch.cat([conditioning[NEGATIVE + name], positive]) if rows == 2 else positive
 
 
-def to_image(decoded: torch.Tensor) -> Image.Image:
-    """The image of an autoencoder's output, [1, 3, height, width] from -1 to 1, as diffusers makes it.
+def to_images(decoded: torch.Tensor) -> list[Image.Image | LatentflowError]:
+    """The images of an autoencoder's output, [batch, 3, height, width] from -1 to 1, as diffusers makes them.
 
-    FailedPreconditionError for NaN and infinity, of which diffusers makes black and white.
+    An error in place of an image with NaN or infinity, of which diffusers makes black and white.
     """
+    return [_to_image(one) for one in decoded.split(1)]
+
+
+def _to_image(decoded: torch.Tensor) -> Image.Image | LatentflowError:
     if not torch.isfinite(decoded).all():
         dtype = str(decoded.dtype).removeprefix("torch.")
-        raise FailedPreconditionError(
+        return FailedPreconditionError(
             f"The image of the VAE is not finite in {dtype}: the latents are outside the range in which it works. Give the "
             "VAE a dtype of larger range, bfloat16 or float32, or lower the weights and scales of the request.",
             reason=Reason.NOT_FINITE,

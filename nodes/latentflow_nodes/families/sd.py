@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from latentflow.errors import LatentflowError
 from PIL import Image
 
 from latentflow_nodes.families import kinds
-from latentflow_nodes.families.base import TextModel, to_image
+from latentflow_nodes.families.base import TextModel, to_images
 from latentflow_nodes.families.unet import UNetFamily
 
 
@@ -46,12 +47,19 @@ class StableDiffusion(UNetFamily):
         )
 
     def encode(
-        self, text: TextModel, *, prompt: str, negative_prompt: str | None, guidance: bool, device: torch.device
+        self,
+        text: TextModel,
+        *,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        guidance: bool,
+        device: torch.device,
     ) -> dict[str, torch.Tensor]:
-        positive, negative = text.pipeline.encode_prompt(prompt, device, 1, guidance, negative_prompt)
+        negatives = None if negative_prompts is None else list(negative_prompts)
+        positive, negative = text.pipeline.encode_prompt(list(prompts), device, 1, guidance, negatives)
         return {"prompt_embeds": positive} | ({"negative_prompt_embeds": negative} if guidance else {})
 
-    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
+    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> list[Image.Image | LatentflowError]:
         autoencoder: Any = vae
         decoded = autoencoder.decode(latents / autoencoder.config.scaling_factor, return_dict=False)[0]
-        return to_image(decoded)
+        return to_images(decoded)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
+from latentflow.errors import LatentflowError
 from PIL import Image
 
 from latentflow_nodes.families import kinds
-from latentflow_nodes.families.base import Conditioning, Shape, TextModel, halves, to_image
+from latentflow_nodes.families.base import Conditioning, Shape, TextModel, halves, to_images
 from latentflow_nodes.families.unet import UNetFamily
 
 # Original size, crop and target size, two numbers each.
@@ -45,10 +46,19 @@ class StableDiffusionXL(UNetFamily):
         )
 
     def encode(
-        self, text: TextModel, *, prompt: str, negative_prompt: str | None, guidance: bool, device: torch.device
+        self,
+        text: TextModel,
+        *,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        guidance: bool,
+        device: torch.device,
     ) -> dict[str, torch.Tensor]:
         positive, negative, pooled, negative_pooled = text.pipeline.encode_prompt(
-            prompt, device=device, do_classifier_free_guidance=guidance, negative_prompt=negative_prompt
+            list(prompts),
+            device=device,
+            do_classifier_free_guidance=guidance,
+            negative_prompt=None if negative_prompts is None else list(negative_prompts),
         )
         encoded = {"prompt_embeds": positive, "pooled_prompt_embeds": pooled}
         if guidance:
@@ -70,7 +80,7 @@ class StableDiffusionXL(UNetFamily):
         }
         return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
 
-    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
+    def decode(self, vae: torch.nn.Module, latents: torch.Tensor) -> list[Image.Image | LatentflowError]:
         autoencoder: Any = vae
         config = autoencoder.config
         if autoencoder.dtype != torch.float16 or not config.force_upcast:
@@ -82,7 +92,7 @@ class StableDiffusionXL(UNetFamily):
             autoencoder.to(torch.float16)
 
 
-def _decoded(autoencoder: Any, latents: torch.Tensor) -> Image.Image:
+def _decoded(autoencoder: Any, latents: torch.Tensor) -> list[Image.Image | LatentflowError]:
     config = autoencoder.config
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:
@@ -91,4 +101,4 @@ def _decoded(autoencoder: Any, latents: torch.Tensor) -> Image.Image:
         latents = latents + torch.tensor(mean).view(shape).to(latents)
     else:
         latents = latents / config.scaling_factor
-    return to_image(autoencoder.decode(latents, return_dict=False)[0])
+    return to_images(autoencoder.decode(latents, return_dict=False)[0])

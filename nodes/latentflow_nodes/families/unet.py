@@ -172,12 +172,9 @@ class UNetFamily(ABC):
         timestep: torch.Tensor,
         *,
         image: torch.Tensor,
-        scale: float,
         inputs: Mapping[str, Any],
     ) -> Residuals:
-        down, mid = network(
-            latents, timestep, controlnet_cond=image, conditioning_scale=scale, return_dict=False, **inputs
-        )
+        down, mid = network(latents, timestep, controlnet_cond=image, return_dict=False, **inputs)
         return Residuals(down=tuple(down), mid=mid)
 
     def vae_geometry(self, vae: torch.nn.Module) -> VaeGeometry:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,34 @@ from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import Stopwatch
 from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
-from latentflow_nodes.families.base import warm_up_conditioning
+from latentflow_nodes.families.base import stack, warm_up_conditioning
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.tensors import codec
-from latentflow_nodes.tensors.transfer import Sender
 from latentflow_nodes.weights import files
 
 _WARM_UP_SIDE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A step of one request.
+
+    Attributes:
+        latents: [rows, channels, height, width].
+        inputs, image: As Family.residuals takes them, with as many rows.
+        scale: Conditioning scale.
+    """
+
+    latents: torch.Tensor
+    timestep: float
+    inputs: dict[str, Any]
+    image: torch.Tensor
+    scale: float
+
+    @property
+    def size(self) -> PassSize:
+        rows, _, height, width = self.latents.shape
+        return PassSize(rows=rows, height=height, width=width)
 
 
 class ControlNet(Role):
@@ -42,8 +64,10 @@ class ControlNet(Role):
         self._channels = self._family.latent_shape(self._network, height=1, width=1)[1]
         self._stopwatch = Stopwatch(context.device)
         settings = context.settings
-        self._worker = Worker(
+        self._worker: Worker[_Step, tuple[dict[str, torch.Tensor], int]] = Worker(
+            self._run,
             threads=settings.threads,
+            max_running=settings.engine.max_running,
             max_waiting=settings.engine.max_waiting,
             lock=context.compute_lock,
             load=context.load,
@@ -62,9 +86,8 @@ class ControlNet(Role):
         inputs = self._inputs(conditioning, rows=2, width=pixels, height=pixels)
         image = self._on_device(torch.zeros(2, 3, pixels, pixels))
         latents = self._on_device(torch.zeros(2, self._channels, side, side))
-        await self._worker.run(
-            lambda: self._run(latents, 1.0, inputs, image, scale=1.0), size=PassSize(rows=2, height=side, width=side)
-        )
+        step = _Step(latents=latents, timestep=1.0, inputs=inputs, image=image, scale=1.0)
+        await self._worker.run(step, group=None, size=step.size)
 
     def close(self) -> None:
         self._worker.close()
@@ -76,6 +99,7 @@ class ControlNet(Role):
         inputs: dict[str, Any] | None = None
         rows = 1
         resumed = False
+        group: Hashable = None
         image = torch.empty(0)
         with self._context.transport.sender() as sender:
             async for request in requests:
@@ -85,12 +109,17 @@ class ControlNet(Role):
                     conditioning = await self._context.peers.conditioning(opening.conditioning, self._context.device)
                     inputs = self._inputs(conditioning, rows=rows, width=opening.width, height=opening.height)
                     image = self._image(opening, rows=rows)
+                    group = (_shapes(inputs), image.shape[1:], object() if opening.scheduling.deterministic else None)
                     yield stage_pb2.ResidualsResponse(opened=True)
                     continue
                 if inputs is None:
                     raise InvalidRequestError("The first message of a Residuals stream must be `open`.")
-                for response in await self._step(request.step, inputs, image, sender, rows=rows, resumed=resumed):
-                    yield response
+                step = self._step(request.step, inputs, image, rows=rows)
+                bundle, forward_ns = await self._worker.run(step, group=group, size=step.size, resumed=resumed)
+                for chunk in sender.pieces(bundle, memory=request.step.shared_memory):
+                    yield stage_pb2.ResidualsResponse(
+                        step=request.step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0
+                    )
                 resumed = True
 
     def _inputs(self, conditioning: dict[str, torch.Tensor], *, rows: int, width: int, height: int) -> dict[str, Any]:
@@ -102,48 +131,39 @@ class ControlNet(Role):
             height=height,
         )
 
-    async def _step(
-        self,
-        step: stage_pb2.ResidualsStep,
-        inputs: dict[str, Any],
-        image: torch.Tensor,
-        sender: Sender,
-        *,
-        rows: int,
-        resumed: bool,
-    ) -> Iterator[stage_pb2.ResidualsResponse]:
+    def _step(self, step: stage_pb2.ResidualsStep, inputs: dict[str, Any], image: torch.Tensor, *, rows: int) -> _Step:
+        """Raises InvalidRequestError for a sample or a scale that this ControlNet does not take."""
         scale = strengths.control_scale(step.scale, name=self._context.settings.identity)
         latents = self._on_device(codec.from_inline(step.sample))
-        if latents.dim() != 4 or latents.shape[0] != rows or latents.shape[1] != self._channels:
+        # The image's size fixes that of the latents, as in diffusers.
+        height, width = (side // self._family.image_scale(self._network) for side in image.shape[2:])
+        if latents.shape != (rows, self._channels, height, width):
             raise InvalidRequestError(
-                f"A sample of shape {list(latents.shape)} does not fit this ControlNet; "
-                f"[{rows}, {self._channels}, height, width] does."
+                f"A sample of shape {list(latents.shape)} does not fit this ControlNet and the request's image; "
+                f"{[rows, self._channels, height, width]} does."
             )
-        bundle, forward_ns = await self._worker.run(
-            lambda: self._run(latents, step.timestep, inputs, image, scale=scale),
-            size=PassSize(rows=rows, height=latents.shape[2], width=latents.shape[3]),
-            resumed=resumed,
-        )
-        return (
-            stage_pb2.ResidualsResponse(step=step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0)
-            for chunk in sender.pieces(bundle, memory=step.shared_memory)
-        )
+        return _Step(latents=latents, timestep=step.timestep, inputs=inputs, image=image, scale=scale)
 
-    def _run(
-        self, latents: torch.Tensor, timestep: float, inputs: dict[str, Any], image: torch.Tensor, *, scale: float
-    ) -> tuple[dict[str, torch.Tensor], int]:
+    def _run(self, steps: Sequence[_Step]) -> list[tuple[dict[str, torch.Tensor], int]]:
+        rows = [len(step.latents) for step in steps]
+        timesteps = [step.timestep for step in steps for _ in range(len(step.latents))]
         self._stopwatch.start()
         residuals = self._family.residuals(
             self._network,
-            latents,
-            torch.tensor(timestep, device=latents.device),
-            image=image,
-            scale=scale,
-            inputs=inputs,
+            torch.cat([step.latents for step in steps]),
+            torch.tensor(timesteps, device=self._context.device),
+            image=torch.cat([step.image for step in steps]),
+            inputs=stack([step.inputs for step in steps]),
         )
         self._stopwatch.stop()
-        bundle = {f"down.{i}": tensor for i, tensor in enumerate(residuals.down)} | {"mid": residuals.mid}
-        return bundle, self._stopwatch.take().nanoseconds()
+        forward_ns = self._stopwatch.take().nanoseconds()
+        named = {f"down.{i}": tensor for i, tensor in enumerate(residuals.down)} | {"mid": residuals.mid}
+        parts = {name: tensor.split(rows) for name, tensor in named.items()}
+        return [
+            # Each with its own factor, in the precision in which diffusers multiplies.
+            ({name: of_steps[i] * step.scale for name, of_steps in parts.items()}, forward_ns)
+            for i, step in enumerate(steps)
+        ]
 
     def _image(self, opening: stage_pb2.ResidualsOpen, *, rows: int) -> torch.Tensor:
         """[rows, 3, height, width] from 0 to 1, as diffusers' ControlNet pipelines prepare it."""
@@ -164,6 +184,14 @@ class ControlNet(Role):
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._context.device, self._context.dtype)
+
+
+def _shapes(inputs: Mapping[str, Any]) -> Hashable:
+    """The shapes of inputs without their rows."""
+    return tuple(
+        (name, tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else _shapes(value))
+        for name, value in sorted(inputs.items())
+    )
 
 
 def _rows(half: stage_pb2.GuidanceHalf) -> int:

@@ -207,6 +207,7 @@ class Denoiser(Role):
             listener=mailbox,
             adapters=tuple(adapters),
             adapter_key=tuple((ref.name, ref.digest, ref.weight) for ref in opening.adapters),
+            is_deterministic=opening.scheduling.deterministic,
         )
 
 

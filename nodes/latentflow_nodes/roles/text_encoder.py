@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from latentflow.errors import InvalidRequestError
+from latentflow.errors import InvalidRequestError, LatentflowError
 from latentflow.internal import strengths
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
@@ -25,6 +26,33 @@ from latentflow_nodes.weights import files
 # Measured on two cores: 0.3 million parameters take 2 ms with one thread, and 8 ms with two of which one sleeps between
 # requests.
 _PARAMETERS_PER_THREAD = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A prompt to encode.
+
+    Attributes:
+        adapters: By encoder the layers to merge with their weights, and `adapter_key`, equal for equal sets.
+    """
+
+    request: stage_pb2.EncodeRequest
+    adapters: Mapping[str, Sequence[tuple[Layers, float]]]
+    adapter_key: tuple[Any, ...]
+
+    @property
+    def negative_prompt(self) -> str | None:
+        return self.request.negative_prompt if self.request.HasField("negative_prompt") else None
+
+    @property
+    def group(self) -> Hashable:
+        """Equal for prompts that can be encoded together. A missing negative prompt is not encoded as an empty one."""
+        alone = object() if self.request.scheduling.deterministic else None
+        return (self.request.guidance, self.negative_prompt is None, self.adapter_key, alone)
+
+    @property
+    def size(self) -> PassSize:
+        return PassSize(rows=2 if self.request.guidance else 1)
 
 
 class TextEncoder(Role):
@@ -55,8 +83,10 @@ class TextEncoder(Role):
         self._conditioning: dict[str, Shape] = {}
         self._stopwatch = measure(list(encoders.values()), device=context.device)
         settings = context.settings
-        self._worker = Worker(
+        self._worker: Worker[_Call, tuple[dict[str, torch.Tensor], stage_pb2.EncodeResponse]] = Worker(
+            self._run,
             threads=min(settings.threads, _useful_threads(encoders.values())),
+            max_running=settings.engine.max_running,
             max_waiting=settings.engine.max_waiting,
             lock=context.compute_lock,
             load=context.load,
@@ -69,8 +99,8 @@ class TextEncoder(Role):
         response.text_encoder.adapter_components.extend(self._mergers)
 
     async def warm_up(self) -> None:
-        request = stage_pb2.EncodeRequest()
-        encoded, _ = await self._worker.run(lambda: self._run(request, adapters={}, key=()), size=PassSize(rows=1))
+        call = _Call(request=stage_pb2.EncodeRequest(), adapters={}, adapter_key=())
+        encoded, _ = await self._worker.run(call, group=call.group, size=call.size)
         self._conditioning = {name: tuple(tensor.shape) for name, tensor in encoded.items()}
 
     def close(self) -> None:
@@ -84,47 +114,67 @@ class TextEncoder(Role):
             for name in self._mergers:
                 adapters[name] = await self._context.peers.adapters(request.adapters, name)
         key = tuple((ref.name, ref.digest, ref.weight) for ref in request.adapters)
-        encoded, response = await self._worker.run(
-            lambda: self._run(request, adapters=adapters, key=key), size=PassSize(rows=2 if request.guidance else 1)
-        )
+        call = _Call(request=request, adapters=adapters, adapter_key=key)
+        encoded, response = await self._worker.run(call, group=call.group, size=call.size)
         for name, tensor in encoded.items():
             response.conditioning[name].CopyFrom(self._context.store.put(tensor))
         return response
 
     def _run(
-        self, request: stage_pb2.EncodeRequest, *, adapters: dict[str, list[tuple[Layers, float]]], key: tuple[Any, ...]
-    ) -> tuple[dict[str, Any], stage_pb2.EncodeResponse]:
+        self, calls: Sequence[_Call]
+    ) -> list[tuple[dict[str, torch.Tensor], stage_pb2.EncodeResponse] | LatentflowError]:
         # Tokenizers keep padding and truncation as state, so only the thread that runs this uses them.
-        negative = request.negative_prompt if request.HasField("negative_prompt") else None
-        response = stage_pb2.EncodeResponse(
-            truncated=self._cut(request.prompt), negative_truncated=self._cut(negative or "")
-        )
-        if request.strict_prompt and (response.truncated or response.negative_truncated):
-            longest = min(tokenizer.model_max_length for tokenizer in self._text.tokenizers)
-            cut = response.truncated or response.negative_truncated
-            raise InvalidRequestError(
-                f"The prompt is longer than the {longest} tokens this model reads; {cut!r} would be cut off. Shorten it, "
-                "or allow the cut (strict_prompt off).",
-                reason=Reason.PROMPT_TOO_LONG,
-            )
-        if key != self._merged:
-            self._merged = (None,)
-            for name, merger in self._mergers.items():
-                parts = adapters.get(name, [])
-                for (layers, _), ref_key in zip(parts, key, strict=False):
-                    merger.check(str(ref_key[0]), layers)
-                merger.apply(parts)
-            self._merged = key
+        results: list[stage_pb2.EncodeResponse | LatentflowError] = [self._tokenized(call) for call in calls]
+        accepted = [call for call, one in zip(calls, results, strict=True) if isinstance(one, stage_pb2.EncodeResponse)]
+        if not accepted:
+            return [one for one in results if isinstance(one, LatentflowError)]
+        self._merge(accepted[0])
         self._stopwatch.take()
+        negatives = [call.negative_prompt for call in accepted if call.negative_prompt is not None]
         encoded = self._family.encode(
             self._text,
-            prompt=request.prompt,
-            negative_prompt=negative,
-            guidance=request.guidance,
+            prompts=[call.request.prompt for call in accepted],
+            negative_prompts=negatives or None,
+            guidance=accepted[0].request.guidance,
             device=self._context.device,
         )
-        response.forward_ns = self._stopwatch.take().nanoseconds()
-        return encoded, response
+        forward_ns = self._stopwatch.take().nanoseconds()
+        rows = iter(range(len(accepted)))
+        made: list[tuple[dict[str, torch.Tensor], stage_pb2.EncodeResponse] | LatentflowError] = []
+        for one in results:
+            if isinstance(one, LatentflowError):
+                made.append(one)
+                continue
+            row = next(rows)
+            one.forward_ns = forward_ns
+            made.append(({name: tensor[row : row + 1] for name, tensor in encoded.items()}, one))
+        return made
+
+    def _tokenized(self, call: _Call) -> stage_pb2.EncodeResponse | LatentflowError:
+        """What is cut off the prompts, or the refusal to cut them."""
+        response = stage_pb2.EncodeResponse(
+            truncated=self._cut(call.request.prompt), negative_truncated=self._cut(call.negative_prompt or "")
+        )
+        cut = response.truncated or response.negative_truncated
+        if not call.request.strict_prompt or not cut:
+            return response
+        longest = min(tokenizer.model_max_length for tokenizer in self._text.tokenizers)
+        return InvalidRequestError(
+            f"The prompt is longer than the {longest} tokens this model reads; {cut!r} would be cut off. Shorten it, "
+            "or allow the cut (strict_prompt off).",
+            reason=Reason.PROMPT_TOO_LONG,
+        )
+
+    def _merge(self, call: _Call) -> None:
+        if call.adapter_key == self._merged:
+            return
+        self._merged = (None,)
+        for name, merger in self._mergers.items():
+            parts = call.adapters.get(name, [])
+            for (layers, _), ref_key in zip(parts, call.adapter_key, strict=False):
+                merger.check(str(ref_key[0]), layers)
+            merger.apply(list(parts))
+        self._merged = call.adapter_key
 
     def _cut(self, text: str) -> str:
         """The part of a text that the tokenizer with the lowest limit cuts off."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+from collections.abc import Sequence
 
 import torch
-from latentflow.errors import InvalidRequestError
+from latentflow.errors import InvalidRequestError, LatentflowError
 from latentflow.internal import images
 from latentflow.v1 import control_pb2, stage_pb2
+from PIL import Image
 
 from latentflow_nodes import families
 from latentflow_nodes.context import Context
@@ -37,8 +40,10 @@ class VAE(Role):
         self._geometry = self._family.vae_geometry(self._vae)
         self._stopwatch = measure(self._family.decoding_modules(self._vae), device=context.device)
         settings = context.settings
-        self._worker = Worker(
+        self._worker: Worker[torch.Tensor, tuple[Image.Image, int]] = Worker(
+            self._run,
             threads=settings.threads,
+            max_running=settings.engine.max_running,
             max_waiting=settings.engine.max_waiting,
             lock=context.compute_lock,
             load=context.load,
@@ -50,7 +55,7 @@ class VAE(Role):
 
     async def warm_up(self) -> None:
         latents = torch.zeros(1, self._geometry.latent_channels, _WARM_UP_SIDE, _WARM_UP_SIDE)
-        await self._worker.run(lambda: self._run(latents), size=_size(latents))
+        await self._worker.run(latents, group=latents.shape, size=_size(latents))
 
     def close(self) -> None:
         self._worker.close()
@@ -62,15 +67,23 @@ class VAE(Role):
                 f"Latents of shape {list(latents.shape)} cannot be decoded here; "
                 f"[1, {self._geometry.latent_channels}, height, width] can."
             )
-        png, forward_ns = await self._worker.run(lambda: self._run(latents), size=_size(latents))
+        group = (latents.shape, object() if request.scheduling.deterministic else None)
+        image, forward_ns = await self._worker.run(latents, group=group, size=_size(latents))
+        # Not in the worker's thread, where the next pass would wait for it.
+        png = await asyncio.to_thread(_png, image)
         return stage_pb2.DecodeResponse(image=images.png(png), forward_ns=forward_ns)
 
-    def _run(self, latents: torch.Tensor) -> tuple[bytes, int]:
+    def _run(self, latents: Sequence[torch.Tensor]) -> list[tuple[Image.Image, int] | LatentflowError]:
         self._stopwatch.take()
-        image = self._family.decode(self._vae, latents.to(self._context.device, self._context.dtype))
-        stream = io.BytesIO()
-        image.save(stream, format="PNG", compress_level=4)
-        return stream.getvalue(), self._stopwatch.take().nanoseconds()
+        decoded = self._family.decode(self._vae, torch.cat(list(latents)).to(self._context.device, self._context.dtype))
+        forward_ns = self._stopwatch.take().nanoseconds()
+        return [one if isinstance(one, LatentflowError) else (one, forward_ns) for one in decoded]
+
+
+def _png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=4)
+    return stream.getvalue()
 
 
 def _size(latents: torch.Tensor) -> PassSize:

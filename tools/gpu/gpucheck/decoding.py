@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from latentflow_nodes.families.sdxl import StableDiffusionXL
+from PIL import Image
 
 from gpucheck import sizes
 from gpucheck.report import Report
@@ -26,8 +27,10 @@ def run(report: Report, device: str) -> None:
         network.to(sizes.dtype(device))
         image.cpu()
 
-    def served() -> Any:
-        return StableDiffusionXL().decode(network, latents)
+    def served() -> Image.Image:
+        (image,) = StableDiffusionXL().decode(network, latents)
+        assert isinstance(image, Image.Image)
+        return image
 
     with torch.inference_mode(), report.case("decode"):
         picture = served()
