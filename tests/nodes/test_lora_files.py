@@ -10,11 +10,12 @@ import pytest
 import torch
 from latentflow.errors import FailedPreconditionError
 from latentflow.reasons import Reason
-from latentflow_nodes.adapters import folder, lora
+from latentflow_nodes.adapters import folder, lora, patterns
 from latentflow_nodes.adapters.layers import Layer
 from latentflow_nodes.adapters.lora import Adapter
 from latentflow_nodes.adapters.merger import Merger
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from support.adapters import Tensors, save
 
@@ -110,6 +111,20 @@ def test_a_file_of_another_method_is_refused_by_its_name(tmp_path: Path, extra: 
         (tensors(DOTTED) | {f"{DOTTED}.lora_A.weight": torch.ones(3, 8)}, "whose ranks differ"),
         (tensors(DOTTED) | {f"{DOTTED}.lora_A.weight": torch.full((2, 8), torch.nan)}, "values that are not finite"),
         (kohya() | {f"{KOHYA}.alpha": torch.tensor(torch.inf)}, "values that are not finite"),
+        (kohya() | {f"{KOHYA}.alpha": torch.tensor(1e300, dtype=torch.float64)}, "values that are not finite"),
+        (
+            kohya() | {f"{KOHYA}.alpha": torch.ones(2)},
+            "alpha of the shape [2] and the type torch.float32 in the layer mid",
+        ),
+        (kohya() | {f"{KOHYA}.alpha": torch.tensor(1j)}, "the type torch.complex64 in the layer mid_block"),
+        (kohya() | {f"{KOHYA}.alpha": torch.tensor(True)}, "the type torch.bool in the layer mid_block"),
+        (tensors(DOTTED, rank=0), "[8, 0] in the layer mid_block.attentions.0.proj_in, which hold no values"),
+        (tensors(DOTTED) | {f"{DOTTED}.lora_B.weight": torch.ones(0, 2)}, "which hold no values"),
+        (tensors(DOTTED) | {f"{DOTTED}.lora_A.weight": torch.ones(8)}, "and each needs at least two dimensions"),
+        (tensors(DOTTED) | {f"{DOTTED}.lora_B.weight": torch.ones(8, 1, 2, 1)}, "whose ranks differ"),
+        (tensors(DOTTED) | {f"{DOTTED}.lora_B.weight": torch.ones(8, 2, 2, 1)}, "where only A may have a kernel"),
+        (tensors(DOTTED, inner=1, rank=1) | {f"{DOTTED}.lora_A.weight": torch.ones(1, 1, dtype=torch.int8)}, "int8"),
+        ({key: value.to(torch.float8_e8m0fnu) for key, value in tensors(DOTTED).items()}, "type F8_E8M0; convert it"),
         (tensors(DOTTED) | {f"{DOTTED}.lora_A.weight": torch.ones(2, 8, dtype=torch.int8)}, "torch.int8"),
         (tensors(DOTTED) | kohya("unet.mid_block.attentions.0.proj_in"), "twice"),
         ({"transformer.x.lora_A.weight": torch.ones(2, 8)}, "such as transformer.x.lora_A.weight"),
@@ -148,7 +163,10 @@ def test_a_damaged_configuration_in_a_header_is_refused(tmp_path: Path, text: st
     assert message in refusal(path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "is no JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "is no JSON object"), ('{"a":' + "[" * 100_000, "is not JSON (maximum recursion")],
+)
 def test_a_damaged_configuration_beside_a_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     assert f"adapter_config.json {message}" in refusal(in_folder(tmp_path / "mine", tensors(PEFT), text))
 
@@ -184,8 +202,22 @@ def test_a_configuration_with_defaults_only_is_a_plain_lora(tmp_path: Path) -> N
         ({"r": 4}, "has rank 2, and its configuration has rank 4"),
         ({"rank_pattern": {"proj_in": 7}}, "has rank 2, and its configuration has rank 7"),
         ({"auto_mapping": {"base_model_class": "FluxTransformer2DModel"}}, "was trained on a FluxTransformer2DModel"),
-        ({"alpha_pattern": {"(": 1}}, "cannot be used: missing )"),
-        ({"alpha_pattern": [1]}, "cannot be used"),
+        ({"alpha_pattern": {"(": 1}}, 'has "(" in alpha_pattern, which is no name of layers; write names'),
+        ({"alpha_pattern": {"[9-0]": 1}}, "in alpha_pattern, which is no pattern (bad character range 9-0"),
+        ({"alpha_pattern": [1]}, "alpha_pattern [1]; it is a JSON object"),
+        ({"lora_alpha": float("nan")}, "has NaN as lora_alpha; an alpha is a number of at most 1e+30"),
+        ({"lora_alpha": float("inf")}, "has Infinity as lora_alpha; an alpha is"),
+        ({"lora_alpha": 10**400}, "… as lora_alpha; an alpha is"),
+        ({"lora_alpha": None}, "has null as lora_alpha; an alpha is"),
+        ({"lora_alpha": True}, "has true as lora_alpha; an alpha is"),
+        ({"lora_alpha": "4"}, 'has "4" as lora_alpha; an alpha is'),
+        ({"alpha_pattern": {"proj_in": float("nan")}}, "NaN as a value of alpha_pattern; an alpha is"),
+        ({"r": 2.9}, "has 2.9 as r; a rank is a whole number of at least 1"),
+        ({"r": True}, "has true as r; a rank is"),
+        ({"r": 0}, "has 0 as r; a rank is"),
+        ({"rank_pattern": {"proj_in": "2"}}, 'has "2" as a value of rank_pattern; a rank is'),
+        ({"use_rslora": "false"}, 'use_rslora "false"; it is true or false'),
+        ({"auto_mapping": "x"}, "auto_mapping is no JSON object"),
     ],
 )
 def test_a_folder_of_peft_that_is_no_plain_lora_is_refused(
@@ -193,6 +225,44 @@ def test_a_folder_of_peft_that_is_no_plain_lora_is_refused(
 ) -> None:
     path = in_folder(tmp_path / "mine", tensors(PEFT), {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | fields)
     assert message in refusal(path)
+
+
+NAMES = ("mid_block.attentions.0.to_q", "down.12.conv1", "to_q", "my_to_q", "down.1.to_q.x", "a.b.a.b.c")
+PATTERNS = (
+    "to_q",
+    "^to_q",
+    ".*to_q",
+    r"\.to_q",
+    "conv1",
+    "down.*conv1$",
+    r"^down\.[12]\d\.conv1",
+    "d.*",
+    ".*",
+    "",
+    "a.*c",
+)
+
+
+@pytest.mark.parametrize(
+    "pattern", [*PATTERNS, "^.*[02].*to_q", "to.q", "b.*b.*c", "b.*b.*b", "a.*a.*b", "[a-d].*1.*", "^"]
+)
+def test_a_pattern_matches_the_layers_that_peft_matches(pattern: str) -> None:
+    ours = [name for name in NAMES if patterns.compiled(pattern).match(name)]
+    assert ours == [name for name in NAMES if get_pattern_key([pattern], name) == pattern]
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(\w+\.?)+to_k", "([a-z0-9_.]+)+!", "a+", "(a|b)", "a|b", ".**", "a{9}", "a.?", "(?i)a"]
+)
+def test_a_pattern_that_may_take_long_is_refused_by_name(tmp_path: Path, pattern: str) -> None:
+    fields = {"r": 2, "lora_alpha": 4, "alpha_pattern": {pattern: 8}}
+    message = refusal(in_folder(tmp_path / "mine", tensors(PEFT), fields))
+    assert f"{json.dumps(pattern)} in alpha_pattern, which is no name of layers" in message
+
+
+def test_the_longest_match_of_a_pattern_takes_little_time() -> None:
+    # A matcher that backtracks over every place of every part needs more than 10^20 steps for it.
+    assert patterns.compiled(".*a" * 20 + "b").match("a." * 500) is None
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,29 @@ async def test_a_single_file_without_some_weights_is_refused_by_key(
     assert "missing " in error.message
 
 
+async def test_a_single_file_without_a_text_encoder_is_refused_by_its_prefix(file: Path) -> None:
+    save_file({key: value for key, value in load_file(file).items() if not key.startswith("cond_stage_model.")}, file)
+    error = await refused(file, "TextEncoder")
+    assert error.reason == Reason.WEIGHTS_MISMATCH
+    assert "contains no weights of text_encoder: no key begins with cond_stage_model.transformer." in error.message
+
+
+async def test_a_text_encoder_of_another_shape_is_refused_by_key(file: Path) -> None:
+    key = "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight"
+    save_file(load_file(file) | {key: torch.ones(99, 32)}, file)
+    error = await refused(file, "TextEncoder")
+    assert error.reason == Reason.WEIGHTS_MISMATCH
+    assert "of another shape embeddings.position_embedding.weight ([99, 32], not " in error.message
+
+
+async def test_a_single_file_may_have_the_name_of_a_components_weights(file: Path) -> None:
+    file.rename(file.parent / "model.safetensors")
+    async with started(file.parent.parent, "one") as stack:
+        assert (await stack.describe("base")).family == "sd"
+        _, image = await stack.generate(Request())
+    assert equal(image, reference(SHAPES, Request())[1])
+
+
 async def test_a_single_file_of_another_kind_is_refused_as_what_it_is(file: Path) -> None:
     shutil.rmtree(file.parent / "unet")
     tensors = load_file(file)

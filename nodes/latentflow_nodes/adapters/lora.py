@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,8 @@ from latentflow.errors import FailedPreconditionError
 from safetensors import SafetensorError, safe_open
 
 from latentflow_nodes import families
-from latentflow_nodes.adapters import config, keys
+from latentflow_nodes.adapters import config as configs
+from latentflow_nodes.adapters import keys
 from latentflow_nodes.adapters.config import Config
 from latentflow_nodes.adapters.folder import AdapterFile, Entry
 from latentflow_nodes.adapters.keys import Kind, unusable
@@ -84,7 +84,7 @@ def _read(file: AdapterFile, total: Any) -> dict[str, dict[str, Layer]]:
         text = file.config.read_bytes()
         total.update(hashlib.sha256(text).digest())
         fields = _object(text, f"{file.label}'s {file.config.name}")
-        whole = config.parse(fields, file=f"{file.label}'s {file.config.name}")
+        whole = configs.parse(fields, file=f"{file.label}'s {file.config.name}")
         component = component or _component(fields, file)
     elif any(keys.PEFT_PREFIX in name for name in names):
         raise unusable(
@@ -95,49 +95,72 @@ def _read(file: AdapterFile, total: Any) -> dict[str, dict[str, Layer]]:
     # Read at once instead of mapped: another process may shorten the file meanwhile.
     content = file.weights.read_bytes()
     total.update(hashlib.sha256(content).digest())
-    tensors = safetensors.torch.load(content)
+    try:
+        tensors = safetensors.torch.load(content)
+    except KeyError as dtype:
+        # The format has types that safetensors cannot give to PyTorch.
+        raise unusable(f"{file.label} has values of the type {dtype.args[0]}; convert it to float16.") from None
     found: dict[str, dict[str, dict[Kind, torch.Tensor]]] = {}
     for name, key in parsed.items():
         layer = found.setdefault(key.component, {}).setdefault(key.layer, {})
         if layer.setdefault(key.kind, tensors[name]) is not tensors[name]:
             raise unusable(f"{file.label} has {key.kind.value} of the layer {key.layer} twice; remove one of them.")
-    configs = {name: whole or _header_config(header, name, file) for name in found}
-    if any(configs.values()) and any(key.kind is Kind.ALPHA for key in parsed.values()):
+    by_component = {name: whole or _header_config(header, name, file) for name in found}
+    if any(by_component.values()) and any(key.kind is Kind.ALPHA for key in parsed.values()):
         raise unusable(f"{file.label} has alphas in its tensors and in a configuration; remove one of them.")
     return {
-        component: {name: _layer(name, pair, configs[component], file) for name, pair in layers.items()}
+        component: {name: _layer(name, pair, by_component[component], file) for name, pair in layers.items()}
         for component, layers in found.items()
     }
 
 
-def _layer(name: str, found: Mapping[Kind, torch.Tensor], its: Config | None, file: AdapterFile) -> Layer:
+def _layer(name: str, found: Mapping[Kind, torch.Tensor], config: Config | None, file: AdapterFile) -> Layer:
     if Kind.A not in found or Kind.B not in found:
         has = ", ".join(kind.value for kind in found)
         raise unusable(f"{file.label} has only {has} of the layer {name}, where A and B belong together.")
     a, b = _values(found[Kind.A], name, file), _values(found[Kind.B], name, file)
-    if a.dim() < 2 or b.dim() < 2 or math.prod(b.shape[1:]) != a.shape[0] or not a.numel():
+    if problem := _problem_of_shapes(a.shape, b.shape):
         raise unusable(
-            f"{file.label} has A of the shape {list(a.shape)} and B of the shape {list(b.shape)} in the layer {name}, whose "
-            "ranks differ."
+            f"{file.label} has A of the shape {list(a.shape)} and B of the shape {list(b.shape)} in the layer {name}, {problem}."
         )
     rank = int(a.shape[0])
     if Kind.ALPHA in found:
-        alpha = float(_values(found[Kind.ALPHA], name, file).item())
+        alpha = _alpha(found[Kind.ALPHA], name, file)
     else:
         # A layer without alpha has the strength 1.
-        alpha = float(rank) if its is None else its.alpha_of(name, rank)
+        alpha = float(rank) if config is None else config.alpha_of(name, rank)
     return Layer(a=a, b=b, alpha=alpha)
+
+
+def _problem_of_shapes(a: torch.Size, b: torch.Size) -> str:
+    """Why matrices of these shapes are no layer, as the end of a sentence; empty where they are one."""
+    if len(a) < 2 or len(b) < 2:
+        return "and each needs at least two dimensions"
+    if not a.numel() or not b.numel():
+        return "which hold no values"
+    if a[0] != b[1]:
+        return "whose ranks differ"
+    if b[2:].numel() != 1:
+        return "where only A may have a kernel"
+    return ""
+
+
+def _alpha(tensor: torch.Tensor, layer: str, file: AdapterFile) -> float:
+    if tensor.numel() != 1 or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise unusable(
+            f"{file.label} has an alpha of the shape {list(tensor.shape)} and the type {tensor.dtype} in the layer {layer}; "
+            "an alpha is one number."
+        )
+    # Some tools write an alpha as an integer.
+    return float(_values(tensor.to(torch.float32), layer, file).item())
 
 
 def _values(tensor: torch.Tensor, layer: str, file: AdapterFile) -> torch.Tensor:
     if not tensor.is_floating_point():
-        # Some tools write an alpha as an integer.
-        if tensor.numel() != 1:
-            raise unusable(
-                f"{file.label} has values of the type {tensor.dtype} in the layer {layer}; convert it to float16."
-            )
-        tensor = tensor.to(torch.float32)
-    elif tensor.dtype not in _ON_THE_WIRE:
+        raise unusable(
+            f"{file.label} has values of the type {tensor.dtype} in the layer {layer}; convert it to float16."
+        )
+    if tensor.dtype not in _ON_THE_WIRE:
         tensor = tensor.to(torch.float32)
     if not torch.isfinite(tensor).all():
         raise unusable(f"{file.label} has values that are not finite in the layer {layer}; its training failed.")
@@ -146,7 +169,10 @@ def _values(tensor: torch.Tensor, layer: str, file: AdapterFile) -> torch.Tensor
 
 def _component(fields: Mapping[str, Any], file: AdapterFile) -> str | None:
     """The component whose class a configuration names; None where it names none."""
-    name = (fields.get("auto_mapping") or {}).get("base_model_class")
+    mapping = fields.get("auto_mapping") or {}
+    if not isinstance(mapping, dict):
+        raise unusable(f"{file.label} has a configuration whose auto_mapping is no JSON object; write it again.")
+    name = mapping.get("base_model_class")
     if not name:
         return None
     for part in families.adapter_parts():
@@ -166,13 +192,13 @@ def _header_config(header: Mapping[str, str], component: str, file: AdapterFile)
         for key, value in _object(header[_HEADER_CONFIG].encode(), where).items()
         if key.startswith(prefix)
     }
-    return config.parse(fields, file=where) if fields else None
+    return configs.parse(fields, file=where) if fields else None
 
 
 def _object(text: bytes, where: str) -> dict[str, Any]:
     try:
         loaded = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise unusable(f"{where} is not JSON ({error}); write it again.") from None
     if not isinstance(loaded, dict):
         raise unusable(f"{where} is no JSON object; write it again.")

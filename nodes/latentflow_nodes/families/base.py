@@ -279,7 +279,7 @@ def halves(conditioning: Conditioning, name: str, *, rows: int) -> torch.Tensor:
 def to_images(decoded: torch.Tensor) -> list[Image.Image | LatentflowError]:
     """The images of an autoencoder's output, [batch, 3, height, width] from -1 to 1, as diffusers makes them.
 
-    An error in place of an image with NaN or infinity, of which diffusers makes black and white.
+    An error in place of an image with NaN or infinity, which diffusers would turn into black and white pixels.
     """
     return [_to_image(one) for one in decoded.split(1)]
 

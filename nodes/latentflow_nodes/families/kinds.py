@@ -60,6 +60,9 @@ def of_vae(config: Config) -> str | None:
     channels = config.get("out_channels", _RGB)
     if channels != _RGB:
         return f"an autoencoder whose images have {channels} channels"
+    scale = config.get("scaling_factor", 1)
+    if not isinstance(scale, int | float) or not scale > 0:
+        return f"an autoencoder with the scaling_factor {scale!r}, which is no number above 0"
     return None
 
 
@@ -83,7 +86,8 @@ def is_text_to_image_vae(config: Config) -> bool:
 
 def is_xl_vae(config: Config) -> bool:
     """Whether such an autoencoder is SDXL's, by how it scales its latents."""
-    return config.get("latents_mean") is not None or abs(config.get("scaling_factor", 0.18215) - 0.13025) < 1e-4
+    scale = config.get("scaling_factor", 0.18215)
+    return config.get("latents_mean") is not None or (isinstance(scale, int | float) and abs(scale - 0.13025) < 1e-4)
 
 
 def _other_class(config: Config, expected: str) -> str | None:

@@ -6,8 +6,6 @@ those beside it are used, and otherwise those of `single_file_configs`.
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,11 @@ _CONVERSIONS: Mapping[str, Any] = {
     "UNet2DConditionModel": single_file_utils.convert_ldm_unet_checkpoint,
     "AutoencoderKL": single_file_utils.convert_ldm_vae_checkpoint,
     "ControlNetModel": single_file_utils.convert_controlnet_checkpoint,
+}
+# How the keys of a text encoder begin: of CLIP as transformers has it, and of OpenCLIP.
+_ENCODERS = {
+    "text_encoder": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "cond_stage_model.model."),
+    "text_encoder_2": ("conditioner.embedders.1.model.",),
 }
 _PARTS = {"Denoiser": "unet", "VAE": "vae", "ControlNet": "controlnet", "TextEncoder": "text_encoder"}
 # Tensors that mark a model which predicts something else than its kind does.
@@ -119,17 +122,30 @@ def network(cls: Any, file: Path, part: str, dtype: torch.dtype) -> torch.nn.Mod
 
 
 def text_encoder(cls: Any, file: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A text encoder of transformers. FailedPreconditionError where the file lacks some of its weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        # diffusers reads configurations from folders only.
-        (Path(folder) / part).mkdir()
-        (Path(folder) / part / "config.json").write_text(json.dumps(config(file, part)))
-        encoder: torch.nn.Module = single_file_utils.create_diffusers_clip_model_from_ldm(
-            cls, checkpoint=_tensors(file), subfolder=part, config=folder, torch_dtype=dtype, local_files_only=True
+    """A text encoder of transformers. FailedPreconditionError where the file lacks some of its weights, or has others."""
+    with init_empty_weights(include_buffers=False):
+        encoder: torch.nn.Module = cls(cls.config_class.from_dict(config(file, part)))
+    tensors = _tensors(file)
+    prefix = next((one for one in _ENCODERS[part] if any(key.startswith(one) for key in tensors)), None)
+    if prefix is None:
+        raise FailedPreconditionError(
+            f"{file} contains no weights of {part}: no key begins with {' or '.join(_ENCODERS[part])}. Name a file that "
+            "contains them.",
+            reason=Reason.WEIGHTS_MISMATCH,
         )
-    missing = [name for name, tensor in encoder.state_dict().items() if tensor.is_meta]
-    files.check_complete(file, {"missing_keys": missing, "unexpected_keys": [], "mismatched_keys": []}, part=part)
-    return encoder
+    if prefix.endswith(".transformer."):
+        found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    else:
+        found = single_file_utils.convert_open_clip_checkpoint(encoder, tensors, prefix=prefix)
+    if not hasattr(encoder, "text_model"):
+        # transformers 5 has no such level in an encoder without a projection.
+        found = {key.removeprefix("text_model."): tensor for key, tensor in found.items()}
+    needed = encoder.state_dict()
+    # Files of older versions have the positions, and some a projection, which the encoder does not use.
+    found = {key: tensor for key, tensor in found.items() if key in needed}
+    _check(file, part, needed, found)
+    encoder.load_state_dict(found, assign=True)
+    return encoder.to(dtype).eval()
 
 
 def _check(file: Path, part: str, needed: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:

@@ -42,9 +42,10 @@ class Source:
         return self.component or self.pipeline
 
     def part(self, name: str) -> Path:
-        """Folder of a part of the pipeline, or the one component that `subfolder` named, or the source itself if it is one.
+        """The folder of a part of the pipeline.
 
-        Of a single file that file, whichever the part.
+        Returns the component that `subfolder` names, where the source names one; the source itself, where it is a component;
+        and the single file, where the source is one.
         """
         if self.single_file is not None:
             return self.single_file
@@ -162,14 +163,16 @@ def _check_single_file(uri: str, *, subfolder: str | None, variant: str | None, 
 def _only_file(folder: Path) -> Path | None:
     """The single file of a folder that is neither a pipeline nor a component, if it has exactly one."""
     found = sorted(folder.glob(f"*{names.SUFFIX}"))
-    is_other = (folder / "model_index.json").is_file() or any(names.is_component(path.name) for path in found)
+    # A single file may have the name of a component's weights, but a component has a configuration.
+    is_component = (folder / "config.json").is_file() and any(names.is_component(path.name) for path in found)
+    is_other = (folder / "model_index.json").is_file() or is_component
     return found[0] if len(found) == 1 and not is_other else None
 
 
 def _bare(root: Path, role: str) -> str | None:
-    """The path of a downloaded component folder without weights, which were left out or are not there.
+    """The path of a downloaded component folder without weight files; None where every component has some.
 
-    The path of all, if nothing was downloaded that says what is there.
+    ".", the path of the download itself, where it contains no configuration at all.
     """
     if role == "LoRAStore":
         return None
