@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Unpack
 
 from latentflow import requests, results
-from latentflow.client import chosen_key, default_target, remaining
+from latentflow.client import chosen_key, chosen_timeout, default_target, remaining
 from latentflow.errors import LatentflowError
 from latentflow.internal import rpc
 from latentflow.results import Collector, Event, Progress, Result, Workflow
@@ -100,19 +100,23 @@ class AsyncClient:
         """A workflow's inputs and models; None: the only workflow that the gateway serves."""
         request = generation_pb2.DescribeWorkflowRequest(workflow=workflow or "")
         return results.workflow(
-            await self._transport.describe(request, timeout=timeout or self._timeout, metadata=self._call_metadata())
+            await self._transport.describe(
+                request, timeout=chosen_timeout(timeout, default=self._timeout), metadata=self._call_metadata()
+            )
         )
 
     async def workflows(self, *, timeout: float | None = None) -> list[str]:
         """Names of the workflows that the gateway serves, as "namespace/name"."""
-        response = await self._transport.workflows(timeout=timeout or self._timeout, metadata=self._call_metadata())
+        response = await self._transport.workflows(
+            timeout=chosen_timeout(timeout, default=self._timeout), metadata=self._call_metadata()
+        )
         return list(response.workflows)
 
     async def send(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
     ) -> AsyncIterator[Event]:
         """As `stream`, for a request of `latentflow.requests.build`."""
-        seconds = self._timeout if timeout is None else timeout
+        seconds = chosen_timeout(timeout, default=self._timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
         metadata, collector, failures = self._call_metadata(), Collector(), 0
         while True:

@@ -118,17 +118,21 @@ class Client:
         """A workflow's inputs and models; None: the only workflow that the gateway serves."""
         request = generation_pb2.DescribeWorkflowRequest(workflow=workflow or "")
         return results.workflow(
-            self._transport.describe(request, timeout=timeout or self._timeout, metadata=self._call_metadata())
+            self._transport.describe(
+                request, timeout=chosen_timeout(timeout, default=self._timeout), metadata=self._call_metadata()
+            )
         )
 
     def workflows(self, *, timeout: float | None = None) -> list[str]:
         """Names of the workflows that the gateway serves, as "namespace/name"."""
-        response = self._transport.workflows(timeout=timeout or self._timeout, metadata=self._call_metadata())
+        response = self._transport.workflows(
+            timeout=chosen_timeout(timeout, default=self._timeout), metadata=self._call_metadata()
+        )
         return list(response.workflows)
 
     def send(self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None) -> Iterator[Event]:
         """As `stream`, for a request of `latentflow.requests.build`."""
-        seconds = self._timeout if timeout is None else timeout
+        seconds = chosen_timeout(timeout, default=self._timeout)
         deadline = None if seconds is None else time.monotonic() + seconds
         metadata, collector, failures = self._call_metadata(), Collector(), 0
         while True:
@@ -149,6 +153,14 @@ class Client:
 
     def _call_metadata(self) -> Metadata:
         return [*self._metadata, *rpc.metadata(token=self._api_key, trace=rpc.Trace.new(), request_id=None)]
+
+
+def chosen_timeout(timeout: float | None, *, default: float | None) -> float | None:
+    """Seconds for a call; None: no limit. DeadlineError where none are left."""
+    seconds = default if timeout is None else timeout
+    if seconds is not None and seconds <= 0:
+        raise DeadlineError("The request's timeout has passed; use a longer one.")
+    return seconds
 
 
 def remaining(deadline: float | None) -> float | None:

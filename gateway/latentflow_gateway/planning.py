@@ -6,8 +6,9 @@ depends on the weights comes from the descriptions that the model servers return
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Role, identity
@@ -224,7 +225,7 @@ def _controls(
                 details={FIELD: "control_images"},
             )
         if any(plan.name == given.model for plan in plans):
-            raise InvalidRequestError(f"ControlNet {given.model!r} has two control images in the request; pass one.")
+            raise _wrong("control_images", f"ControlNet {given.model!r} has two control images; pass one.")
         net = descriptions[known[given.model]].control_net
         if net.latent_channels != denoiser.latent_channels:
             raise FailedPreconditionError(
@@ -238,12 +239,14 @@ def _controls(
                 "was made for another base model; correct its source in the workflow.",
                 reason=Reason.CONTROLNET_MISMATCH,
             )
-        scale = strengths.control_scale(given.scale if given.HasField("scale") else 1.0, name=given.model)
+        with _naming("control_images"):
+            scale = strengths.control_scale(given.scale if given.HasField("scale") else 1.0, name=given.model)
         start = given.start if given.HasField("start") else 0.0
         end = given.end if given.HasField("end") else 1.0
         if not 0 <= start < end <= 1:
-            raise InvalidRequestError(
-                f"ControlNet {given.model!r}: 0 <= start < end <= 1 must hold; got start {start}, end {end}."
+            raise _wrong(
+                "control_images",
+                f"ControlNet {given.model!r}: 0 <= start < end <= 1 must hold; got start {start}, end {end}.",
             )
         _check_image(given, size=size, limits=limits)
         plans.append(
@@ -293,7 +296,8 @@ def _adapters(
             raise FailedPreconditionError(
                 f"LoRA {lora.name!r} cannot be used: {adapter.problem}", reason=Reason.ADAPTER_UNREADABLE
             )
-        strengths.lora_weight(lora.weight, name=lora.name)
+        with _naming("loras"):
+            strengths.lora_weight(lora.weight, name=lora.name)
         if unused := sorted(set(adapter.components) - applied):
             raise FailedPreconditionError(
                 f"LoRA {lora.name!r} changes the {' and '.join(unused)}, which no model of workflow {workflow.full_name} "
@@ -301,7 +305,7 @@ def _adapters(
                 reason=Reason.ADAPTER_MISMATCH,
             )
         if any(plan.name == lora.name for plan in plans):
-            raise InvalidRequestError(f"LoRA {lora.name!r} occurs twice; pass it once, with the sum of the weights.")
+            raise _wrong("loras", f"LoRA {lora.name!r} occurs twice; pass it once, with the sum of the weights.")
         plans.append(
             AdapterPlan(name=lora.name, weight=lora.weight, digest=adapter.digest, components=tuple(adapter.components))
         )
@@ -368,7 +372,8 @@ def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], l
             f"{what} has {len(data)} bytes; this gateway accepts at most {limits.max_control_image_bytes}.",
         )
     # The header only: the ControlNet decodes the image, once, and a size that is refused is never decoded.
-    found = images.opened(given.image, what=what).size
+    with _naming("control_images"):
+        found = images.opened(given.image, what=what).size
     if found != size:
         raise _wrong(
             "control_images",
@@ -379,6 +384,15 @@ def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], l
 def _between(name: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
         raise _wrong(name, f"{name} must be from {least} to {most}, not {value}.")
+
+
+@contextlib.contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Adds the field of the request to an InvalidRequestError of a check that client and model servers share."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise _wrong(field, error.message) from None
 
 
 def _wrong(field: str, message: str) -> InvalidRequestError:

@@ -46,14 +46,24 @@ class Gateway:
     health: health.aio.HealthServicer
 
     async def stop(self, grace: float) -> None:
-        """Admits no new requests and gives the running ones `grace` seconds to finish."""
+        """Admits no new requests and gives the running ones `grace` seconds to finish.
+
+        Until they end, /healthz responds with 503.
+        """
         self.generation.running.draining = True
         await self.health.enter_graceful_shutdown()
         stopping = [self.server.stop(grace)]
         if self.http is not None:
-            stopping.append(self.http.stop(grace))
+            stopping.append(self._stop_http(self.http, grace))
         await asyncio.gather(*stopping)
         await self.generation.released()
+
+    async def _stop_http(self, http: HttpServer, grace: float) -> None:
+        end = asyncio.get_running_loop().time() + grace
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(end):
+                await self.generation.running.drained()
+        await http.stop(max(0.0, end - asyncio.get_running_loop().time()))
 
 
 @contextlib.asynccontextmanager

@@ -116,11 +116,11 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
     @unary
     async def Describe(self, request: control_pb2.DescribeRequest) -> Any:
-        asked = request.protocol_version
-        if abs(asked - rpc.PROTOCOL_VERSION) > 1:
+        caller_version = request.protocol_version
+        if abs(caller_version - rpc.PROTOCOL_VERSION) > 1:
             raise FailedPreconditionError(
-                f"The caller speaks protocol {asked}, this server {rpc.PROTOCOL_VERSION}; they may differ by one "
-                "version at most. Upgrade the older one.",
+                f"The caller speaks protocol {caller_version}, this server {rpc.PROTOCOL_VERSION}; they may differ by "
+                "one version at most. Upgrade the older one.",
                 reason=Reason.PROTOCOL_MISMATCH,
             )
         settings = self._context.settings

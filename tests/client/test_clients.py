@@ -93,6 +93,15 @@ def test_an_unreachable_gateway_is_reported_with_its_target_and_a_remedy() -> No
     assert caught.value.reason == Reason.GATEWAY_UNREACHABLE
 
 
+@pytest.mark.parametrize("method", ["workflows", "describe"])
+async def test_a_timeout_of_zero_is_not_the_client_s_default(method: str) -> None:
+    with Client("127.0.0.1:1", timeout=10) as client, pytest.raises(DeadlineError):
+        getattr(client, method)(timeout=0)
+    async with AsyncClient("127.0.0.1:1", timeout=10) as client:
+        with pytest.raises(DeadlineError):
+            await getattr(client, method)(timeout=0)
+
+
 def test_importing_the_client_imports_grpc_protobuf_and_pillow_and_no_other_library() -> None:
     program = (
         "import sys; before = set(sys.modules); import latentflow; "

@@ -48,8 +48,8 @@ def test_a_control_image_may_be_a_pil_image_bytes_or_a_path(tmp_path: Path) -> N
         ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, not nan"),
         ({"seed": -1}, "seed must be from 0"),
         ({"images": 0}, "images must be from 1"),
-        ({"loras": {"neon": math.inf}}, "The weight of the LoRA 'neon' must be from -100 to 100 and not 0, not inf"),
-        ({"loras": {"neon": 0}}, "The weight of the LoRA 'neon' must be from -100 to 100 and not 0, not 0"),
+        ({"loras": {"neon": math.inf}}, "The weight of the LoRA 'neon' must be from -100 to 100, not inf"),
+        ({"loras": {"neon": 0}}, "The weight of the LoRA 'neon' is 0, which has no effect"),
         ({"loras": {"neon": "1"}}, "The weight of the LoRA 'neon' must be from -100 to 100"),
         (
             {"control_images": {"edges": ControlImage(image=Image.new("RGB", (8, 8)), scale=100.5)}},

@@ -55,6 +55,7 @@ async def test_whatever_is_no_request_of_the_api_gets_an_error_of_the_same_form(
         for path in ("/", "/v1", "/v1/images/edits", "/v1/models/", "/v1/images/generations/"):
             missing = await response(gateway, path)
             assert (missing.status, missing.error["code"]) == (404, "NOT_FOUND")
+        options = await response(gateway, IMAGES, method="OPTIONS")
         wrong = await response(gateway, IMAGES, method="GET")
         assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
         assert "use POST" in wrong.error["message"]
@@ -68,8 +69,8 @@ async def test_whatever_is_no_request_of_the_api_gets_an_error_of_the_same_form(
         assert unknown.headers["x-should-retry"] == "false"
         nobody = await response(gateway, IMAGES, body={"prompt": "a"})
         assert "default/shapes-minimal, default/shapes" in nobody.error["message"]
-        assert len({a.headers["x-request-id"] for a in (form, broken, unknown, nobody)}) == 4
-        for route, status, count in (("?", "404", 4), ("?", "405", 1), (IMAGES, "400", 2), (IMAGES, "415", 1)):
+        assert len({a.headers["x-request-id"] for a in (missing, options, wrong, form, broken, unknown, nobody)}) == 7
+        for route, status, count in (("?", "404", 4), ("?", "405", 2), (IMAGES, "400", 2), (IMAGES, "415", 1)):
             labels = {"route": route, "status": status}
             metrics = f"127.0.0.1:{gateway.metrics_port}"
             found = await asyncio.to_thread(value, metrics, "latentflow_gateway_http_responses_total", **labels)
@@ -228,7 +229,12 @@ async def test_a_stopping_gateway_finishes_running_http_requests(tmp_path: Path)
             assert await asyncio.to_thread(value, denoiser, "latentflow_in_flight") == 1
 
         await denoising()
-        await servers.gateway.stop(60)
+        stopping = asyncio.create_task(servers.gateway.stop(60))
+        await asyncio.wait({stopping}, timeout=0)
+        health = await response(servers.gateway, "/healthz")
+        assert (health.status, health.json) == (503, {"status": "draining"})
+        assert not running.done()
+        await stopping
         finished = await running
         assert finished.status == 200
         assert servers.gateway.http is not None

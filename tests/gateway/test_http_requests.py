@@ -143,6 +143,22 @@ def test_unknown_fields_are_refused_by_name_with_the_nearest_known_one() -> None
     assert inner.details == {"field": "control_images.edges.sclae"}
     assert "did you mean 'scale'?" in inner.message
     assert "the fields are prompt, model, n" in refusal({"prompt": "a", "xyz": 1}).message
+    assert "the fields are prompt, model, n" in refusal({"prompt": "a", "x.yz": 1}).message
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "seed"),
+        (b'{"prompt": {"x": [1e99]}, "seed": ' + b"1" * 4000 + b', "prompt": "a", "seed": 2}', "prompt"),
+        (b'{"prompt": "a", "loras": {"neon": 1, "neon": 0.5}}', "loras.neon"),
+        (b'{"prompt": "a", "control_images": {"e": {"image": "", "image": "?"}}}', "control_images.e.image"),
+    ],
+)
+def test_a_field_that_occurs_twice_is_refused_by_name(body: bytes, field: str) -> None:
+    error = refusal(body)
+    assert error.message == f"The field {field!r} occurs twice; send it once."
+    assert error.details == {"field": field}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +178,15 @@ def test_a_body_that_is_no_request_is_refused(body: bytes, words: str) -> None:
     assert words in refusal(body).message
 
 
-@pytest.mark.parametrize("text", [ENCODED, f"data:image/png;base64,{ENCODED}", f"{ENCODED[:8]}\n{ENCODED[8:]}\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        ENCODED,
+        f"data:image/png;base64,{ENCODED}",
+        f"DATA:image/png;BASE64,{ENCODED}",
+        f"{ENCODED[:8]}\n{ENCODED[8:]}\n",
+    ],
+)
 def test_a_control_image_is_base64_or_a_data_url(text: str) -> None:
     (control,) = wire(control_images={"edges": {"image": text}}).control_images
     assert control.image.data == PNG

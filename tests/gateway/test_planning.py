@@ -169,7 +169,7 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
         (
             {"loras": [generation_pb2.Lora(name="neon", weight=1e6)]},
             InvalidRequestError,
-            "must be from -100 to 100 and not 0, not 1000000.0",
+            "must be from -100 to 100, not 1000000.0",
         ),
         ({"control_images": [control(start=0.5, end=0.5)]}, InvalidRequestError, "0 <= start < end <= 1"),
         (
@@ -177,7 +177,11 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
             NotFoundError,
             "LoRA store 'styles' has no LoRA 'x'; it has neon, other",
         ),
-        ({"loras": [generation_pb2.Lora(name="neon")]}, InvalidRequestError, "from -100 to 100 and not 0"),
+        (
+            {"loras": [generation_pb2.Lora(name="neon")]},
+            InvalidRequestError,
+            "is 0, which has no effect; leave the LoRA out",
+        ),
         ({"loras": [generation_pb2.Lora(name="broken", weight=1)]}, FailedPreconditionError, "the file is cut off"),
         (
             {"loras": [generation_pb2.Lora(name="other", weight=1)]},
@@ -205,6 +209,24 @@ def test_the_gateway_refuses_what_an_image_file_holds_besides_pixels() -> None:
     image = images_pb2.EncodedImage(data=stream.getvalue(), media_type="image/jpeg")
     with pytest.raises(InvalidRequestError, match=r"^The control image of 'edges' is stored rotated or mirrored"):
         plan(control_images=[generation_pb2.ControlImage(model="edges", image=image)])
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("loras", [generation_pb2.Lora(name="neon", weight=0)]),
+        ("loras", [generation_pb2.Lora(name="neon", weight=101)]),
+        ("loras", [generation_pb2.Lora(name="neon", weight=1)] * 2),
+        ("control_images", [control(scale=101)]),
+        ("control_images", [control(start=0.5, end=0.5)]),
+        ("control_images", [control(image=b"no image")]),
+        ("control_images", [control()] * 2),
+    ],
+)
+def test_a_wrong_lora_or_control_image_is_reported_with_its_field(field: str, values: list[Any]) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        plan(**{field: values})
+    assert caught.value.details == {planning.FIELD: field}
 
 
 def test_a_vae_of_other_latents_is_refused() -> None:

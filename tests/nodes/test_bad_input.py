@@ -63,7 +63,7 @@ async def test_an_impossible_denoise_request_is_refused(
         ({"adapters": [{"name": "neon", "weight": 101}]}, "The weight of the LoRA 'neon' must be from -100 to 100"),
         (
             {"adapters": [{"name": "neon", "weight": 0}]},
-            "The weight of the LoRA 'neon' must be from -100 to 100 and not 0",
+            "The weight of the LoRA 'neon' is 0, which has no effect",
         ),
         (
             {"control_nets": [{"peer": {"model": "edges"}, "scale": -1e9}]},

@@ -92,14 +92,7 @@ class HttpApi:
         name = path.replace(":path", "")
 
         async def endpoint(request: Request) -> Response:
-            call = Call(
-                name=f"{method} {name}",
-                arrived=time.perf_counter(),
-                deadline=math.inf,
-                request_id="",
-                trace=rpc.Trace.parse(request.headers.get(rpc.TRACEPARENT)) or rpc.Trace.new(),
-            ).identified()
-            structlog.contextvars.bind_contextvars(request_id=call.request_id)
+            call = _identified(request, f"{method} {name}")
             try:
                 if keyed and self._keys is not None:
                     self._keys.admit(request.headers.get(rpc.AUTHORIZATION, ""))
@@ -186,15 +179,31 @@ class HttpApi:
         await self._ending.wait()
         raise UnavailableError("The gateway ended before the request had; send it again.", reason=Reason.DRAINING)
 
-    async def _refused(self, _request: Request, error: Exception) -> Response:
+    async def _refused(self, request: Request, error: Exception) -> Response:
         """The response where there is no such route, or not for the method."""
         assert isinstance(error, HTTPException)
+        call = _identified(request, f"{request.method} ?")
+        _log.info("HTTP request refused", route="?", status=error.status_code)
         response = _problem(error)
+        response.headers[_REQUEST_ID] = call.request_id
         self._count("?", response)
         return response
 
     def _count(self, route: str, response: Response) -> None:
         self._metrics.of("latentflow_gateway_http_responses_total", route=route, status=str(response.status_code)).inc()
+
+
+def _identified(request: Request, name: str) -> Call:
+    """The call of an HTTP request, with a new id, which the log has from now on."""
+    call = Call(
+        name=name,
+        arrived=time.perf_counter(),
+        deadline=math.inf,
+        request_id="",
+        trace=rpc.Trace.parse(request.headers.get(rpc.TRACEPARENT)) or rpc.Trace.new(),
+    ).identified()
+    structlog.contextvars.bind_contextvars(request_id=call.request_id)
+    return call
 
 
 def _read(body: bytes, idempotency_key: str) -> tuple[requests.ImageRequest, generation_pb2.GenerateRequest]:

@@ -45,7 +45,9 @@ class ControlImage(_Body):
     image: str = Field(
         description="A PNG or JPEG file as base64 or as a data: URL; of exactly the size of the result. Other URLs are refused."
     )
-    scale: float = Field(default=1.0, description="Conditioning scale; 1 is the strength of the ControlNet's training.")
+    scale: float = Field(
+        default=1.0, description="Conditioning scale, from -100 to 100; 1 is the strength of the ControlNet's training."
+    )
     start: float = Field(default=0.0, description="First part of the steps in which it acts, from 0 to 1.")
     end: float = Field(default=1.0, description="Last part of the steps in which it acts, from 0 to 1.")
 
@@ -84,7 +86,9 @@ class ImageRequest(_Body):
     deterministic: bool | None = Field(
         default=None, description="Make the same bits whatever else the servers run; it costs throughput."
     )
-    loras: dict[str, float] | None = Field(default=None, description="Weights by LoRA name, applied in this order.")
+    loras: dict[str, float] | None = Field(
+        default=None, description="Weights by LoRA name, from -100 to 100 and not 0, applied in this order."
+    )
     control_images: dict[str, ControlImage] | None = Field(default=None, description="Control images by ControlNet.")
     user: str | None = Field(default=None, description="Accepted without effect.")
     safety_identifier: str | None = Field(default=None, description="Accepted without effect.")
@@ -124,6 +128,9 @@ def parse(body: bytes) -> ImageRequest:
         problem = error.errors(include_url=False, include_context=False)[0]
         param = ".".join(str(part) for part in problem["loc"])
         raise InvalidRequestError(_message(problem, param), details={FIELD: param} if param else None) from None
+    # pydantic takes the last of several values without an error. The body has passed it, so it is well-formed and shallow.
+    if twice := _repeated(json.loads(body, object_pairs_hook=tuple)):
+        raise InvalidRequestError(f"The field {twice!r} occurs twice; send it once.", details={FIELD: twice})
     longest = _LONGEST_SIDE.get(request.file_format)
     if request.sides and longest and max(request.sides) > longest:
         raise InvalidRequestError(
@@ -169,12 +176,30 @@ def to_wire(request: ImageRequest, *, idempotency_key: str) -> generation_pb2.Ge
     return wire
 
 
+def _repeated(value: object, path: str = "") -> str | None:
+    """The path of a field that an object has twice; None: there is none.
+
+    Args:
+        value: JSON, in which an object is a tuple of its names and values.
+    """
+    names = set()
+    for name, inner in value if isinstance(value, tuple) else ():
+        here = f"{path}.{name}" if path else name
+        if name in names:
+            return here
+        names.add(name)
+        if found := _repeated(inner, here):
+            return found
+    return None
+
+
 def _decoded(name: str, image: str) -> images_pb2.EncodedImage:
     param = {FIELD: f"control_images.{name}.image"}
     text = image
-    if image.startswith("data:"):
+    # The scheme and the word base64 may have any case.
+    if image[:5].lower() == "data:":
         header, _, text = image.partition(",")
-        if not header.endswith(";base64"):
+        if not header.lower().endswith(";base64"):
             raise InvalidRequestError(f"The data: URL of the control image {name!r} is not base64.", details=param)
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
@@ -197,7 +222,7 @@ def _message(problem: Any, param: str) -> str:
     if not param:
         return "The body must be a JSON object with the fields of the request, such as prompt."
     if kind == "extra_forbidden":
-        known = ControlImage.model_fields if "." in param else ImageRequest.model_fields
+        known = ControlImage.model_fields if len(problem["loc"]) > 1 else ImageRequest.model_fields
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}."
         return f"The field {param!r} is unknown{hint}"
