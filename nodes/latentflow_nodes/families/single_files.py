@@ -27,7 +27,11 @@ _CONVERSIONS: Mapping[str, Any] = {
 }
 # How the keys of a text encoder begin: of CLIP as transformers has it, and of OpenCLIP.
 _ENCODERS = {
-    "text_encoder": ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "cond_stage_model.model."),
+    "text_encoder": (
+        "cond_stage_model.transformer.",
+        "conditioner.embedders.0.transformer.",
+        "cond_stage_model.model.",
+    ),
     "text_encoder_2": ("conditioner.embedders.1.model.",),
 }
 _PARTS = {"Denoiser": "unet", "VAE": "vae", "ControlNet": "controlnet", "TextEncoder": "text_encoder"}
