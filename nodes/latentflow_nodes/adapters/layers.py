@@ -20,11 +20,10 @@ class Layer:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
-    def delta(self) -> torch.Tensor:
-        """The change at weight 1, float32, [out, in * ...]."""
-        a = self.a.to(torch.float32).flatten(1)
-        b = self.b.to(torch.float32).flatten(1)
-        return (b @ a) * (self.alpha / self.rank)
+    def factors(self, weight: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """B, [out, rank], and A, [rank, in * ...], in float32, whose product is the change at a weight."""
+        b = self.b.to(device, torch.float32).flatten(1) * (weight * self.alpha / self.rank)
+        return b, self.a.to(device, torch.float32).flatten(1)
 
 
 Layers = Mapping[str, Layer]

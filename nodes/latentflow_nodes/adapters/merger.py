@@ -1,7 +1,8 @@
 """Merges adapters into a module's weights exactly, and undoes it bit for bit.
 
 A layer's merged weight is W + sum_i weight_i * (alpha_i / rank_i) * B_i A_i, computed in float32 from the pristine W each
-time.
+time. The product of the factors is added layer by layer, in place: no change of a whole layer is ever kept, so a merge
+takes little more than reading and writing the changed weights once.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from latentflow_nodes.adapters.layers import Layer
 class Merger:
     """Merges adapters into one module's weights.
 
-    Keeps the pristine values of every weight that it has changed in host memory. Every set of adapters, the empty one too,
-    is computed from them, so that nothing drifts. Not thread-safe: only the thread that runs the module may call it.
+    Keeps a copy of every weight that it has changed, from before its first change, on the module's device. Every set of
+    adapters, the empty one too, is computed from these copies, so that nothing drifts. Not thread-safe: only the thread
+    that runs the module may call it.
 
     Args:
         names: The names of the module's layers in adapter files, as `Family.layer_names` returns them.
@@ -32,7 +34,8 @@ class Merger:
         self._names = names
         self._what = what
         self._pristine: dict[str, torch.Tensor] = {}
-        self._touched: set[str] = set()
+        # The weights that may differ from their copies.
+        self._changed: set[str] = set()
 
     def check(self, adapter: str, layers: Mapping[str, Layer]) -> None:
         """FailedPreconditionError unless every layer exists here, once, and has this shape."""
@@ -60,32 +63,44 @@ class Merger:
 
     @torch.no_grad()
     def apply(self, adapters: Sequence[tuple[Mapping[str, Layer], float]]) -> None:
-        """Sets the weights to the pristine ones plus exactly these adapters, each with its weight, in this order."""
-        deltas: dict[str, torch.Tensor] = {}
+        """Sets the weights to the pristine ones plus exactly these adapters, each with its weight, in this order.
+
+        After an error in the middle of it, the next call starts from the pristine weights as well.
+        """
+        terms: dict[str, list[tuple[Layer, float]]] = {}
         for layers, weight in adapters:
             for name, layer in layers.items():
-                target = self._names[_flat(name)]
-                delta = layer.delta() * weight
-                deltas[target] = deltas[target] + delta if target in deltas else delta
-        for name in self._touched - deltas.keys():
-            self._set(name, self._pristine[name])
-        for name, delta in deltas.items():
-            if name not in self._pristine:
-                self._pristine[name] = self._weight(name).detach().to("cpu", copy=True)
-            pristine = self._pristine[name]
-            merged = pristine.to(torch.float32) + delta.reshape(pristine.shape)
-            self._set(name, merged.to(pristine.dtype))
-        self._touched = set(deltas)
+                terms.setdefault(self._names[_flat(name)], []).append((layer, weight))
+        for name in self._changed - terms.keys():
+            self._restore(name)
+        for name, of_layer in terms.items():
+            if name in self._changed:
+                self._restore(name)
+            self._add(name, of_layer)
+
+    def _restore(self, name: str) -> None:
+        # In place, here and below: the address stays, so captured graphs and shared storage stay valid.
+        self._weight(name).copy_(self._pristine[name])
+        self._changed.discard(name)
+
+    def _add(self, name: str, terms: Sequence[tuple[Layer, float]]) -> None:
+        """Adds to a pristine weight. One product of all factors, so that the weight is read and written once."""
+        weight = self._weight(name)
+        if name not in self._pristine:
+            self._pristine[name] = weight.detach().clone()
+        self._changed.add(name)
+        b, a = zip(*(layer.factors(strength, weight.device) for layer, strength in terms), strict=True)
+        matrix = weight.view(len(weight), -1)
+        # float32 weights are changed where they are; others are rounded once.
+        exact = matrix.to(torch.float32).addmm_(torch.cat(b, dim=1), torch.cat(a))
+        if exact.data_ptr() != matrix.data_ptr():
+            matrix.copy_(exact)
 
     def _weight(self, name: str) -> torch.nn.Parameter:
         weight = self._module.get_submodule(name).weight
         if not isinstance(weight, torch.nn.Parameter):
             raise TypeError(f"{name} has no weight")
         return weight
-
-    def _set(self, name: str, value: torch.Tensor) -> None:
-        # In place: the address does not change, so captured graphs and shared storage stay valid.
-        self._weight(name).copy_(value)
 
 
 def _flat(name: str) -> str:

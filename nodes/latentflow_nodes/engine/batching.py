@@ -1,14 +1,18 @@
 """Which requests share the next forward pass: a pure decision over the requests at a step boundary.
 
-The engine calls `choose` before every step. Requests can share a pass when their groups are equal (shape, conditioning,
-guidance, adapters, ControlNets). The request that was skipped most often decides the group. A request whose adapters are
-not merged at present is skipped at most `patience` times, so that two adapter sets do not alternate at every step.
+The engine calls `choose` before every step. Requests can share a pass when their groups are equal (shapes and adapters).
+The request that waited longest decides the group. To merge another adapter set takes time in which nothing is denoised,
+so a merged set stays, while its requests have steps to do, until requests with other sets have waited for a multiple of
+the time that a merge takes: merging then takes a small share of the time, however many sets there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+
+# Merging takes at most one part in so many of the time, unless a merged set has no steps left to do.
+_MERGES = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,28 +23,42 @@ class Candidate:
         key: Which request.
         group: Equal for requests that may share a forward pass.
         adapters: The adapter set that it needs merged.
-        skipped: Forward passes since it last took part in one, or since it was admitted.
+        waited: Seconds since it last took part in a pass, or since it was admitted.
     """
 
     key: int
     group: Hashable
     adapters: Hashable
-    skipped: int
+    waited: float
 
 
-def choose(candidates: Sequence[Candidate], *, merged: Hashable, limit: int, patience: int = 4) -> list[int]:
-    """Keys of at most `limit` candidates of one group, the most often skipped first; empty only for no candidates.
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """The adapter set that is merged at present.
+
+    Attributes:
+        adapters: The set.
+        age: Seconds since it was merged.
+        merge_seconds: How long it takes to merge a set; 0 before the first measurement.
+    """
+
+    adapters: Hashable = ()
+    age: float = 0.0
+    merge_seconds: float = 0.0
+
+
+def choose(candidates: Sequence[Candidate], *, merged: Merged, limit: int) -> list[int]:
+    """Keys of at most `limit` candidates of one group, the longest waiting first; empty only for no candidates.
 
     Args:
         candidates: In order of arrival.
-        merged: The adapter set merged at present.
         limit: Most requests in one forward pass, at least 1.
-        patience: How often a request with another adapter set than `merged` may be skipped.
     """
     if not candidates:
         return []
-    ordered = sorted(candidates, key=lambda c: -c.skipped)
-    fitting = [c for c in ordered if c.adapters == merged]
-    overdue = [c for c in ordered if c.adapters != merged and c.skipped >= patience]
+    stays = _MERGES * merged.merge_seconds
+    ordered = sorted(candidates, key=lambda c: -c.waited)
+    fitting = [c for c in ordered if c.adapters == merged.adapters]
+    overdue = [c for c in ordered if c.adapters != merged.adapters and min(c.waited, merged.age) >= stays]
     leader = (overdue or fitting or ordered)[0]
     return [c.key for c in ordered if c.group == leader.group][:limit]

@@ -18,7 +18,7 @@ from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 
 from latentflow_nodes.adapters.merger import Merger
-from latentflow_nodes.engine.batching import Candidate, choose
+from latentflow_nodes.engine.batching import Candidate, Merged, choose
 from latentflow_nodes.engine.load import Load, PassSize
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
 from latentflow_nodes.engine.runner import Runner, SampleError
@@ -61,6 +61,8 @@ class Engine:
         self._runner = runner
         self._merger = merger
         self._merged: Hashable = ()
+        self._merged_at = 0.0
+        self._mean_merge = 0.0
         self._max_running = max_running
         # Most samples in a forward pass; the device's memory may allow fewer than run at a time.
         self._largest_batch = max_running
@@ -70,8 +72,8 @@ class Engine:
         self._changed = threading.Condition()
         self._queued: dict[int, Sample] = {}
         self._running: dict[int, Sample] = {}
-        # Passes since each running sample last took part in one.
-        self._skipped: dict[int, int] = {}
+        # When each running sample last took part in a pass, or was admitted.
+        self._served_at: dict[int, float] = {}
         self._cancelled: set[int] = set()
         self._stopping = False
         self._mean_step = 0.0
@@ -140,7 +142,7 @@ class Engine:
         while self._can_admit():
             key = next(iter(self._queued))
             self._running[key] = self._queued.pop(key)
-            self._skipped[key] = 0
+            self._served_at[key] = time.monotonic()
         self._report()
 
     def _can_admit(self) -> bool:
@@ -148,14 +150,15 @@ class Engine:
         return bool(self._queued) and sum(not s.sits_out for s in self._running.values()) < self._max_running
 
     def _choose(self) -> list[Sample]:
+        now = time.monotonic()
         candidates = [
-            Candidate(key=key, group=sample.group, adapters=sample.adapter_key, skipped=self._skipped[key])
+            Candidate(key=key, group=sample.group, adapters=sample.adapter_key, waited=now - self._served_at[key])
             for key, sample in self._running.items()
             if not sample.sits_out
         ]
-        chosen = set(choose(candidates, merged=self._merged, limit=self._largest_batch))
-        for one in candidates:
-            self._skipped[one.key] = 0 if one.key in chosen else one.skipped + 1
+        merged = Merged(adapters=self._merged, age=now - self._merged_at, merge_seconds=self._mean_merge)
+        chosen = set(choose(candidates, merged=merged, limit=self._largest_batch))
+        self._served_at.update(dict.fromkeys(chosen, now))
         return [sample for key, sample in self._running.items() if key in chosen]
 
     @torch.inference_mode()
@@ -215,8 +218,11 @@ class Engine:
         self._merged = None
         self._merger.apply(sample.adapters)
         self._merged = sample.adapter_key
+        self._merged_at = time.monotonic()
+        seconds = time.perf_counter() - started
+        self._mean_merge = seconds if self._mean_merge == 0 else 0.9 * self._mean_merge + 0.1 * seconds
         self._metrics.of("latentflow_loads_total", kind="merge").inc()
-        self._metrics.of("latentflow_load_seconds_total", kind="merge").inc(time.perf_counter() - started)
+        self._metrics.of("latentflow_load_seconds_total", kind="merge").inc(seconds)
 
     def _deliver(self, sample: Sample) -> None:
         if sample.index < sample.total:
@@ -242,7 +248,7 @@ class Engine:
 
     def _retire(self, key: int) -> None:
         self._running.pop(key, None)
-        self._skipped.pop(key, None)
+        self._served_at.pop(key, None)
 
     def _has_work(self) -> bool:
         running = self._running.values()

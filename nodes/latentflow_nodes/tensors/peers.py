@@ -16,20 +16,19 @@ import grpc
 import grpc.aio
 import structlog
 import torch
-from cachetools import LRUCache
 from latentflow.errors import DeadlineError, LatentflowError, OwnerLostError, UnavailableError
 from latentflow.internal import hosts, rpc, status
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 from latentflow.v1 import stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
 
-from latentflow_nodes.adapters.layers import Layers, layers_bytes, unpack_layers
+from latentflow_nodes.adapters.cache import AdapterCache
+from latentflow_nodes.adapters.layers import Layers, unpack_layers
 from latentflow_nodes.tensors import codec
 from latentflow_nodes.tensors.shared_memory import PageError
 from latentflow_nodes.tensors.transfer import Transport
 
 _log = structlog.get_logger()
-# Adapters are kept after a request, so that the next request for the same ones need not pull them.
 _ADAPTER_CACHE_BYTES = 1 << 30
 _FETCH_SECONDS = 60.0
 _ADAPTER_SECONDS = 300.0
@@ -50,9 +49,7 @@ class Peers:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._metrics = metrics
         self.transport = transport
-        self._adapters: LRUCache[tuple[str, str], Layers] = LRUCache(
-            _ADAPTER_CACHE_BYTES, getsizeof=lambda layers: 1 + layers_bytes(layers)
-        )
+        self._adapters = AdapterCache(_ADAPTER_CACHE_BYTES)
 
     async def __aenter__(self) -> Peers:
         return self
@@ -60,6 +57,7 @@ class Peers:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._adapters.close()
         for channel in self._channels.values():
             await channel.close(grace=None)
 
@@ -130,9 +128,13 @@ class Peers:
         )
 
     async def _adapter(self, ref: stage_pb2.AdapterRef, component: str) -> Layers:
-        cached = self._adapters.get((ref.digest, component)) if ref.digest else None
-        if cached is not None:
-            return cached
+        if not ref.digest:
+            return await self._pull(ref, component)
+        return await self._adapters.get(
+            ref.digest, component, store=ref.store.address, pull=lambda: self._pull(ref, component)
+        )
+
+    async def _pull(self, ref: stage_pb2.AdapterRef, component: str) -> Layers:
         stub = stage_pb2_grpc.StageStub(self.channel(ref.store.address))
         bound = structlog.contextvars.get_contextvars()
         request = stage_pb2.AdapterRequest(
@@ -149,10 +151,7 @@ class Peers:
         self.transport.count(receiver.kind, "receive", size=receiver.size, seconds=seconds)
         self._metrics.of("latentflow_loads_total", kind="adapter").inc()
         self._metrics.of("latentflow_load_seconds_total", kind="adapter").inc(seconds)
-        layers = unpack_layers(receiver.tensors)
-        if ref.digest and layers_bytes(layers) < _ADAPTER_CACHE_BYTES:
-            self._adapters[(ref.digest, component)] = layers
-        return layers
+        return unpack_layers(receiver.tensors)
 
     @staticmethod
     def peer_error(error: grpc.RpcError, *, peer: stage_pb2.Peer, what: str) -> LatentflowError:
