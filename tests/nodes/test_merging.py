@@ -36,7 +36,7 @@ def layers(seed: int, *names: str) -> dict[str, Layer]:
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name in names:
-        shape = module(torch.float32)[int(name)].weight.shape  # type: ignore[union-attr]
+        shape = module(torch.float32).get_parameter(f"{name}.weight").shape
         rank = 1 + (seed + int(name)) % 4
         a = torch.randn(rank, *shape[1:], generator=generator)
         b = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator)
@@ -94,9 +94,29 @@ def test_a_merge_that_fails_midway_leaves_nothing_in_the_weights() -> None:
     assert all(torch.equal(network.state_dict()[name], one) for name, one in pristine.items())
 
 
+def test_a_device_without_memory_for_copies_of_weights_merges_and_undoes_exactly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = module(torch.float32)
+    pristine = copy.deepcopy(network)
+    merger = Merger(network, names=NAMES, what="denoiser")
+
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    adapters = [(layers(1, "0", "1"), 0.5)]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "clone", full)
+        merger.apply(adapters)
+    for name, one in expected(pristine, adapters).items():
+        torch.testing.assert_close(network.state_dict()[name], one.to(torch.float32))
+    merger.apply([])
+    assert all(torch.equal(network.state_dict()[name], one) for name, one in pristine.state_dict().items())
+
+
 @pytest.mark.asyncio(loop_scope="session")
 async def test_requests_with_one_lora_at_four_weights_share_few_merges() -> None:
-    own = {"base": {"engine": Engine(threads=1, max_running=4)}}
+    own: dict[str, dict[str, object]] = {"base": {"engine": Engine(threads=1, max_running=4)}}
     async with started(MODELS, "shapes", loras="loras", own=own) as stack:
         requests = [Request(steps=20, loras=[("neon", weight)]) for weight in (0.25, 0.5, 0.75, 1.0)]
         openings = await asyncio.gather(*(stack.denoise_open(one) for one in requests))

@@ -20,9 +20,9 @@ from latentflow_nodes.adapters.layers import Layer
 class Merger:
     """Merges adapters into one module's weights.
 
-    Keeps a copy of every weight that it has changed, from before its first change, on the module's device. Every set of
-    adapters, the empty one too, is computed from these copies, so that nothing drifts. Not thread-safe: only the thread
-    that runs the module may call it.
+    Keeps a copy of every weight that it has changed, from before its first change. Every set of adapters, the empty one
+    too, is computed from these copies, so that nothing drifts. Not thread-safe: only the thread that runs the module may
+    call it.
 
     Args:
         names: The names of the module's layers in adapter files, as `Family.layer_names` returns them.
@@ -87,7 +87,7 @@ class Merger:
         """Adds to a pristine weight. One product of all factors, so that the weight is read and written once."""
         weight = self._weight(name)
         if name not in self._pristine:
-            self._pristine[name] = weight.detach().clone()
+            self._pristine[name] = _copied(weight)
         self._changed.add(name)
         b, a = zip(*(layer.factors(strength, weight.device) for layer, strength in terms), strict=True)
         matrix = weight.view(len(weight), -1)
@@ -101,6 +101,14 @@ class Merger:
         if not isinstance(weight, torch.nn.Parameter):
             raise TypeError(f"{name} has no weight")
         return weight
+
+
+def _copied(weight: torch.Tensor) -> torch.Tensor:
+    """A copy on the weight's device, from where it is restored fastest; in host memory where the device's is full."""
+    try:
+        return weight.detach().clone()
+    except torch.OutOfMemoryError:
+        return weight.detach().to("cpu", copy=True)
 
 
 def _flat(name: str) -> str:
