@@ -104,7 +104,7 @@ def test_a_device_without_memory_for_copies_of_weights_merges_and_undoes_exactly
     def full(*_: object, **__: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    adapters = [(layers(1, "0", "1"), 0.5)]
+    adapters: list[tuple[Layers, float]] = [(layers(1, "0", "1"), 0.5)]
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "clone", full)
         merger.apply(adapters)
