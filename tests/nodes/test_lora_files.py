@@ -153,8 +153,8 @@ def test_values_of_a_type_that_no_model_runs_in_are_read_as_float32(tmp_path: Pa
     save(path, {key: tensor.to(dtype) for key, tensor in tensors(DOTTED).items()})
     (layer,) = read(path).components["unet"].values()
     assert (layer.a.dtype, layer.b.dtype) == (torch.float32, torch.float32)
-    b, a = layer.factors(1.0, torch.device("cpu"))
-    assert torch.equal(b @ a, torch.full((8, 8), 2.0))
+    b, a = layer.factors(torch.device("cpu"))
+    assert torch.equal(layer.scale * b @ a, torch.full((8, 8), 2.0))
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "header is not JSON"), ("[]", "header is no JSON object")])

@@ -20,10 +20,13 @@ class Layer:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
-    def factors(self, weight: float, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """B, [out, rank], and A, [rank, in * ...], in float32, whose product is the change at a weight."""
-        b = self.b.to(device, torch.float32).flatten(1) * (weight * self.alpha / self.rank)
-        return b, self.a.to(device, torch.float32).flatten(1)
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def factors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """B, [out, rank], and A, [rank, in * ...], in float32."""
+        return self.b.to(device, torch.float32).flatten(1), self.a.to(device, torch.float32).flatten(1)
 
 
 Layers = Mapping[str, Layer]

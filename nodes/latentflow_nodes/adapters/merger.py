@@ -84,16 +84,18 @@ class Merger:
         self._changed.discard(name)
 
     def _add(self, name: str, terms: Sequence[tuple[Layer, float]]) -> None:
-        """Adds to a pristine weight. One product of all factors, so that the weight is read and written once."""
+        """Adds layers, each with its weight, to a pristine weight."""
         weight = self._weight(name)
         if name not in self._pristine:
             self._pristine[name] = _copied(weight)
         self._changed.add(name)
-        b, a = zip(*(layer.factors(strength, weight.device) for layer, strength in terms), strict=True)
         matrix = weight.view(len(weight), -1)
         # float32 weights are changed where they are; others are rounded once.
-        exact = matrix.to(torch.float32).addmm_(torch.cat(b, dim=1), torch.cat(a))
-        if exact.data_ptr() != matrix.data_ptr():
+        exact = matrix.to(torch.float32)
+        for layer, strength in terms:
+            b, a = layer.factors(weight.device)
+            exact.addmm_(b, a, alpha=strength * layer.scale)
+        if exact is not matrix:
             matrix.copy_(exact)
 
     def _weight(self, name: str) -> torch.nn.Parameter:
