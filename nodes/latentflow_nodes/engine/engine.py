@@ -2,7 +2,8 @@
 
 Requests join and leave at every step boundary. A step admits queued samples, chooses who shares the next forward pass,
 runs it, advances each sample and delivers its progress. One sample's failure never affects the others of its batch, and a
-sample whose residuals are late sits out until they are there. The engine knows no gRPC: the denoiser's role makes the samples, and their listeners report to the outside.
+sample whose residuals are late sits out until they are there. The engine knows no gRPC: the denoiser's role makes the
+samples, and their listeners report to the outside.
 """
 
 from __future__ import annotations
