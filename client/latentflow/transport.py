@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from latentflow.errors import InvalidRequestError, LatentflowError, UnavailableError
-from latentflow.internal import rpc, status
+from latentflow.internal import rpc, status, targets
 from latentflow.reasons import Reason
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
@@ -67,7 +67,7 @@ class GrpcTransport:
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
-        options = rpc.channel_options(tls=tls, proxied=rpc.is_remote(target))
+        options = rpc.channel_options(tls=tls, proxied=targets.proxy_variable(target) is not None)
         self._channel = (
             grpc.secure_channel(target, tls.channel_credentials(), options)
             if tls
@@ -213,7 +213,8 @@ class AsyncGrpcTransport:
             raise _closed()
         loop = asyncio.get_running_loop()
         if loop not in self._channels:
-            self._channels[loop] = rpc.channel(self._target, tls=self._tls, proxied=rpc.is_remote(self._target))
+            proxied = targets.proxy_variable(self._target) is not None
+            self._channels[loop] = rpc.channel(self._target, tls=self._tls, proxied=proxied)
         return generation_pb2_grpc.GenerationStub(self._channels[loop])
 
     def _explained(self, error: grpc.RpcError) -> LatentflowError:
@@ -237,11 +238,12 @@ def _unreachable(target: str, problem: str, *, responded: bool) -> UnavailableEr
 
     On this machine a refusal is final if none ever responded. Elsewhere one of several gateways may just be restarting.
     """
-    variable = rpc.proxy_variable() if rpc.is_remote(target) else None
-    proxy = f" gRPC uses the HTTP proxy of {variable}; add the gateway to no_proxy." if variable else ""
+    variable = targets.proxy_variable(target)
+    remedy = f"add the gateway to {targets.exemption_variable()}"
+    proxy = f" gRPC uses the HTTP proxy of {variable}; {remedy}." if variable else ""
     error = UnavailableError(
         f"No gateway responds at {target}. Start one with `latentflow up FILE`, or pass another target.{proxy} ({problem})",
         reason=Reason.GATEWAY_UNREACHABLE,
     )
-    error.retryable = responded or rpc.is_remote(target)
+    error.retryable = responded or not targets.is_local(target)
     return error

@@ -7,7 +7,8 @@ import socket
 
 from latentflow.errors import InvalidRequestError
 
-_ANY = ("0.0.0.0", "::")
+# Of loopback addresses; ip6-... are the names in Debian's /etc/hosts.
+_LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 
 
 def split(address: str) -> tuple[str, int]:
@@ -28,7 +29,13 @@ def join(host: str, port: int | str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether connections to a host stay on this machine."""
-    return host == "localhost" or (_is_ip(host) and (ipaddress.ip_address(host).is_loopback or host in _ANY))
+    if not _is_ip(host):
+        name = host.lower().removesuffix(".")
+        return name in _LOOPBACK_NAMES or name.endswith(".localhost")
+    address = ipaddress.ip_address(host)
+    address = getattr(address, "ipv4_mapped", None) or address
+    # A connection to the address that means all addresses reaches this machine.
+    return address.is_loopback or address.is_unspecified
 
 
 def bindable(host: str) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-
-from latentflow.errors import InvalidRequestError
-from latentflow.internal import hosts
 
 PROTOCOL_VERSION = 1
 # Bytes of tensor data in one message; larger tensors travel as several chunks.
@@ -121,20 +117,6 @@ def channel(address: str, *, tls: Tls | None, proxied: bool = False) -> grpc.aio
     if tls is None:
         return grpc.aio.insecure_channel(address, options)
     return grpc.aio.secure_channel(address, tls.channel_credentials(), options)
-
-
-def is_remote(target: str) -> bool:
-    """Whether a connection to a target may leave this machine, so that it may use the HTTP proxy of the environment."""
-    try:
-        return not hosts.is_loopback(hosts.split(target)[0])
-    except InvalidRequestError:
-        # Another form that gRPC knows, such as unix:///path or dns:///host.
-        return not target.startswith("unix")
-
-
-def proxy_variable() -> str | None:
-    """The name of the environment variable by which gRPC finds an HTTP proxy; None where no such variable is set."""
-    return next((name for name in ("grpc_proxy", "https_proxy", "http_proxy") if os.environ.get(name)), None)
 
 
 def metadata(*, token: str | None, trace: Trace | None, request_id: str | None) -> list[tuple[str, str]]:
