@@ -58,7 +58,10 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection and cancels its running calls."""
+        """Closes the connections and ends their running calls with InvalidRequestError, in all event loops.
+
+        It does not wait for the calls of other event loops; these end as soon as their loops run.
+        """
         await self._transport.close()
 
     async def generate(

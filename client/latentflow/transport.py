@@ -6,8 +6,8 @@ A transport sends and receives messages and raises `latentflow.errors`; the clie
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
@@ -145,80 +145,101 @@ class GrpcTransport:
 
 
 class AsyncGrpcTransport:
-    """As `GrpcTransport`, for asyncio; it waits ten seconds. May be made outside an event loop, and used by several."""
+    """As `GrpcTransport`, for asyncio; it waits ten seconds.
+
+    May be made outside an event loop, and used by several, one after another or at the same time in several threads.
+    """
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = target
         self._tls = tls
-        # grpc binds a channel to the event loop in which it was made.
-        self._channels: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, grpc.aio.Channel] = (
-            weakref.WeakKeyDictionary()
-        )
+        # grpc binds a channel to the event loop in which it was made, and the channel keeps a reference to the loop.
+        self._channels: dict[asyncio.AbstractEventLoop, grpc.aio.Channel] = {}
         self._responded = False
         self._closed = False
+        self._lock = threading.Lock()
 
     async def generate(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None, metadata: Metadata
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        call = self._stub().Generate(request, timeout=timeout, metadata=metadata, wait_for_ready=self._responded)
+        channel = self._channel()
+        stub = generation_pb2_grpc.GenerationStub(channel)
+        call = stub.Generate(request, timeout=timeout, metadata=metadata, wait_for_ready=self._responded)
         try:
-            if self._responded and not await self._connected(call):
-                raise _unreachable(self._target, f"no connection within {_RECONNECT_SECONDS:g} s", responded=True)
-            async for response in call:
-                self._responded = True
-                yield response
-        except grpc.RpcError as error:
-            raise self._explained(error) from None
+            with self._errors():
+                if self._responded and not await _is_connected(call, channel):
+                    raise _unreachable(self._target, f"no connection within {_RECONNECT_SECONDS:g} s", responded=True)
+                async for response in call:
+                    self._responded = True
+                    yield response
         finally:
             call.cancel()
 
     async def describe(
         self, request: generation_pb2.DescribeWorkflowRequest, *, timeout: float | None, metadata: Metadata
     ) -> generation_pb2.DescribeWorkflowResponse:
-        try:
-            response: generation_pb2.DescribeWorkflowResponse = await self._stub().DescribeWorkflow(
+        stub = generation_pb2_grpc.GenerationStub(self._channel())
+        with self._errors():
+            response: generation_pb2.DescribeWorkflowResponse = await stub.DescribeWorkflow(
                 request, timeout=timeout, metadata=metadata
             )
-        except grpc.RpcError as error:
-            raise self._explained(error) from None
         self._responded = True
         return response
 
     async def workflows(self, *, timeout: float | None, metadata: Metadata) -> generation_pb2.ListWorkflowsResponse:
-        try:
-            response: generation_pb2.ListWorkflowsResponse = await self._stub().ListWorkflows(
+        stub = generation_pb2_grpc.GenerationStub(self._channel())
+        with self._errors():
+            response: generation_pb2.ListWorkflowsResponse = await stub.ListWorkflows(
                 generation_pb2.ListWorkflowsRequest(), timeout=timeout, metadata=metadata
             )
-        except grpc.RpcError as error:
-            raise self._explained(error) from None
         self._responded = True
         return response
 
     async def close(self) -> None:
-        self._closed = True
-        channel = self._channels.pop(asyncio.get_running_loop(), None)
-        if channel is not None:
-            await channel.close()
+        """Ends the calls of all event loops, without a wait for other loops than the one that runs it."""
+        with self._lock:
+            self._closed = True
+            channels, self._channels = self._channels, {}
+        for loop, channel in channels.items():
+            if loop is asyncio.get_running_loop():
+                await channel.close()
+            else:
+                # A loop that has ended raises RuntimeError; its calls ended with it.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(lambda other: asyncio.ensure_future(other.close()), channel)
 
-    async def _connected(self, call: Any) -> bool:
-        """Whether a call has a connection: at once where the gateway has it, after some seconds otherwise."""
-        # A gateway sends the headers when it gets the request. To cancel this wait would cancel the call.
-        headers = asyncio.ensure_future(call.initial_metadata())
-        await asyncio.wait({headers}, timeout=_RECONNECT_SECONDS)
-        channel = self._channels[asyncio.get_running_loop()]
-        return headers.done() or channel.get_state() is grpc.ChannelConnectivity.READY
-
-    def _stub(self) -> generation_pb2_grpc.GenerationStub:
-        if self._closed:
-            raise _closed()
+    def _channel(self) -> grpc.aio.Channel:
+        """The channel of the running event loop. InvalidRequestError after `close`."""
         loop = asyncio.get_running_loop()
-        if loop not in self._channels:
-            proxied = targets.proxy_variable(self._target) is not None
-            self._channels[loop] = rpc.channel(self._target, tls=self._tls, proxied=proxied)
-        return generation_pb2_grpc.GenerationStub(self._channels[loop])
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            if loop not in self._channels:
+                self._channels = {one: channel for one, channel in self._channels.items() if not one.is_closed()}
+                proxied = targets.proxy_variable(self._target) is not None
+                self._channels[loop] = rpc.channel(self._target, tls=self._tls, proxied=proxied)
+            return self._channels[loop]
 
-    def _explained(self, error: grpc.RpcError) -> LatentflowError:
-        return _closed() if self._closed else _explained(error, self._target, responded=self._responded)
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise _closed() if self._closed else _explained(error, self._target, responded=self._responded) from None
+        except asyncio.CancelledError:
+            # grpc raises it where `close` cancelled the call, although nothing cancelled the task.
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                raise _closed() from None
+            raise
+
+
+async def _is_connected(call: Any, channel: grpc.aio.Channel) -> bool:
+    """Whether a call has a connection: at once where the gateway has it, after some seconds otherwise."""
+    # A gateway sends the headers when it gets the request. To cancel this wait would cancel the call.
+    headers = asyncio.ensure_future(call.initial_metadata())
+    await asyncio.wait({headers}, timeout=_RECONNECT_SECONDS)
+    return headers.done() or channel.get_state() is grpc.ChannelConnectivity.READY
 
 
 def _closed() -> InvalidRequestError:
