@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import secrets
 import uuid
@@ -148,16 +147,7 @@ def encoded(image: ImageLike, *, what: str) -> images_pb2.EncodedImage:
     A PIL image becomes PNG. Bytes and files are sent as they are.
     """
     if isinstance(image, Image.Image):
-        try:
-            # What stands behind the pixels of a file is known only then.
-            image.load()
-        except Exception as error:
-            # Pillow raises exceptions of many classes for damaged files.
-            raise InvalidRequestError(f"{what} cannot be read: {error}") from None
-        images.check(image, what=what)
-        stream = io.BytesIO()
-        image.save(stream, format="PNG")
-        return images.png(stream.getvalue())
+        return images.of_picture(image, what=what)
     try:
         data = image if isinstance(image, bytes) else Path(image).read_bytes()
     except OSError as error:
