@@ -41,7 +41,8 @@ class Client:
     """A connection to a gateway; a context manager.
 
     Args:
-        target: host:port; None: LATENTFLOW_TARGET, or 127.0.0.1:8400.
+        target: host:port, or another target of gRPC such as dns:///host:port; None: LATENTFLOW_TARGET, or 127.0.0.1:8400.
+            On another machine, it is reached through the HTTP proxy of the environment by gRPC's rules (`no_proxy`).
         timeout: Seconds for a whole call, including its retries, where the call does not set its own; None: no limit.
         tls: TLS files; None: a connection without TLS.
         api_key: Sent as bearer token, also without TLS; None: LATENTFLOW_API_KEY, or no key.
