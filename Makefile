@@ -109,7 +109,7 @@ wire-release: setup ## Keep the wire's descriptors of a release (VERSION=0.2.0);
 	$(PY) scripts/wire.py release $(VERSION)
 
 .PHONY: docs
-docs: setup ## Generate docs/workflow-reference.md, docs/metrics.md and docs/errors.md
+docs: setup ## Generate docs/workflow-reference.md, docs/status.md, docs/metrics.md and docs/errors.md
 	$(PY) scripts/reference.py
 
 .PHONY: crds

@@ -86,7 +86,8 @@ def find(workflows: tuple[DiffusionWorkflow, ...], name: str) -> DiffusionWorkfl
         if len(workflows) == 1:
             return workflows[0]
         raise NotFoundError(
-            f"The request names no workflow; the gateway serves {known}.",
+            f"The request names no workflow, and the gateway serves {known}. Name one: --workflow on the command line, "
+            "workflow=… in Python, the field model over HTTP.",
             reason=Reason.UNKNOWN_WORKFLOW,
             details={FIELD: "workflow"},
         )
@@ -151,25 +152,24 @@ def plan(
     _check_conditioning(workflow, descriptions)
     _check_latents(workflow, descriptions)
     _check_size(width, height, factor=factor, limits=limits)
-    _between("steps", steps, 1, limits.max_steps)
-    _between("images", count, 1, limits.max_images)
-    _between("priority", request.priority, 0, _MAX_PRIORITY)
+    _between("steps", "The number of steps", steps, 1, limits.max_steps)
+    _between("images", "The number of images", count, 1, limits.max_images)
+    _between("priority", "The priority", request.priority, 0, _MAX_PRIORITY)
     if request.HasField("deadline") and request.deadline.ToNanoseconds() <= 0:
-        raise InvalidRequestError("deadline must be a positive duration, counted from the request's arrival.")
+        raise _wrong("deadline", "The deadline must be a positive duration, counted from the request's arrival.")
     if not (math.isfinite(guidance_scale) and 0 <= guidance_scale <= 100):
-        raise _wrong("guidance_scale", f"guidance_scale must be from 0 to 100, not {guidance_scale}.")
+        raise _wrong("guidance_scale", f"The guidance scale must be from 0 to 100, not {guidance_scale}.")
     if seed + count - 1 > _MAX_SEED:
         raise _wrong(
             "seed",
-            f"seed {seed} is too large for {count} images, whose seeds must be below 2^64; choose a smaller one.",
+            f"The seed {seed} is too large for {count} images, whose seeds must be below 2^64; choose a smaller one.",
         )
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         if len(text) > limits.max_prompt_chars:
-            raise _wrong(
-                name, f"{name} has {len(text)} characters; this gateway accepts at most {limits.max_prompt_chars}."
-            )
+            what, most = name.replace("_", " "), limits.max_prompt_chars
+            raise _wrong(name, f"The {what} has {len(text)} characters; this gateway accepts at most {most}.")
     if len(request.idempotency_key) > _MAX_KEY:
-        raise InvalidRequestError(f"idempotency_key has more than {_MAX_KEY} characters; use a UUID.")
+        raise InvalidRequestError(f"The idempotency key has more than {_MAX_KEY} characters; use a UUID.")
     sampler = request.sampler if request.HasField("sampler") else (defaults.sampler or "")
     samplers = list(denoiser.samplers)
     if sampler and sampler not in samplers:
@@ -356,10 +356,11 @@ def _check_size(width: int, height: int, *, factor: int, limits: Limits) -> None
     for name, value in (("width", width), ("height", height)):
         if value < factor or value % factor:
             near = max(factor, round(value / factor) * factor)
-            raise _wrong(name, f"{name} must be a multiple of {factor}, such as {near}, not {value}.")
+            raise _wrong(name, f"The {name} must be a multiple of {factor}, such as {near}, not {value}.")
     if width * height > limits.max_pixels:
         raise _wrong(
-            "width", f"{width}x{height} is {width * height} pixels; this gateway accepts at most {limits.max_pixels}."
+            "width",
+            f"{width}x{height} is {width * height} pixels; this gateway accepts at most {limits.max_pixels} (--max-pixels).",
         )
 
 
@@ -381,9 +382,9 @@ def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], l
         )
 
 
-def _between(name: str, value: int, least: int, most: int) -> None:
+def _between(field: str, what: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
-        raise _wrong(name, f"{name} must be from {least} to {most}, not {value}.")
+        raise _wrong(field, f"{what} must be from {least} to {most}, not {value}.")
 
 
 @contextlib.contextmanager

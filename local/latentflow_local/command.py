@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
+import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -10,17 +13,16 @@ from typing import Annotated
 import typer
 from latentflow.api import DiffusionWorkflow, load_workflows
 from latentflow.internal import logs, serving
+from latentflow.internal.tables import print_whole
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
-from latentflow_local import addresses
+from latentflow_local import addresses, planning
 from latentflow_local.runtime import Runtime, run
 from latentflow_local.supervisor import State, Supervised
 
 _console = Console(stderr=True)
 _READY_SECONDS = 600.0
-_WIDEST = 1000
 _HTTP = "127.0.0.1:8402"
 # Only the started processes import these. Where they are missing, the command line reports how to install them.
 for _package in ("torch", "cachetools"):
@@ -48,6 +50,24 @@ def up(
             "--http-cors-origin",
             help="Origin of web pages that may use the HTTP API, or * for all; may be repeated.",
             show_default="none",
+        ),
+    ] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-keys",
+            file_okay=False,
+            help="Folder with one file for each client, which holds its API key.",
+            show_default="clients need no key",
+        ),
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            "--max-pixels",
+            min=1,
+            help="Most pixels of an image, width times height.",
+            show_default="4 times the default width and height, at most 2048x2048",
         ),
     ] = None,
     metrics: Annotated[
@@ -85,6 +105,8 @@ def up(
             listen=listen,
             http=None if http == "none" else http or addresses.first_choice(_HTTP),
             cors_origins=cors_origins or [],
+            api_keys=api_keys,
+            max_pixels=max_pixels or planning.max_pixels(workflows),
             metrics=metrics,
             targets=targets,
             threads=threads,
@@ -102,6 +124,8 @@ async def _serve(
     listen: str,
     http: str | None,
     cors_origins: list[str],
+    api_keys: Path | None,
+    max_pixels: int,
     metrics: str,
     targets: Path | None,
     threads: int | None,
@@ -116,6 +140,8 @@ async def _serve(
         listen=listen,
         http=http,
         cors_origins=cors_origins,
+        api_keys=api_keys,
+        max_pixels=max_pixels,
         metrics=metrics,
         targets=targets,
         threads=threads,
@@ -129,7 +155,7 @@ async def _serve(
             await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not stopped.done():
             ready.result()
-            _print_table(runtime)
+            print_whole(_table(runtime), console=_console)
             if runtime.http is not None:
                 _console.print(f"\nOpenAI API: http://{runtime.http}/v1", highlight=False, soft_wrap=True)
             name = workflows[0].name if len(workflows) > 1 else None
@@ -141,13 +167,6 @@ async def _serve(
             failed.cancel()
         ready.cancel()
         _console.print("stopping")
-
-
-def _print_table(runtime: Runtime) -> None:
-    """Prints each process in one line, however narrow the terminal is, so that names and addresses can be copied."""
-    table = _table(runtime)
-    width = Measurement.get(_console, _console.options.update(width=_WIDEST), table).maximum
-    Console(stderr=True, width=max(_console.width, width)).print(table, soft_wrap=True)
 
 
 def _table(runtime: Runtime) -> Table:
@@ -180,5 +199,18 @@ def _hint(target: str, workflow: str | None) -> str:
     workflow_option = f" -w {workflow}" if workflow else ""
     target_option = "" if target == "127.0.0.1:8400" else f" --target {target}"
     return (
-        f"\nTry: latentflow generate 'a large red circle on the left, white background'{workflow_option}{target_option}"
+        f"\nTry: {_program(sys.argv[0])} generate 'a large red circle on the left, white background'"
+        f"{workflow_option}{target_option}"
     )
+
+
+def _program(started: str) -> str:
+    """The command line's program as a shell finds it: by its name alone only where the search path contains it.
+
+    Args:
+        started: The program as it was started.
+    """
+    found = shutil.which("latentflow")
+    if Path(started).name != "latentflow" or (found and Path(found).samefile(started)):
+        return "latentflow"
+    return shlex.quote(started)

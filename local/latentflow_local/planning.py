@@ -17,6 +17,8 @@ from pydantic import ValidationError
 
 GATEWAY = "gateway"
 _SERVED_SCHEMES = ("", "file", "hf", "s3")
+# Of the largest image, the sides in default sides, and the pixels.
+_SIDES, _LARGEST = 4, 2048 * 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,8 @@ def plan_gateway(
     listen: str,
     http: str | None,
     cors_origins: Sequence[str],
+    api_keys: Path | None,
+    max_pixels: int | None,
     metrics: str,
     log_format: str,
 ) -> ProcessSpec:
@@ -161,7 +165,10 @@ def plan_gateway(
     Args:
         http: host:port of the HTTP API; None: it is not served.
         cors_origins: Origins of web pages that may use the HTTP API.
+        api_keys: Folder of the clients' API keys; None: clients need no key.
+        max_pixels: Most pixels of an image; None: the gateway's own default.
     """
+    optional = {"api-keys": api_keys, "max-pixels": max_pixels}
     return ProcessSpec(
         name=GATEWAY,
         model=GATEWAY,
@@ -173,9 +180,20 @@ def plan_gateway(
             f"--directory={directory}",
             f"--http-listen={http or 'none'}",
             *(f"--http-cors-origin={origin}" for origin in cors_origins),
+            *_argv(optional),
             f"--log-format={log_format}",
         ),
     )
+
+
+def max_pixels(workflows: Iterable[DiffusionWorkflow]) -> int:
+    """Most pixels of an image by default: 4 times the default width and height of any of the workflows, at most 2048x2048.
+
+    A forward pass takes time and memory that grow faster than the pixels, so a size far above the default is a mistake: a
+    network that is made for 64x64 pixels takes minutes for an image of 1024x1024.
+    """
+    sizes = (workflow.spec.defaults.width * workflow.spec.defaults.height for workflow in workflows)
+    return min(_LARGEST, max(_SIDES**2 * size for size in sizes))
 
 
 def capacity(model: Model, *, threads: int | None, device: str | None, cores: int) -> int | None:

@@ -68,6 +68,8 @@ async def run(
     listen: str = "127.0.0.1:8400",
     http: str | None = None,
     cors_origins: Sequence[str] = (),
+    api_keys: Path | None = None,
+    max_pixels: int | None = None,
     metrics: str = "127.0.0.1:0",
     targets: Path | None = None,
     threads: int | None = None,
@@ -87,6 +89,8 @@ async def run(
         listen: host:port of the gateway; port 0 selects a free port.
         http: host:port of the gateway's HTTP API; port 0 selects a free port. None: it is not served.
         cors_origins: Origins of web pages that may use the HTTP API; "*": all.
+        api_keys: Folder with one file for each client, which holds its API key; None: clients need no key.
+        max_pixels: Most pixels of an image; None: the gateway's own default.
         metrics: host:port of this process's own `/metrics`; port 0 selects a free port.
         targets: File to write that lists the `/metrics` of all processes for Prometheus (`file_sd_configs`).
         threads, device: Override the workflows' values for every model.
@@ -131,6 +135,8 @@ async def run(
             listen=target,
             http=http,
             cors_origins=cors_origins,
+            api_keys=api_keys.absolute() if api_keys else None,
+            max_pixels=max_pixels,
             metrics=free[-1],
             log_format=log_format,
         )

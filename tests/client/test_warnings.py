@@ -75,7 +75,20 @@ def test_the_command_prints_warnings_and_ends_well(tmp_path: Path) -> None:
         [*command, str(EXAMPLES / "shapes-minimal.yaml")], capture_output=True, text=True, check=True
     )
     assert ended.stdout.count(f"warning: models[text].source.uri: {tmp_path}/shapes does not exist") == 1
+    assert "not checked" not in ended.stdout
     document = subprocess.run(
         [*command, "--json", str(EXAMPLES / "shapes-minimal.yaml")], capture_output=True, text=True, check=True
     )
     assert len(json.loads(document.stdout)["warnings"]["default/shapes-minimal"]) == 3
+
+
+def test_sources_that_were_not_looked_for_are_listed(tmp_path: Path) -> None:
+    remote = workflow(source={"uri": "hf://org/repo"})
+    assert warnings.unchecked(remote, model_root=None) == [
+        "whether the model root contains shapes; --model-root FOLDER checks this",
+        "whether hf://org/repo can be read",
+    ]
+    assert warnings.unchecked(remote, model_root=tmp_path) == ["whether hf://org/repo can be read"]
+    command = [str(Path(sys.executable).parent / "latentflow"), "validate", str(EXAMPLES / "shapes-minimal.yaml")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "  not checked: whether the model root contains shapes; --model-root FOLDER checks this\n" in ended.stdout

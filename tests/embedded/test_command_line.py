@@ -74,7 +74,7 @@ async def test_describe_and_models_list_limits_and_ready_replicas(runtime: Runti
         (["generate", "x", "--control", "edges=/absent.png"], "cannot be read: /absent.png"),
         (["generate", "a red circle " * 30, "--strict-prompt"], "would be cut off"),
         (["generate"], "There is no prompt"),
-        (["describe", "nope"], "The gateway has no workflow"),
+        (["describe", "--workflow", "nope"], "The gateway has no workflow"),
         (["validate", "/absent.yaml"], "cannot be read"),
     ],
 )

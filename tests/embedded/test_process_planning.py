@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.api import DiffusionWorkflow, Model, Source, identity, load_workflows
 from latentflow_local import addresses
-from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, next_gpu, plan_models
+from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, max_pixels, next_gpu, plan_models
 from latentflow_nodes import settings
 from latentflow_scheduler.policy import Bounds
 from support.paths import EXAMPLES
@@ -146,3 +146,22 @@ def test_a_taken_port_of_first_choice_is_replaced_by_a_free_one() -> None:
         assert other.startswith("127.0.0.1:")
         assert other != address
     assert addresses.first_choice(address) == address
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        ([(64, 64)], 256 * 256),
+        ([(64, 64), (96, 64)], 384 * 256),
+        ([(512, 512)], 2048 * 2048),
+        ([(1024, 1024), (64, 64)], 2048 * 2048),
+    ],
+)
+def test_images_may_have_four_times_the_default_sides_of_a_workflow(sizes: list[tuple[int, int]], most: int) -> None:
+    (one,) = load_workflows(EXAMPLES / "shapes-minimal.yaml")
+    body = one.model_dump(mode="json", by_alias=True, exclude_none=True)
+    workflows = []
+    for width, height in sizes:
+        body["spec"]["defaults"] = {"width": width, "height": height}
+        workflows.append(DiffusionWorkflow.model_validate(body))
+    assert max_pixels(workflows) == most

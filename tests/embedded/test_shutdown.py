@@ -29,6 +29,8 @@ async def test_a_process_still_starting_ends_with_the_runtime(tmp_path: Path, mo
         listen="127.0.0.1:1",
         http=None,
         cors_origins=(),
+        api_keys=None,
+        max_pixels=None,
         metrics="127.0.0.1:2",
         log_format="console",
     )

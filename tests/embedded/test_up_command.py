@@ -17,19 +17,21 @@ from pathlib import Path
 
 import psutil
 import pytest
-from latentflow import AsyncClient
+from latentflow import AsyncClient, Client
 from latentflow.api import load_workflows
+from latentflow.errors import AuthenticationError, InvalidRequestError
 from latentflow_local.runtime import run
 from support.packs import MODELS, SHAPES
 from support.scraping import value
 
 EXAMPLES = MODELS.parent / "examples"
 MINIMAL = EXAMPLES / "shapes-minimal.yaml"
+PROGRAM = str(Path(sys.executable).parent / "latentflow")
 SECONDS = 240
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    command = [str(Path(sys.executable).parent / "latentflow"), "up", "--http-listen=127.0.0.1:0", *arguments]
+    command = [PROGRAM, "up", "--http-listen=127.0.0.1:0", *arguments]
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
     )
@@ -51,7 +53,7 @@ def serving() -> Iterator[Up]:
     printed = ""
     for line in up.stderr:
         printed += line
-        if "Try: latentflow generate" in line:
+        if line.startswith("Try: "):
             break
     children = psutil.Process(up.pid).children(recursive=True)
     # Closes the pipes, too.
@@ -90,6 +92,23 @@ def test_the_address_of_the_http_api_is_printed(serving: Up) -> None:
         assert json.loads(response.read())["data"][0]["id"] == "default/shapes-minimal"
 
 
+def test_clients_need_a_key_and_images_have_a_limit(tmp_path: Path) -> None:
+    (tmp_path / "anna").write_text("key-of-anna\n")
+    up = start(str(MINIMAL), f"--model-root={MODELS}", "--listen=127.0.0.1:0", "--threads=1", f"--api-keys={tmp_path}")
+    assert up.stderr is not None
+    with up:
+        line = next(line for line in up.stderr if line.startswith("Try: "))
+        # The program as it was started, because the search path need not contain it.
+        assert line.startswith(f"Try: {PROGRAM} generate")
+        with Client(line.split()[-1], timeout=20) as stranger, pytest.raises(AuthenticationError, match="--api-key"):
+            stranger.workflows()
+        with Client(line.split()[-1], timeout=20, api_key="key-of-anna") as anna:
+            assert anna.describe().limits["max_pixels"] == 256 * 256
+            with pytest.raises(InvalidRequestError, match="accepts at most 65536 \\(--max-pixels\\)"):
+                anna.generate("a red circle", width=1024, height=1024)
+        up.terminate()
+
+
 def test_it_serves_behind_a_proxy_with_a_long_tmpdir_and_in_a_narrow_terminal(tmp_path: Path) -> None:
     temporary = tmp_path / ("x" * 150)
     temporary.mkdir()
@@ -110,7 +129,7 @@ def test_it_serves_behind_a_proxy_with_a_long_tmpdir_and_in_a_narrow_terminal(tm
     with up:
         for line in up.stderr:
             printed.append(line)
-            if "Try: latentflow generate" in line:
+            if line.startswith("Try: "):
                 break
         targets = json.loads(file.read_text())
         scraped = [value(entry["targets"][0], "python_info") for entry in targets]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import openai
 import pytest
+from latentflow.errors import FailedPreconditionError
+from latentflow.reasons import Reason
+from latentflow_gateway.http import errors
 from latentflow_gateway.server import Gateway
 from support.scraping import value
 from support.serving import PROMPT, served, without_servers
@@ -39,6 +43,20 @@ async def test_a_wrong_request_is_a_bad_request_error_and_is_sent_once(tmp_path:
         with pytest.raises(openai.BadRequestError, match="The gRPC API streams progress"):
             await own.images.generate(model=SHAPES, prompt=PROMPT, stream=True)
         assert await responses(gateway, 400) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "field"),
+    [
+        (Reason.ADAPTER_MISMATCH, "loras"),
+        (Reason.ADAPTER_UNREADABLE, "loras"),
+        (Reason.CONTROLNET_MISMATCH, "control_images"),
+        (Reason.FAMILY_MISMATCH, None),
+    ],
+)
+def test_an_error_about_what_a_field_names_has_the_field_as_param(reason: Reason, field: str | None) -> None:
+    error = FailedPreconditionError("It cannot be used.", reason=reason)
+    assert json.loads(errors.body(error, 400))["error"]["param"] == field
 
 
 async def test_an_unknown_workflow_is_a_not_found_error(tmp_path: Path) -> None:

@@ -129,14 +129,14 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
         ({"width": 2048, "height": 2048}, InvalidRequestError, "this gateway accepts at most 65536"),
         ({"steps": 0}, InvalidRequestError, "steps must be from 1 to 50, not 0"),
         ({"steps": 51}, InvalidRequestError, "steps must be from 1 to 50"),
-        ({"images": 0}, InvalidRequestError, "images must be from 1 to 4"),
-        ({"images": 5}, InvalidRequestError, "images must be from 1 to 4"),
-        ({"guidance_scale": math.nan}, InvalidRequestError, "guidance_scale must be from 0 to 100, not nan"),
-        ({"guidance_scale": -1.0}, InvalidRequestError, "guidance_scale"),
+        ({"images": 0}, InvalidRequestError, "The number of images must be from 1 to 4"),
+        ({"images": 5}, InvalidRequestError, "The number of images must be from 1 to 4"),
+        ({"guidance_scale": math.nan}, InvalidRequestError, "The guidance scale must be from 0 to 100, not nan"),
+        ({"guidance_scale": -1.0}, InvalidRequestError, "guidance scale"),
         ({"seed": (1 << 64) - 1, "images": 2}, InvalidRequestError, "is too large for 2 images"),
         ({"sampler": "magic"}, InvalidRequestError, "use one of ddim, euler"),
         ({"prompt": "x" * 101}, InvalidRequestError, "prompt has 101 characters"),
-        ({"idempotency_key": "x" * 129}, InvalidRequestError, "idempotency_key"),
+        ({"idempotency_key": "x" * 129}, InvalidRequestError, "idempotency key"),
         ({"priority": 101}, InvalidRequestError, "priority must be from 0 to 100"),
         ({"deadline": Duration()}, InvalidRequestError, "deadline must be a positive duration"),
         ({"media_type": "image/webp"}, UnimplementedError, "as image/png only"),
@@ -322,6 +322,11 @@ def test_a_workflow_is_found_by_its_name_or_by_being_the_only_one(name: str) -> 
 def test_an_unknown_workflow_is_refused_with_the_names_of_those_served() -> None:
     with pytest.raises(NotFoundError, match="no workflow 'default/nope'; it serves default/shapes"):
         planning.find((SHAPES,), "nope")
+
+
+def test_a_request_without_a_workflow_is_refused_with_how_each_client_names_one() -> None:
+    with pytest.raises(NotFoundError, match=r"--workflow on the command line.*workflow=… in Python.*field model"):
+        planning.find((SHAPES, SHAPES), "")
 
 
 requests = st.builds(

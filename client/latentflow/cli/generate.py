@@ -27,12 +27,7 @@ _stderr = Console(stderr=True)
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text that describes the image. Optional with --like.")] = None,
-    workflow: Annotated[
-        str | None,
-        typer.Option(
-            "--workflow", "-w", help="Workflow, as NAME or NAMESPACE/NAME. Optional where only one is served."
-        ),
-    ] = None,
+    workflow: options.Workflow = None,
     output: Annotated[
         Path,
         typer.Option(
@@ -202,7 +197,9 @@ def _controls(texts: list[str], recipe: Recipe | None) -> dict[str, ControlImage
 def _warn(result: Result, recipe: Recipe | None) -> None:
     if result.done.truncated or result.done.negative_truncated:
         cut = result.done.truncated or result.done.negative_truncated
-        _stderr.print(f"[yellow]The prompt was too long, and this part was ignored:[/] {cut!r}", highlight=False)
+        _stderr.print(
+            f"[yellow]The prompt was too long, and this part was ignored:[/] {cut!r}", highlight=False, soft_wrap=True
+        )
     changed = [
         used.name
         for used in result.done.models
@@ -213,6 +210,7 @@ def _warn(result: Result, recipe: Recipe | None) -> None:
             f"[yellow]The weights of {', '.join(changed)} differ from those that generated the earlier image,[/] "
             "so the image may differ.",
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -17,15 +17,14 @@ from latentflow.api import identity, load_workflows
 from latentflow.api.fields import without_effect
 from latentflow.cli import options, warnings
 from latentflow.errors import InvalidRequestError
+from latentflow.internal.tables import print_table
 
 _stdout = Console()
 _stderr = Console(stderr=True)
 
 
 def describe(
-    workflow: Annotated[
-        str | None, typer.Argument(help="Workflow, as NAME or NAMESPACE/NAME. Optional where only one is served.")
-    ] = None,
+    workflow: options.Workflow = None,
     target: options.Target = None,
     kube: options.Kube = False,
     namespace: options.Namespace = None,
@@ -43,7 +42,7 @@ def describe(
         print(json.dumps(asdict(found)))
         return
     state = "[green]ready[/]" if found.ready else "[yellow]not ready[/]"
-    _stdout.print(f"[bold]{found.name}[/]  {found.task}, family {found.family or 'unknown'}, {state}")
+    _stdout.print(f"[bold]{found.name}[/]  {found.task}, family {found.family or 'unknown'}, {state}", soft_wrap=True)
     table = Table("input", "value", box=None, pad_edge=False)
     for name, value in found.defaults.items():
         table.add_row(name.replace("_", " "), f"{value:g} by default")
@@ -57,7 +56,7 @@ def describe(
                 table.add_row(escape(f"unusable LoRA {name!r}"), escape(problem))
     for name, value in found.limits.items():
         table.add_row(name.replace("_", " "), str(value))
-    _stdout.print(table)
+    print_table(table, console=_stdout)
 
 
 def models(
@@ -99,7 +98,7 @@ def models(
             str(entry["content_digest"])[:12] or "-",
             ", ".join(uses) if isinstance(uses, list) else "",
         )
-    _stdout.print(table)
+    print_table(table, console=_stdout)
 
 
 def validate(
@@ -121,18 +120,21 @@ def validate(
         except InvalidRequestError as error:
             problems += error.message.splitlines()
     found = {workflow.full_name: warnings.of(workflow, model_root=model_root) for workflow in workflows}
+    unchecked = {workflow.full_name: warnings.unchecked(workflow, model_root=model_root) for workflow in workflows}
     if as_json:
-        print(json.dumps({"workflows": list(found), "problems": problems, "warnings": found}))
+        print(json.dumps({"workflows": list(found), "problems": problems, "warnings": found, "not_checked": unchecked}))
     else:
         for problem in problems:
             _stderr.print(problem, highlight=False, markup=False, soft_wrap=True)
         for workflow in workflows:
             distinct = {identity(model) for model in workflow.spec.models}
-            _stdout.print(f"{workflow.full_name}: valid, {len(distinct)} models", highlight=False)
+            _stdout.print(f"{workflow.full_name}: valid, {len(distinct)} models", highlight=False, soft_wrap=True)
             for field in without_effect(workflow.spec):
-                _stdout.print(f"  {field} has no effect in this version", highlight=False, markup=False)
+                _stdout.print(f"  {field} has no effect in this version", highlight=False, markup=False, soft_wrap=True)
             for warning in found[workflow.full_name]:
                 _stdout.print(f"  warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+            for one in unchecked[workflow.full_name]:
+                _stdout.print(f"  not checked: {one}", highlight=False, markup=False, soft_wrap=True)
     if problems:
         raise typer.Exit(1)
 

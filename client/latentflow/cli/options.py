@@ -14,6 +14,10 @@ from latentflow.client import Client
 from latentflow.errors import InvalidRequestError
 from latentflow.internal.rpc import Tls
 
+Workflow = Annotated[
+    str | None,
+    typer.Option("--workflow", "-w", help="Workflow, as NAME or NAMESPACE/NAME. Optional where only one is served."),
+]
 Target = Annotated[
     str | None,
     typer.Option(

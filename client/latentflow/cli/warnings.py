@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlparse
 
 from latentflow.api import DiffusionWorkflow, Model
 
@@ -19,6 +20,19 @@ def of(workflow: DiffusionWorkflow, *, model_root: Path | None) -> list[str]:
     if model_root is not None:
         found += [warning for model in workflow.spec.models for warning in _of_folders(model, model_root)]
         found += _of_families(workflow, model_root)
+    return found
+
+
+def unchecked(workflow: DiffusionWorkflow, *, model_root: Path | None) -> list[str]:
+    """What `of` did not check of a workflow's sources, each one clause. The arguments are those of `of`."""
+    uris = dict.fromkeys(model.source.uri for model in workflow.spec.models if model.source is not None)
+    relative = [uri for uri in uris if _is_relative(uri)]
+    remote = [uri for uri in uris if not _is_relative(uri)]
+    found = []
+    if relative and model_root is None:
+        found.append(f"whether the model root contains {', '.join(relative)}; --model-root FOLDER checks this")
+    if remote:
+        found.append(f"whether {', '.join(remote)} can be read")
     return found
 
 
@@ -61,8 +75,11 @@ def _of_families(workflow: DiffusionWorkflow, model_root: Path) -> Iterator[str]
 
 
 def _folder(model: Model, model_root: Path) -> Path | None:
-    uri = model.source.uri if model.source is not None else ""
-    return model_root / uri if uri and ":" not in uri else None
+    return model_root / model.source.uri if model.source is not None and _is_relative(model.source.uri) else None
+
+
+def _is_relative(uri: str) -> bool:
+    return urlparse(uri).scheme == ""
 
 
 def _pipeline_class(folder: Path) -> str | None:

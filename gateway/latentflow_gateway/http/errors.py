@@ -21,6 +21,7 @@ from latentflow.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from latentflow.reasons import Reason
 from pydantic import BaseModel, Field
 
 from latentflow_gateway.planning import FIELD
@@ -42,6 +43,12 @@ STATUS: Mapping[type[LatentflowError], int] = {
 }
 # The fields of the HTTP API whose gRPC names differ.
 _NAMES = {"workflow": "model", "images": "n", "width": "size", "height": "size"}
+# The fields that name what cannot be used, by the reasons of errors that gateways and model servers raise alike.
+_FIELDS: Mapping[str, str] = {
+    Reason.ADAPTER_MISMATCH: "loras",
+    Reason.ADAPTER_UNREADABLE: "loras",
+    Reason.CONTROLNET_MISMATCH: "control_images",
+}
 
 
 class Problem(BaseModel):
@@ -84,7 +91,7 @@ def headers(error: LatentflowError) -> dict[str, str]:
 
 
 def _param(error: LatentflowError) -> str | None:
-    field = error.details.get(FIELD)
+    field = error.details.get(FIELD) or _FIELDS.get(error.reason)
     return _NAMES.get(field, field) if field else None
 
 
