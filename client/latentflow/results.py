@@ -27,6 +27,9 @@ class Accepted:
 class Progress:
     """Step `step` of `total` of the image with index `image` has ended. Steps are repeated where a stage is repeated.
 
+    `total` counts evaluations of the denoiser. With some samplers they are more than the requested steps: PNDM, the own
+    sampler of many models, evaluates the denoiser once more, Heun nearly twice as often.
+
     `preview` is a small PNG, or empty.
     """
 

@@ -121,6 +121,12 @@ _OWN: dict[str, tuple[Rule, ...]] = {
             message="? and # end the path of a URI; write %3F and %23 for those of a folder's name",
         ),
         Rule(
+            # The path is decoded, so escapes of its dots and slashes count too.
+            cel="!self.uri.startsWith('pvc:') || "
+            "!self.uri.matches('(/|%2[fF])([.]|%2[eE])([.]|%2[eE])(/|%2[fF]|$)')",
+            message="a pvc URI names a path inside the claim, without '..'",
+        ),
+        Rule(
             cel="!self.uri.startsWith('hf:') || self.uri.matches('^hf://[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+"
             "(/([^/?#.][^/?#]*/)*[^/?#.][^/?#]*[.]safetensors)?$')",
             message="a hub URI names organisation and repository, hf://org/repo, or a file of it that ends with .safetensors",

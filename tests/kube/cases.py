@@ -99,6 +99,8 @@ BAD = [
     Case("a variant of a single file", _model(PIXELS, "source"), {"uri": "a/b.safetensors", "variant": "fp16"}, "a single file has neither a subfolder nor a variant; remove them"),
     Case("a subfolder of a single file", _model(PIXELS, "source"), {"uri": "s3://a/b.safetensors", "subfolder": "vae"}, "a single file has neither a subfolder nor a variant; remove them"),
     Case("claim without a name", _model(PIXELS, "source", "uri"), "pvc:///shapes", "names nothing after pvc://"),
+    Case("out of the claim", _model(PIXELS, "source", "uri"), "pvc://claim/../../etc", "a pvc URI names a path inside the claim, without '..'"),
+    Case("out of the claim, escaped", _model(PIXELS, "source", "uri"), "pvc://claim/a/%2e.%2F..", "a pvc URI names a path inside the claim, without '..'"),
     Case("bucket without a name", _model(PIXELS, "source", "uri"), "s3://", "names nothing after s3://"),
     Case("subfolder leads out", _model(STYLES, "source", "subfolder"), "../loras", "a subfolder is a relative path inside the source, without '..'"),
     Case("subfolder absolute", _model(STYLES, "source", "subfolder"), "/loras", "a subfolder is a relative path inside the source"),

@@ -123,7 +123,9 @@ class Source(Typed):
             source_uri.file_path(uri)
         if parsed.scheme == "pvc":
             # The claim is mounted, and the servers read file:///MOUNT/path.
-            source_uri.file_path(f"file://{uri.removeprefix('pvc:/')}")
+            path = source_uri.file_path(f"file://{uri.removeprefix('pvc:/')}")
+            if ".." in path.parts:
+                raise ValueError("a pvc URI names a path inside the claim, without '..'")
         if parsed.scheme == "hf" and not re.fullmatch(_HUB, uri):
             raise ValueError(
                 "a hub URI names organisation and repository, hf://org/repo, or a file of it that ends with .safetensors"

@@ -77,7 +77,13 @@ class Model(ScaledModel):
 class Defaults(Typed):
     """The values of a request's fields that the request leaves out."""
 
-    steps: int = Field(default=20, ge=1, le=1000, description="Denoising steps.")
+    steps: int = Field(
+        default=20,
+        ge=1,
+        le=1000,
+        description="Denoising steps. With some samplers the denoiser runs more often, and progress counts its runs: 21 with "
+        "PNDM for 20 steps.",
+    )
     guidance_scale: float = Field(
         default=5.0, ge=0, le=100, description="Scale of classifier-free guidance; 1 or less: no guidance."
     )

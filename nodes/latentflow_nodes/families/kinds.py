@@ -6,6 +6,8 @@ images.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,8 +63,8 @@ def of_vae(config: Config) -> str | None:
     if channels != _RGB:
         return f"an autoencoder whose images have {channels} channels"
     scale = config.get("scaling_factor", 1)
-    if not isinstance(scale, int | float) or not scale > 0:
-        return f"an autoencoder with the scaling_factor {scale!r}, which is no number above 0"
+    if not _is_number(scale) or scale <= 0:
+        return f"an autoencoder with the scaling_factor {json.dumps(scale)}, which is no number above 0"
     return None
 
 
@@ -87,7 +89,12 @@ def is_text_to_image_vae(config: Config) -> bool:
 def is_xl_vae(config: Config) -> bool:
     """Whether such an autoencoder is SDXL's, by how it scales its latents."""
     scale = config.get("scaling_factor", 0.18215)
-    return config.get("latents_mean") is not None or (isinstance(scale, int | float) and abs(scale - 0.13025) < 1e-4)
+    return config.get("latents_mean") is not None or (_is_number(scale) and abs(scale - 0.13025) < 1e-4)
+
+
+def _is_number(value: Any) -> bool:
+    # JSON's true is a number to Python.
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _other_class(config: Config, expected: str) -> str | None:

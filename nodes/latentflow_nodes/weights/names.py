@@ -53,6 +53,8 @@ def refusal(folder: str, names: Collection[str], *, variant: str | None) -> Fail
         variant: The one that the source names.
     """
     there = variants(names)
+    if found := [name for stem in STEMS if (name := whole(stem, variant)) in names]:
+        return _not_read(folder, found[0], names)
     if variant and (there or _has_plain(names)):
         known = " and ".join([*there, *(["files without a variant"] if _has_plain(names) else [])])
         return _refusal(
@@ -80,6 +82,17 @@ def refusal(folder: str, names: Collection[str], *, variant: str | None) -> Fail
             reason=Reason.PICKLE_REFUSED,
         )
     return _refusal(f"{folder} holds no *{SUFFIX} file; check the source.")
+
+
+def _not_read(folder: str, file: str, names: Collection[str]) -> FailedPreconditionError:
+    """Why a role has not read the weights that are there."""
+    if "config.json" in names:
+        others = " or ".join(f"{stem}*{SUFFIX}" for stem in STEMS if not file.startswith(stem))
+        return _refusal(f"{folder} holds {file}, and this role reads {others}. Correct the uri, or rename the file.")
+    return _refusal(
+        f"{folder} holds {file} and no config.json that describes it. Add the config.json of the component. If the file "
+        f"holds a whole model, write it in the uri: {folder}/{file}."
+    )
 
 
 def listed(names: Collection[str]) -> str:

@@ -132,7 +132,7 @@ def locate(
         file = root / inside if scheme in ("hf", "s3") else root
         if not file.is_file():
             raise FailedPreconditionError(
-                f"There is no file {file} (source {uri!r}); check the uri and the model root.",
+                f"There is no file {file} (source {uri!r}); check the uri{_root_hint(scheme)}.",
                 reason=Reason.WEIGHTS_UNAVAILABLE,
             )
         return Source(pipeline=file.parent, single_file=file)
@@ -141,7 +141,7 @@ def locate(
         raise names.refusal(str(folder.parent), [folder.name], variant=None)
     if not folder.is_dir():
         raise FailedPreconditionError(
-            f"There is no weights folder {folder} (source {uri!r}); check the uri, the subfolder and the model root.",
+            f"There is no weights folder {folder} (source {uri!r}); check the uri, the subfolder and{_root_hint(scheme)}.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
     if role != "LoRAStore" and subfolder is None and (only := _only_file(folder)):
