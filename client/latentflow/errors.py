@@ -69,7 +69,7 @@ class InvalidRequestError(LatentflowError):
 
 
 class NotFoundError(LatentflowError):
-    """No workflow, model or adapter has this name."""
+    """No workflow, model or LoRA has this name."""
 
     code = grpc.StatusCode.NOT_FOUND
     default_reason = Reason.NOT_FOUND

@@ -159,7 +159,7 @@ async def _serve(
             if runtime.http is not None:
                 _console.print(f"\nOpenAI API: http://{runtime.http}/v1", highlight=False, soft_wrap=True)
             name = workflows[0].name if len(workflows) > 1 else None
-            _console.print(_hint(runtime.target, name), highlight=False, soft_wrap=True)
+            _console.print(_hint(runtime.target, name, has_keys=api_keys is not None), highlight=False, soft_wrap=True)
             failed = asyncio.create_task(runtime.supervisor.wait_failed())
             await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if failed.done():
@@ -195,12 +195,13 @@ def _ready_seconds(one: Supervised) -> str:
     return f"{one.ready_seconds:.1f} s" if one.ready_seconds is not None else "-"
 
 
-def _hint(target: str, workflow: str | None) -> str:
+def _hint(target: str, workflow: str | None, *, has_keys: bool) -> str:
     workflow_option = f" -w {workflow}" if workflow else ""
+    key_option = " --api-key KEY" if has_keys else ""
     target_option = "" if target == "127.0.0.1:8400" else f" --target {target}"
     return (
         f"\nTry: {_program(sys.argv[0])} generate 'a large red circle on the left, white background'"
-        f"{workflow_option}{target_option}"
+        f"{workflow_option}{key_option}{target_option}"
     )
 
 

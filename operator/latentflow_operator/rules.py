@@ -122,8 +122,7 @@ _OWN: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(
             # The path is decoded, so escapes of its dots and slashes count too.
-            cel="!self.uri.startsWith('pvc:') || "
-            "!self.uri.matches('(/|%2[fF])([.]|%2[eE])([.]|%2[eE])(/|%2[fF]|$)')",
+            cel="!self.uri.startsWith('pvc:') || !self.uri.matches('(/|%2[fF])([.]|%2[eE])([.]|%2[eE])(/|%2[fF]|$)')",
             message="a pvc URI names a path inside the claim, without '..'",
         ),
         Rule(

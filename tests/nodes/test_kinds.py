@@ -57,7 +57,7 @@ def test_a_controlnet_of_another_kind_is_named(changes: dict[str, Any], words: s
 
 def test_an_autoencoder_of_another_kind_is_named() -> None:
     assert "AutoencoderTiny" in str(kinds.of_vae({"_class_name": "AutoencoderTiny"}))
-    for scale in (None, 0, "1"):
+    for scale in (None, 0, "1", True, float("inf"), float("nan")):
         assert "no number above 0" in str(kinds.of_vae({"_class_name": "AutoencoderKL", "scaling_factor": scale}))
     assert "6 channels" in str(kinds.of_vae({"_class_name": "AutoencoderKL", "out_channels": 6}))
 

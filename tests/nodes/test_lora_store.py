@@ -139,7 +139,7 @@ def _other_name(path: Path) -> None:
             "The folder odd.safetensors/ has neither pytorch_lora_weights.safetensors nor adapter_model.safetensors",
         ),
         (_twins, "The store has both odd.safetensors and odd/; rename one of them."),
-        (_several, "The folder odd/ has several adapters"),
+        (_several, "The folder odd/ has several LoRAs"),
         (_other_name, "The folder odd/ has neither"),
         (lambda path: (path / "odd.pt").write_bytes(b"x"), "odd.pt is a pickle"),
         (lambda path: (path / "odd.ckpt").write_bytes(b"x"), "odd.ckpt is a pickle"),
@@ -206,7 +206,7 @@ def test_added_replaced_and_removed_files_are_followed(tmp_path: Path) -> None:
     path.unlink()
     made.scan()
     assert dict(made.listed) == {}
-    with pytest.raises(NotFoundError, match=r"no adapter 'a' in this store; it has none"):
+    with pytest.raises(NotFoundError, match=r"no LoRA 'a' in this store; it has none"):
         made.get("a")
     # Requests in flight end with the version with which they began.
     assert [value(made.get("a", digest)) for digest in (first, second)] == [1.0, 2.0]

@@ -161,6 +161,10 @@ def test_a_repository_with_a_single_file_is_refused_with_its_name(remote: Remote
     remote.server.push("org/single", tmp_path / "single")
     with pytest.raises(FailedPreconditionError, match=r"org/single holds anime.safetensors, .* name it in the uri"):
         remote.fetch(uri="hf://org/single")
+    (tmp_path / "single/anime.safetensors").rename(tmp_path / "single/model.safetensors")
+    remote.server.push("org/single", tmp_path / "single")
+    with pytest.raises(FailedPreconditionError, match=r"holds model.safetensors and no config.json .* in the uri"):
+        remote.fetch(uri="hf://org/single")
 
 
 @pytest.mark.parametrize("role", ["VAE", "Denoiser", "TextEncoder"])

@@ -57,6 +57,14 @@ async def test_a_single_file_of_stable_diffusion_equals_diffusers(file: Path, wr
     assert equal(image, reference(SHAPES, Request())[1])
 
 
+async def test_a_single_file_with_the_text_encoder_of_version_2_equals_diffusers(tmp_path: Path) -> None:
+    file = single_files.written(SHAPES, tmp_path / "one", second_version=True)
+    assert any(key.startswith("cond_stage_model.model.transformer.resblocks.") for key in load_file(file))
+    async with started(tmp_path, "one") as stack:
+        _, image = await stack.generate(Request())
+    assert equal(image, reference(SHAPES, Request())[1])
+
+
 def large_sdxl(folder: Path) -> Path:
     """A tiny SDXL pipeline whose second text encoder has as many layers as diffusers knows SDXL by."""
     tiny_sdxl(folder)

@@ -210,6 +210,9 @@ async def test_a_damaged_file_of_another_variant_does_not_matter(pack: Path) -> 
         (["model.fp16-00001-of-00002.safetensors"], None, "only as the variant fp16"),
         (["model-00001-of-00002.fp16.safetensors"], None, "only as the variant fp16"),
         (["model-00001-of-00002.safetensors"], None, "without their index"),
+        (["model.safetensors"], None, "holds model.safetensors and no config.json that describes it"),
+        (["model.fp16.safetensors"], "fp16", "holds model.fp16.safetensors and no config.json that describes it"),
+        (["model.safetensors", "config.json"], None, "and this role reads diffusion_pytorch_model*.safetensors"),
         (["model.bin", "model.fp16.bin"], "fp16", "holds a pickle (model.bin) and no safetensors"),
         (["weights.safetensors"], None, "holds weights.safetensors, which is not the name"),
         (["config.json"], None, "holds no *.safetensors file"),
@@ -268,10 +271,10 @@ async def test_a_text_encoder_of_its_own_needs_its_tokenizer(pack: Path) -> None
 @pytest.mark.parametrize(
     ("role", "component", "words"),
     [
-        ("VAE", "unet", "a UNet2DConditionModel, which does not serve as a VAE"),
-        ("Denoiser", "vae", "a AutoencoderKL, which does not serve as a Denoiser"),
-        ("TextEncoder", "unet", "a UNet2DConditionModel, which does not serve as a TextEncoder"),
-        ("ControlNet", "unet", "a UNet2DConditionModel, which does not serve as a ControlNet"),
+        ("VAE", "unet", "the component UNet2DConditionModel, which is no VAE of Stable Diffusion 1.x"),
+        ("Denoiser", "vae", "the component AutoencoderKL, which is no Denoiser of"),
+        ("TextEncoder", "unet", "the component UNet2DConditionModel, which is no TextEncoder of"),
+        ("ControlNet", "unet", "the component UNet2DConditionModel, which is no ControlNet of"),
         ("VAE", "tokenizer", "holds no VAE: its config.json is missing"),
     ],
 )

@@ -110,25 +110,33 @@ def open_clip(state: Tensors, *, prefix: str) -> Tensors:
     return {prefix + key: tensor for key, tensor in made.items()}
 
 
-def tensors(pipeline: Any) -> Tensors:
-    """The content of a pipeline's single_file."""
+def tensors(pipeline: Any, *, second_version: bool = False) -> Tensors:
+    """The content of a pipeline's single_file; with the text encoder as Stable Diffusion 2.x has it, or as 1.x."""
     made = unet(pipeline.unet, pipeline.unet.state_dict()) | vae(pipeline.vae, pipeline.vae.state_dict())
     first = pipeline.text_encoder.state_dict()
     if isinstance(pipeline, StableDiffusionXLPipeline):
         second = pipeline.text_encoder_2.state_dict()
         made |= clip(first, prefix="conditioner.embedders.0.transformer.")
         return made | open_clip(second, prefix="conditioner.embedders.1.model.")
+    if second_version:
+        width = pipeline.text_encoder.config.hidden_size
+        # Published files have these two as well, which the encoder does not use.
+        unused = {"text_projection": torch.eye(width), "logit_scale": torch.tensor(4.6)}
+        prefix = "cond_stage_model.model."
+        return made | open_clip(first, prefix=prefix) | {prefix + key: tensor for key, tensor in unused.items()}
     return made | clip(first, prefix="cond_stage_model.transformer.")
 
 
-def written(root: Path, folder: Path, *, xl: bool = False) -> Path:
+def written(root: Path, folder: Path, *, xl: bool = False, second_version: bool = False) -> Path:
     """A single file of the pipeline in `root`, with its configurations and tokenizers beside it; the file."""
     cls: Any = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     options = {} if xl else {"safety_checker": None}
     pipeline = cls.from_pretrained(root, dtype=torch.float32, **options)
     folder.mkdir(parents=True)
     file = folder / "all-in_one.v1.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in tensors(pipeline).items()}, file)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors(pipeline, second_version=second_version).items()}, file
+    )
     for part in root.iterdir():
         if part.is_dir() and part.name.startswith(("unet", "vae", "text_encoder", "tokenizer", "scheduler")):
             shutil.copytree(part, folder / part.name, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -200,7 +200,7 @@ class Engine(Typed):
         default=0,
         ge=0,
         le=1000,
-        description="Steps that a request may take before its adapters are loaded; 0: adapters apply from the first step.",
+        description="Steps that a request may take before its LoRAs are loaded; 0: LoRAs apply from the first step.",
         limits=Limits(roles=[Role.LORA_STORE], only=[0]),
     )
 

@@ -41,7 +41,10 @@ def generate(
         str | None, typer.Option("--size", help="WIDTHxHEIGHT in pixels, such as 64x64.", show_default="the workflow's")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Denoising steps; with some samplers the bar counts more.", show_default="the workflow's")
+        int | None,
+        typer.Option(
+            "--steps", help="Denoising steps; with some samplers the bar counts more.", show_default="the workflow's"
+        ),
     ] = None,
     guidance: Annotated[
         float | None,

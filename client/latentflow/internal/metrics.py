@@ -85,7 +85,7 @@ NODE: tuple[Metric, ...] = (
         name="latentflow_loads_total",
         kind="counter",
         labels=("kind",),
-        help="Weights loaded: the model at start-up (model), adapters pulled (adapter), adapter sets merged (merge).",
+        help="Weights loaded: the model at start-up (model), LoRAs pulled (adapter), sets of LoRAs merged (merge).",
     ),
     Metric(
         name="latentflow_load_seconds_total",

@@ -43,6 +43,7 @@ _ANY_VALUE = {
     "use_rslora",
 }
 _NAMES = {"use_dora": "a DoRA", "lora_bias": "a LoRA with biases"}
+_REMEDY = "Use a plain LoRA, or merge this one into the base model with PEFT (merge_and_unload)."
 # Other ways to initialise a LoRA change the weights of the base model too, and these changes are not in the file.
 _INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 # PEFT's own values where a configuration leaves out rank or alpha.
@@ -86,17 +87,17 @@ def parse(fields: Mapping[str, Any], *, file: str) -> Config:
     """
     kind = fields.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise unusable(f"{file} configures an adapter of the type {kind}, and this version applies plain LoRA only.")
+        raise unusable(f"{file} configures the type {kind}, and this version applies plain LoRA only. {_REMEDY}")
     initial = fields.get("init_lora_weights")
     if initial not in _INITIAL:
         raise unusable(
-            f"{file} has init_lora_weights {initial!r}, which changed the base model too; convert the adapter to a plain "
+            f"{file} has init_lora_weights {initial!r}, which changed the base model too; convert it to a plain "
             "LoRA with PEFT (path_initial_model_for_weight_conversion)."
         )
     for name, value in sorted(fields.items()):
         if value and name not in _ANY_VALUE and (name, value) != ("bias", "none"):
-            what = _NAMES.get(name, f"an adapter with {name}")
-            raise unusable(f"{file} configures {what}, and this version applies plain LoRA only.")
+            what = _NAMES.get(name, f"a LoRA with {name}")
+            raise unusable(f"{file} configures {what}, and this version applies plain LoRA only. {_REMEDY}")
     if fields.get("use_rslora") not in (True, False, None):
         raise unusable(f"{file} has use_rslora {_shown(fields['use_rslora'])}; it is true or false.")
     ranks, alphas = (_by_pattern(fields, name, file=file) for name in ("rank_pattern", "alpha_pattern"))

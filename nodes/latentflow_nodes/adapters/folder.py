@@ -98,7 +98,7 @@ def _folder_entry(folder: Path, name: str, components: Collection[str]) -> Entry
     inside = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     files = list(_files(folder, name, inside, components))
     if len({file.component for file in files}) < len(files) or (len(files) > 1 and not all(f.component for f in files)):
-        return Entry(name=name, problem=f"The folder {name}/ has several adapters; give each a folder of its own.")
+        return Entry(name=name, problem=f"The folder {name}/ has several LoRAs; give each a folder of its own.")
     if files:
         problem = next((text for file in files if (text := _problem(file))), "")
         return Entry(name=name, files=tuple(files), problem=problem)

@@ -80,7 +80,7 @@ class Library:
             if known is not None:
                 listed[name] = known
         for name in self.listed.keys() - listed.keys():
-            _log.info("adapter removed", adapter=name)
+            _log.info("LoRA removed", adapter=name)
         self._seen = signatures
         self.listed = listed
 
@@ -99,7 +99,7 @@ class Library:
             listed = self.listed.get(name)
             if listed is None:
                 raise NotFoundError(
-                    f"There is no adapter {name!r} in this store; it has {', '.join(self.listed) or 'none'}.",
+                    f"There is no LoRA {name!r} in this store; it has {', '.join(self.listed) or 'none'}.",
                     reason=Reason.UNKNOWN_ADAPTER,
                 )
             if listed.problem:
@@ -113,7 +113,7 @@ class Library:
         adapter = self._present(name)
         if adapter is None or adapter.digest != digest:
             raise UnavailableError(
-                f"The files of adapter {name!r} have been replaced or removed, and the version with which this request began "
+                f"The files of the LoRA {name!r} have been replaced or removed, and the version with which this request began "
                 "is no longer in memory; send the request again.",
                 reason=Reason.ADAPTER_CHANGED,
             )
@@ -131,9 +131,9 @@ class Library:
         try:
             adapter = lora.load(entry)
         except FailedPreconditionError as error:
-            _log.warning("adapter cannot be used", adapter=entry.name, problem=error.message)
+            _log.warning("LoRA cannot be used", adapter=entry.name, problem=error.message)
             return Listed(name=entry.name, signature=signature, problem=error.message)
-        _log.info("adapter read", adapter=entry.name, digest=adapter.digest)
+        _log.info("LoRA read", adapter=entry.name, digest=adapter.digest)
         self._keep(adapter)
         return Listed(
             name=entry.name,

@@ -44,12 +44,12 @@ class Merger:
             target = self._names.get(_flat(name))
             if target is None:
                 raise _mismatch(
-                    f"Adapter {adapter!r} changes layer {name!r}, which this {self._what} does not have; "
+                    f"LoRA {adapter!r} changes layer {name!r}, which this {self._what} does not have; "
                     "it was trained for another base model."
                 )
             if target in changed:
                 raise _mismatch(
-                    f"Adapter {adapter!r} changes layer {target!r} twice, as {changed[target]!r} and as {name!r}; "
+                    f"LoRA {adapter!r} changes layer {target!r} twice, as {changed[target]!r} and as {name!r}; "
                     "remove one of them from its file."
                 )
             changed[target] = name
@@ -57,7 +57,7 @@ class Merger:
             fits = layer.b.shape[0] == shape[0] and layer.a.shape[1] == shape[1]
             if not fits or math.prod(layer.a.shape[1:]) != math.prod(shape[1:]):
                 raise _mismatch(
-                    f"Adapter {adapter!r} changes layer {name!r} by B {list(layer.b.shape)} times A {list(layer.a.shape)}, "
+                    f"LoRA {adapter!r} changes layer {name!r} by B {list(layer.b.shape)} times A {list(layer.a.shape)}, "
                     f"and the layer of this {self._what} is {list(shape)}; it was trained for another base model."
                 )
 

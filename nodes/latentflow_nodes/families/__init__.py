@@ -53,7 +53,7 @@ def of_source(source: Source, role: str) -> Family:
     for family in FAMILIES:
         if family.owns_component(role, config):
             return family
-    raise _unsupported(folder, f"a {_class(config)}, which does not serve as a {role}")
+    raise _other_component(folder, config, role)
 
 
 def text_index(source: Source, family: Family) -> Mapping[str, Any]:
@@ -89,7 +89,7 @@ def _of_single_file(file: Path, role: str) -> Family:
     for family in FAMILIES:
         if family.owns_component("Denoiser" if _class(config).startswith("UNet") else role, config):
             return family
-    raise _unsupported(file, f"a {_class(config)}, which does not serve as a {role}")
+    raise _other_component(file, config, role)
 
 
 def _class(config: Mapping[str, Any]) -> str:
@@ -110,6 +110,15 @@ def _no_model(source: Source, role: str) -> FailedPreconditionError:
 def adapter_parts() -> tuple[AdapterPart, ...]:
     """The components that an adapter of any family may change, without duplicates."""
     return tuple(dict.fromkeys(part for family in FAMILIES for part in family.adapter_parts))
+
+
+def _other_component(path: Path, config: Mapping[str, Any], role: str) -> FailedPreconditionError:
+    known = ", ".join(family.title for family in FAMILIES)
+    return FailedPreconditionError(
+        f"{path} holds the component {_class(config)}, which is no {role} of {known}. Correct the uri or the subfolder of the "
+        f"{role}.",
+        reason=Reason.UNSUPPORTED_FAMILY,
+    )
 
 
 def _unsupported(folder: Path, found: str) -> FailedPreconditionError:

@@ -224,7 +224,7 @@ def _network(
     # Before anything is loaded, which may take minutes.
     if other := kind(single_files.config(path, part) if is_single_file else files.config(path)):
         raise FailedPreconditionError(
-            f"{path} is {other}; this version does not serve it. Choose a text-to-image model.",
+            f"{path} is {other}; this version does not serve it. Set the source to a {part} for text-to-image.",
             reason=Reason.UNSUPPORTED_FAMILY,
         )
     return single_files.network(cls, path, part, dtype) if is_single_file else _load(cls, path, dtype, variant)

@@ -33,7 +33,7 @@ class LoRAStore(Role):
         self._library = Library(self._folder)
         self._scan(settled=False)
         if not self._library.listed:
-            _log.warning("the folder has no adapter yet", folder=str(self._folder))
+            _log.warning("the folder has no LoRA yet", folder=str(self._folder))
         self._following: asyncio.Task[None] | None = None
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:

@@ -91,7 +91,7 @@ def _not_read(folder: str, file: str, names: Collection[str]) -> FailedPrecondit
         return _refusal(f"{folder} holds {file}, and this role reads {others}. Correct the uri, or rename the file.")
     return _refusal(
         f"{folder} holds {file} and no config.json that describes it. Add the config.json of the component. If the file "
-        f"holds a whole model, write it in the uri: {folder}/{file}."
+        f"holds a whole model, name the file itself in the uri, which then ends with /{file}."
     )
 
 

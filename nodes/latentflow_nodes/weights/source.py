@@ -128,11 +128,12 @@ def locate(
             "s3://bucket/path.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
+    root_too = ", and the model root (--model-root)" if scheme == "" else ""
     if is_single_file:
         file = root / inside if scheme in ("hf", "s3") else root
         if not file.is_file():
             raise FailedPreconditionError(
-                f"There is no file {file} (source {uri!r}); check the uri{_root_hint(scheme)}.",
+                f"There is no file {file} (source {uri!r}); check the uri{root_too}.",
                 reason=Reason.WEIGHTS_UNAVAILABLE,
             )
         return Source(pipeline=file.parent, single_file=file)
@@ -141,7 +142,7 @@ def locate(
         raise names.refusal(str(folder.parent), [folder.name], variant=None)
     if not folder.is_dir():
         raise FailedPreconditionError(
-            f"There is no weights folder {folder} (source {uri!r}); check the uri, the subfolder and{_root_hint(scheme)}.",
+            f"There is no weights folder {folder} (source {uri!r}); check the uri and the subfolder{root_too}.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
     if role != "LoRAStore" and subfolder is None and (only := _only_file(folder)):
