@@ -102,7 +102,8 @@ def build(
     A seed and an idempotency key are always set, so that a request that is sent again runs once, or gives the same images.
     InvalidRequestError names an argument that is impossible.
     """
-    texts = {"prompt": prompt, "negative_prompt": negative_prompt, "workflow": workflow, "sampler": sampler}
+    # The command line has other names for these than Python; both have the words.
+    texts = {"prompt": prompt, "The negative prompt": negative_prompt, "workflow": workflow, "sampler": sampler}
     texts |= {"idempotency_key": idempotency_key}
     texts |= {f"The name {name!a}": name for name in (*(control_images or ()), *(loras or ()))}
     for name, text in texts.items():
@@ -124,7 +125,7 @@ def build(
         if number is not None:
             setattr(request, name, _whole(name, number, 1, _MAX_UINT32))
     if guidance_scale is not None:
-        request.guidance_scale = _finite("guidance_scale", guidance_scale)
+        request.guidance_scale = _finite("The guidance scale", guidance_scale)
     if sampler is not None:
         request.sampler = sampler
     for name, given in (control_images or {}).items():

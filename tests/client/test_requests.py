@@ -45,7 +45,7 @@ def test_a_control_image_may_be_a_pil_image_bytes_or_a_path(tmp_path: Path) -> N
         ({"steps": 0}, "steps must be from 1"),
         ({"steps": 2.5}, "steps must be a whole number, not 2.5"),
         ({"width": True}, "width must be a whole number"),
-        ({"guidance_scale": math.nan}, "guidance_scale must be a finite number, not nan"),
+        ({"guidance_scale": math.nan}, "The guidance scale must be a finite number, not nan"),
         ({"seed": -1}, "seed must be from 0"),
         ({"images": 0}, "images must be from 1"),
         ({"loras": {"neon": math.inf}}, "The weight of the LoRA 'neon' must be from -100 to 100, not inf"),

@@ -68,7 +68,7 @@ async def test_describe_and_models_list_limits_and_ready_replicas(runtime: Runti
         (["generate", "x", "-w", "nope"], "The gateway has no workflow 'default/nope'"),
         (["generate", "x", "--size", "65x64"], "width must be a multiple of 8"),
         (["generate", "x", "--size", "big"], "is not a size"),
-        (["generate", "x", "--guidance", "nan"], "guidance_scale must be a finite number"),
+        (["generate", "x", "--guidance", "nan"], "The guidance scale must be a finite number"),
         (["generate", "x", "--steps", "0"], "steps must be from 1"),
         (["generate", "x", "--lora", "nope"], "LoRA store 'styles' has no LoRA 'nope'; it has neon, outline, pastel"),
         (["generate", "x", "--control", "edges=/absent.png"], "cannot be read: /absent.png"),

@@ -285,6 +285,35 @@ async def test_a_component_of_another_role_is_refused_as_what_it_is(
     assert words in (await refused(tmp_path, role)).message
 
 
+async def test_a_component_of_another_role_in_a_pipeline_is_refused_as_what_it_is(pack: Path) -> None:
+    error = await refused(pack.parent, "Denoiser", subfolder="vae")
+    assert error.reason == Reason.UNSUPPORTED_FAMILY
+    assert "m/vae is of the class AutoencoderKL instead of UNet2DConditionModel" in error.message
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"uri": "absent"}, "check the uri, the subfolder and the model root (--model-root)."),
+        ({"uri": "absent/all.safetensors"}, "check the uri and the model root (--model-root)."),
+        ({"uri": "file:///absent"}, "check the uri and the subfolder."),
+        ({"uri": "file:///absent/all.safetensors"}, "check the uri."),
+    ],
+)
+async def test_a_missing_source_is_refused_with_what_to_check(
+    tmp_path: Path, source: dict[str, str], words: str
+) -> None:
+    assert (await refused(tmp_path, "VAE", **source)).message.endswith(words)
+
+
+async def test_a_configuration_with_a_value_of_another_type_is_refused_in_one_line(pack: Path) -> None:
+    config = pack / "vae/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"latent_channels": True}))
+    error = await refused(pack.parent, "VAE")
+    assert "VAE m does not load: TypeError: " in error.message
+    assert "\n" not in error.message
+
+
 async def test_an_inpainting_denoiser_is_refused_before_it_is_loaded(pack: Path) -> None:
     config = UNet2DConditionModel.load_config(pack / "unet")
     UNet2DConditionModel.from_config(config | {"in_channels": 9}).save_pretrained(pack / "unet")

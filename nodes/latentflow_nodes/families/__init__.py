@@ -113,7 +113,7 @@ def adapter_parts() -> tuple[AdapterPart, ...]:
 
 
 def _other_component(path: Path, config: Mapping[str, Any], role: str) -> FailedPreconditionError:
-    known = ", ".join(family.title for family in FAMILIES)
+    known = " and ".join(family.title for family in FAMILIES)
     return FailedPreconditionError(
         f"{path} holds the component {_class(config)}, which is no {role} of {known}. Correct the uri or the subfolder of the "
         f"{role}.",

@@ -58,8 +58,8 @@ def config(file: Path, part: str) -> dict[str, Any]:
     known = kind(file)
     if known is None:
         raise FailedPreconditionError(
-            f"{file} is no whole model of Stable Diffusion, and there is no {part}/config.json beside it. Copy that file of "
-            "the base model there.",
+            f"{file} is no whole model of Stable Diffusion, and there is no {part}/config.json beside it. If it holds a "
+            f"{part}, copy that file of the base model there; otherwise correct the source.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
     if known not in CONFIGS:

@@ -46,11 +46,11 @@ def load(context: Context) -> Role:
     cls: type = ROLES[context.settings.role][0]
     try:
         role: Role = cls(context)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        settings = context.settings
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        settings, why = context.settings, " ".join(str(error).split()).rstrip(". ")
         raise FailedPreconditionError(
             f"{settings.role} {settings.uri}{'/' + settings.subfolder if settings.subfolder else ''} does not load: "
-            f"{type(error).__name__}: {error}. Check that the folder is complete and holds a {settings.role}.",
+            f"{type(error).__name__}: {why}. Check that the folder is complete and holds a {settings.role}.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         ) from error
     return role

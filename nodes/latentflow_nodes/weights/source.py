@@ -128,12 +128,11 @@ def locate(
             "s3://bucket/path.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
-    root_too = ", and the model root (--model-root)" if scheme == "" else ""
     if is_single_file:
         file = root / inside if scheme in ("hf", "s3") else root
         if not file.is_file():
             raise FailedPreconditionError(
-                f"There is no file {file} (source {uri!r}); check the uri{root_too}.",
+                f"There is no file {file} (source {uri!r}); {_what_to_check(scheme, 'the uri')}.",
                 reason=Reason.WEIGHTS_UNAVAILABLE,
             )
         return Source(pipeline=file.parent, single_file=file)
@@ -142,13 +141,18 @@ def locate(
         raise names.refusal(str(folder.parent), [folder.name], variant=None)
     if not folder.is_dir():
         raise FailedPreconditionError(
-            f"There is no weights folder {folder} (source {uri!r}); check the uri and the subfolder{root_too}.",
+            f"There is no weights folder {folder} (source {uri!r}); {_what_to_check(scheme, 'the uri', 'the subfolder')}.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
     if role != "LoRAStore" and subfolder is None and (only := _only_file(folder)):
         _check_single_file(uri, subfolder=None, variant=variant, role=role)
         return Source(pipeline=folder, single_file=only)
     return Source(pipeline=root, component=folder if subfolder else None, variant=variant)
+
+
+def _what_to_check(scheme: str, *fields: str) -> str:
+    checked = [*fields, *(["the model root (--model-root)"] if scheme == "" else [])]
+    return "check " + " and ".join([", ".join(checked[:-1]), checked[-1]] if len(checked) > 1 else checked)
 
 
 def _check_single_file(uri: str, *, subfolder: str | None, variant: str | None, role: str) -> None:
