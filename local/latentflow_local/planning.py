@@ -189,11 +189,11 @@ def plan_gateway(
 def max_pixels(workflows: Iterable[DiffusionWorkflow]) -> int:
     """Most pixels of an image by default: 4 times the default width and height of any of the workflows, at most 2048x2048.
 
-    A forward pass takes time and memory that grow faster than the pixels, so a size far above the default is a mistake: a
-    network that is made for 64x64 pixels takes minutes for an image of 1024x1024.
+    A default size itself is always accepted. A forward pass takes time and memory that grow faster than the pixels, so a size far
+    above the default is a mistake: a network that is made for 64x64 pixels takes minutes for an image of 1024x1024.
     """
     sizes = (workflow.spec.defaults.width * workflow.spec.defaults.height for workflow in workflows)
-    return min(_LARGEST, max(_SIDES**2 * size for size in sizes))
+    return max(max(size, min(_SIDES**2 * size, _LARGEST)) for size in sizes)
 
 
 def capacity(model: Model, *, threads: int | None, device: str | None, cores: int) -> int | None:

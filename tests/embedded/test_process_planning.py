@@ -155,6 +155,7 @@ def test_a_taken_port_of_first_choice_is_replaced_by_a_free_one() -> None:
         ([(64, 64), (96, 64)], 384 * 256),
         ([(512, 512)], 2048 * 2048),
         ([(1024, 1024), (64, 64)], 2048 * 2048),
+        ([(4096, 2048)], 4096 * 2048),
     ],
 )
 def test_images_may_have_four_times_the_default_sides_of_a_workflow(sizes: list[tuple[int, int]], most: int) -> None:
