@@ -159,7 +159,7 @@ class Reason(Documented):
     WEIGHTS_MISMATCH = (
         "WEIGHTS_MISMATCH",
         "A file of weights has other tensors than its configuration describes: some are missing, unexpected or of another "
-        "shape.",
+        "shape. Or two replicas of one model have different weights.",
         "Fetch the folder again, or convert the weights, for instance with diffusers' `save_pretrained`.",
     )
     PICKLE_REFUSED = (
@@ -202,6 +202,11 @@ class Reason(Documented):
         "CONTROLNET_MISMATCH",
         "The ControlNet was trained for another base model than the workflow's denoiser.",
         "Use a ControlNet for this base model.",
+    )
+    GUIDANCE_EMBEDDED = (
+        "GUIDANCE_EMBEDDED",
+        "The model takes the guidance scale as an input, so its steps have no two halves that two replicas could compute.",
+        "Set `parallelism.latent: 1` for the model.",
     )
     ADAPTER_MISMATCH = (
         "ADAPTER_MISMATCH",

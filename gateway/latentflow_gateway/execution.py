@@ -8,9 +8,8 @@ replica, denoising from its last checkpoint; a tensor whose owner is lost is mad
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -21,15 +20,14 @@ from latentflow.errors import DeadlineError, LatentflowError, OwnerLostError, Un
 from latentflow.internal import rpc, status
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
-from latentflow.v1 import generation_pb2, images_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2, tensors_pb2_grpc
+from latentflow.v1 import generation_pb2, images_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2
 
 from latentflow_gateway import retrying
+from latentflow_gateway.leases import Leases
 from latentflow_gateway.planning import Plan
 from latentflow_gateway.replicas import Replica, Replicas
 
 _log = structlog.get_logger()
-_RENEW_SECONDS = 20.0
-_RELEASE_SECONDS = 5.0
 # How often one image makes lost tensors again before the request fails.
 _MAX_REMADE = 5
 
@@ -84,8 +82,7 @@ class Execution:
         self._metrics = metrics
         self._checkpoint_interval = checkpoint_interval
         self._ready_seconds = ready_seconds
-        # Handles by id, with their owners: a draining owner may no longer be in the directory.
-        self._held: dict[bytes, tuple[tensors_pb2.Handle, Replica]] = {}
+        self._leases = Leases(self._metadata)
         self._encoding = asyncio.Lock()
         self._encoded: stage_pb2.EncodeResponse | None = None
         self._timings: list[generation_pb2.StageTiming] = []
@@ -93,7 +90,7 @@ class Execution:
     async def run(self, *, arrived: float) -> None:
         """Emits all events up to Done. Raises an error that no repetition corrects. The caller then calls `release`."""
         started = time.perf_counter()
-        renewing = asyncio.create_task(self._renew())
+        renewing = asyncio.create_task(self._leases.renew())
         try:
             await self._conditioning(None)
             async with asyncio.TaskGroup() as group:
@@ -202,7 +199,7 @@ class Execution:
             request, **self._call()
         )
         timing.forward_ns += response.forward_ns
-        self._hold((tensor.handle for tensor in response.conditioning.values()), replica)
+        self._leases.hold((tensor.handle for tensor in response.conditioning.values()), replica)
         return response
 
     async def _denoise(
@@ -242,14 +239,30 @@ class Execution:
             preview_interval=plan.preview_interval,
             scheduling=stage_pb2.Scheduling(deterministic=plan.deterministic),
         )
+        with self._replicas.borrow(plan.denoiser, beside=replica, latent=plan.latent) as peer:
+            if peer is not None:
+                opening.guidance_peer.CopyFrom(self._named(plan.denoiser, peer))
+            return await self._steps(opening, index, progress, timing, replica)
+
+    async def _steps(
+        self,
+        opening: stage_pb2.DenoiseOpen,
+        index: int,
+        progress: _Checkpointed,
+        timing: _Timing,
+        replica: Replica,
+    ) -> tensors_pb2.Tensor:
         requests = [stage_pb2.DenoiseRequest(open=opening)]
         async for event in stage_pb2_grpc.StageStub(replica.channel).Denoise(requests, **self._call()):
+            if event.WhichOneof("event") == "guidance":
+                self._guidance_changed(opening, event.guidance)
+                continue
             if event.WhichOneof("event") == "result":
                 result = event.result
                 timing.forward_ns += result.forward_ns
                 timing.wait_ns += result.wait_ns
                 latents: tensors_pb2.Tensor = result.latents
-                self._hold([latents.handle], replica)
+                self._leases.hold([latents.handle], replica)
                 return latents
             step = event.progress
             if step.HasField("checkpoint"):
@@ -287,14 +300,24 @@ class Execution:
 
     async def _peer(self, model: str, *, near: str) -> stage_pb2.Peer:
         replica = await self._replicas.pick(model, seconds=min(self._remaining(), self._ready_seconds), near=near)
+        return self._named(model, replica)
+
+    def _named(self, model: str, replica: Replica) -> stage_pb2.Peer:
         digest = self._replicas.descriptions[model].content_digest
         return stage_pb2.Peer(address=replica.address, model=model, content_digest=digest)
 
+    def _guidance_changed(self, opening: stage_pb2.DenoiseOpen, change: stage_pb2.DenoiseGuidanceChanged) -> None:
+        """The denoiser continues without a peer that it has lost; only the peer's health has to be checked."""
+        lost = self._replicas.find(opening.guidance_peer.address) if change.reason == Reason.PEER_UNAVAILABLE else None
+        if lost is not None:
+            _log.info("guidance peer lost", replica=lost.address, reason=change.reason)
+            lost.suspect()
+
     def _call(self) -> dict[str, Any]:
-        return {
-            "timeout": self._remaining(),
-            "metadata": rpc.metadata(token=self._token, trace=self._trace.child(), request_id=self._request_id),
-        }
+        return {"timeout": self._remaining(), "metadata": self._metadata()}
+
+    def _metadata(self) -> list[tuple[str, str]]:
+        return rpc.metadata(token=self._token, trace=self._trace.child(), request_id=self._request_id)
 
     def _remaining(self) -> float:
         seconds = self._deadline - asyncio.get_running_loop().time()
@@ -315,41 +338,9 @@ class Execution:
         elif isinstance(error, UnavailableError) and error.reason != Reason.ADAPTER_CHANGED:
             replica.suspect()
 
-    def _hold(self, handles: Iterable[tensors_pb2.Handle], owner: Replica) -> None:
-        self._held.update({handle.id: (handle, owner) for handle in handles})
-
-    def _owners(self) -> Mapping[tuple[Replica, str], list[bytes]]:
-        """Ids of what is held, by owner and its boot id."""
-        owners: dict[tuple[Replica, str], list[bytes]] = {}
-        for handle, owner in self._held.values():
-            owners.setdefault((owner, handle.boot_id), []).append(handle.id)
-        return owners
-
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(_RENEW_SECONDS)
-            for (owner, boot_id), ids in self._owners().items():
-                request = tensors_pb2.RenewRequest(boot_id=boot_id, ids=ids)
-                # A lost owner is handled by the stage that reads its tensor.
-                with contextlib.suppress(grpc.RpcError):
-                    await tensors_pb2_grpc.TensorsStub(owner.channel).Renew(request, **self._short_call())
-
     async def release(self) -> None:
         """Releases all tensors. The request's events do not wait for it."""
-        owners = self._owners()
-        self._held.clear()
-
-        async def release_of(owner: Replica, boot_id: str, ids: list[bytes]) -> None:
-            request = tensors_pb2.ReleaseRequest(boot_id=boot_id, ids=ids)
-            # Where the owner is unreachable, the leases expire.
-            with contextlib.suppress(grpc.RpcError):
-                await tensors_pb2_grpc.TensorsStub(owner.channel).Release(request, **self._short_call())
-
-        await asyncio.gather(*(release_of(*key, ids) for key, ids in owners.items()))
-
-    def _short_call(self) -> dict[str, Any]:
-        metadata = rpc.metadata(token=self._token, trace=self._trace.child(), request_id=self._request_id)
-        return {"timeout": _RELEASE_SECONDS, "metadata": metadata}
+        await self._leases.release()
 
     def _retried(self, model: str, stage: str, reason: str) -> None:
         self._metrics.of("latentflow_gateway_stage_retries_total", model=model, stage=stage, reason=reason).inc()

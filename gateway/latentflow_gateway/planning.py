@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Role, identity
+from latentflow.api.types import Latent
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, NotFoundError, UnimplementedError
 from latentflow.internal import images, strengths, unserved
 from latentflow.internal.guidance import Guidance
@@ -53,7 +54,11 @@ class AdapterPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every setting of a request. Models are identities; `names` has them by their names in the workflow."""
+    """Every setting of a request. Models are identities; `names` has them by their names in the workflow.
+
+    Attributes:
+        latent: Replicas of the denoiser that may share the request's steps; 1 where its steps have no two halves.
+    """
 
     workflow: str
     names: Mapping[str, str]
@@ -67,6 +72,7 @@ class Plan:
     deterministic: bool
     guidance: bool
     guidance_scale: float
+    latent: Latent
     width: int
     height: int
     scale_factor: int
@@ -180,6 +186,7 @@ def plan(
         )
     negative = request.negative_prompt if request.HasField("negative_prompt") else defaults.negative_prompt
     stores = workflow.of_role(Role.LORA_STORE)
+    guidance = Guidance(scale=guidance_scale, is_embedded=not denoiser.classifier_free_guidance).has_halves
     return Plan(
         workflow=workflow.full_name,
         names=needed(workflow, request),
@@ -191,8 +198,10 @@ def plan(
         negative_prompt=negative,
         strict_prompt=request.strict_prompt,
         deterministic=request.deterministic,
-        guidance=Guidance(scale=guidance_scale, is_embedded=not denoiser.classifier_free_guidance).has_halves,
+        guidance=guidance,
         guidance_scale=guidance_scale,
+        # A deterministic request is computed by one replica.
+        latent=workflow.of_role(Role.DENOISER)[0].parallelism.latent if guidance and not request.deterministic else 1,
         width=width,
         height=height,
         scale_factor=factor,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+import math
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ import grpc
 import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from latentflow.api.types import Latent
 from latentflow.errors import UnavailableError
 from latentflow.internal import hosts, rpc
 from latentflow.internal.directory import Directory
@@ -129,6 +131,19 @@ class Replicas:
         finally:
             replica.outstanding -= 1
 
+    @contextlib.contextmanager
+    def borrow(self, identity: str, *, beside: Replica, latent: Latent) -> Iterator[Replica | None]:
+        """The replica that `spare` finds among the ready ones; the request counts as outstanding at it while entered."""
+        peer = spare(self.ready(identity), beside=beside, latent=latent)
+        if peer is None:
+            yield None
+            return
+        peer.outstanding += 1
+        try:
+            yield peer
+        finally:
+            peer.outstanding -= 1
+
     async def wait_ready(self, identities: Collection[str], *, seconds: float) -> None:
         """Waits until every model has a ready replica, whose description is then known.
 
@@ -227,6 +242,19 @@ class Replicas:
 
     def _count(self, identity: str) -> None:
         self._metrics.of("latentflow_gateway_replicas_ready", model=identity).set(len(self.ready(identity)))
+
+
+def spare(ready: Sequence[Replica], *, beside: Replica, latent: Latent) -> Replica | None:
+    """Another replica that may share a request with `beside`; None where there is none.
+
+    Args:
+        ready: Those with the fewest outstanding requests first.
+        latent: The degree of latent parallelism. 2: any other replica; Auto: one that is idle.
+    """
+    if latent == 1:
+        return None
+    most = 0 if latent == "Auto" else math.inf
+    return next((one for one in ready if one is not beside and one.outstanding <= most), None)
 
 
 def _host(address: str) -> str:

@@ -24,7 +24,7 @@ from latentflow_nodes.calls import Calls, streaming, unary
 from latentflow_nodes.context import Context
 from latentflow_nodes.roles import Role
 
-T = TypeVar("T", stage_pb2.DenoiseRequest, stage_pb2.ResidualsRequest)
+T = TypeVar("T", stage_pb2.DenoiseRequest, stage_pb2.ResidualsRequest, stage_pb2.PredictNoiseRequest)
 
 
 class StageServicer(stage_pb2_grpc.StageServicer):
@@ -65,8 +65,8 @@ class StageServicer(stage_pb2_grpc.StageServicer):
 
     @streaming
     async def PredictNoise(self, requests: AsyncIterator[stage_pb2.PredictNoiseRequest]) -> AsyncIterator[Any]:
-        raise UnimplementedError("This version computes both guidance halves in one replica.")
-        yield
+        async for response in self._role.predict_noise(_accepted(requests)):
+            yield response
 
 
 async def _accepted(requests: AsyncIterator[T]) -> AsyncIterator[T]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from latentflow.api.conditions import ConditionReason
 from latentflow.api.status import ConditionType
+from latentflow.api.types import Latent
 
 from latentflow_operator import events
 from latentflow_operator.binding import Binding, Conflict
@@ -159,6 +160,11 @@ def replicas(pods: Iterable[Pod]) -> list[Pod]:
     kept = [pod for pod in pods if not pod.deleting]
     running = [pod for pod in kept if pod.phase not in ("Failed", "Succeeded")]
     return running or kept
+
+
+def latent(degree: Latent, *, ready: int) -> int:
+    """How many replicas share one request's steps: as many as the model allows and are ready."""
+    return min(2 if degree == "Auto" else degree, max(1, ready))
 
 
 def _model_ready(

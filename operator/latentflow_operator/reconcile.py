@@ -248,14 +248,15 @@ class Reconciler:
             downloading=self.downloads.progress(model.key, model.conditions),
         )
         alive = conditions.replicas(pods)
+        ready = sum(pod.ready for pod in alive)
         status = {
             "observedGeneration": model.generation,
             "conditions": self._timestamped(statements, model),
             "replicas": len(alive),
-            "readyReplicas": sum(pod.ready for pod in alive),
+            "readyReplicas": ready,
             "selector": f"{MODEL_LABEL}={host}",
-            # The servers of this version spread neither a request nor weights.
-            "parallelism": {"latent": 1, "tensor": 1},
+            # The servers of this version do not divide weights.
+            "parallelism": {"latent": conditions.latent(spec.parallelism.latent, ready=ready), "tensor": 1},
         }
         if source is not None:
             status["source"] = source.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -55,9 +55,9 @@ def test_no_value_of_a_choice_is_another_type_in_the_yaml_of_kubectl() -> None:
 
 def test_fields_without_effect_are_named_by_their_paths() -> None:
     spec = Case("", ("slo",), {"latencyScale": 2, "priority": 3}).spec() | {"editing": {}}
-    spec["models"][1]["parallelism"] = {"latent": "Auto", "tensor": 1, "context": "Auto"}
+    spec["models"][1]["parallelism"] = {"latent": 2, "tensor": "Auto", "context": "Auto"}
     (found,) = parse_workflows(workflow(spec))
     base = "models[base].parallelism"
-    assert list(without_effect(found.spec)) == [f"{base}.latent", f"{base}.context", "slo", "editing"]
+    assert list(without_effect(found.spec)) == [f"{base}.tensor", f"{base}.context", "slo", "editing"]
     (plain,) = parse_workflows(workflow(BASE))
     assert not list(without_effect(plain.spec))

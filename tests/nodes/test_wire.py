@@ -97,14 +97,6 @@ async def test_a_queued_request_that_is_stopped_ends_at_once_where_it_began() ->
         (lambda opening: [], InvalidRequestError, "first message of a Denoise stream must be `open`"),
         (lambda opening: [STOP], InvalidRequestError, "first message of a Denoise stream must be `open`"),
         (lambda opening: [opened(opening)] * 2, InvalidRequestError, "Only the first message"),
-        (
-            lambda opening: [
-                opened(opening),
-                stage_pb2.DenoiseRequest(guidance=stage_pb2.DenoiseGuidance(peer=stage_pb2.Peer(address="a:1"))),
-            ],
-            UnimplementedError,
-            "does not serve DenoiseRequest.guidance",
-        ),
     ],
 )
 async def test_a_denoise_stream_out_of_order_is_refused(
@@ -128,8 +120,6 @@ UNSERVED: list[tuple[str, str, Any]] = [
         stage_pb2.DenoiseOpen(control_nets=[stage_pb2.ControlNetRef(guess_mode=True)]),
     ),
     ("base", "ControlNetRef.stale", stage_pb2.DenoiseOpen(control_nets=[stage_pb2.ControlNetRef(stale=True)])),
-    ("base", "DenoiseOpen.guidance_peer", stage_pb2.DenoiseOpen(guidance_peer=stage_pb2.Peer(address="a:1"))),
-    ("base", "DenoiseRequest.guidance", stage_pb2.DenoiseRequest(guidance=stage_pb2.DenoiseGuidance())),
     ("edges", "ResidualsOpen.net", stage_pb2.ResidualsOpen(net="a")),
     ("edges", "ResidualsOpen.guess_mode", stage_pb2.ResidualsOpen(guess_mode=True)),
     ("text", "AdapterRef.async_steps", stage_pb2.EncodeRequest(adapters=[stage_pb2.AdapterRef(async_steps=1)])),
@@ -143,8 +133,6 @@ async def test_a_server_refuses_a_field_that_it_does_not_serve(
     stage = shapes.stage(server)
     if isinstance(message, stage_pb2.DenoiseOpen):
         call = stage.Denoise([opened(message)], timeout=SECONDS)
-    elif isinstance(message, stage_pb2.DenoiseRequest):
-        call = stage.Denoise([message], timeout=SECONDS)
     elif isinstance(message, stage_pb2.ResidualsOpen):
         call = stage.Residuals([stage_pb2.ResidualsRequest(open=message)], timeout=SECONDS)
     else:
@@ -173,7 +161,6 @@ async def test_every_unserved_field_is_one_of_the_wire() -> None:
 async def test_calls_that_are_not_served_are_unimplemented(shapes: Stack) -> None:
     control = control_pb2_grpc.ControlStub(shapes.channel("base"))
     calls = (
-        shapes.stage("base").PredictNoise([], timeout=SECONDS),
         control.Sleep(control_pb2.SleepRequest(epoch=1), timeout=SECONDS),
         control.Wake(control_pb2.WakeRequest(epoch=1), timeout=SECONDS),
     )
@@ -186,7 +173,6 @@ async def test_calls_that_are_not_served_are_unimplemented(shapes: Stack) -> Non
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"half": stage_pb2.GUIDANCE_HALF_NEGATIVE}, UnimplementedError, "does not compute the negative half alone"),
         ({"half": stage_pb2.GUIDANCE_HALF_UNSPECIFIED}, InvalidRequestError, "is not a guidance half"),
         ({"image": images_pb2.EncodedImage(media_type="image/webp")}, InvalidRequestError, "media type 'image/webp'"),
         (

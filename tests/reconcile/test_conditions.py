@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from latentflow.api.conditions import ConditionReason
-from latentflow.api.types import ModelSpec, Role
+from latentflow.api.types import Latent, ModelSpec, Role
 from latentflow_operator import conditions
 from latentflow_operator.binding import Binding
 from latentflow_operator.manifests import is_own_container
@@ -147,3 +147,10 @@ def test_every_reason_is_one_word_with_a_meaning_and_a_remedy(reason: ConditionR
     assert reason[0].isupper()
     assert reason.meaning.endswith(".")
     assert reason.remedy.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("degree", "ready", "expected"), [(1, 3, 1), (2, 0, 1), (2, 1, 1), (2, 2, 2), ("Auto", 1, 1), ("Auto", 3, 2)]
+)
+def test_the_latent_degree_in_force_is_what_ready_replicas_allow(degree: Latent, ready: int, expected: int) -> None:
+    assert conditions.latent(degree, ready=ready) == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentflow.api import DiffusionWorkflow, identity, load_workflows
-from latentflow.api.types import Engine
+from latentflow.api.types import Engine, Role
 from latentflow.internal.directory import Directory, Replicas
 from latentflow.internal.rpc import Tls
 from latentflow_gateway.server import Gateway
@@ -46,12 +46,14 @@ async def served(
     token: str | None = None,
     api_keys: Path | None = None,
     host: str = "127.0.0.1",
+    denoisers: int = 1,
     **limits: Any,
 ) -> AsyncIterator[Served]:
     """A workflow's model servers and a gateway, in this process.
 
     Args:
         host: Where all of them listen.
+        denoisers: Replicas of the denoiser.
         limits: Further settings of the gateway.
     """
     async with contextlib.AsyncExitStack() as stack:
@@ -70,9 +72,10 @@ async def served(
                 listen=f"{host}:0",
                 metrics=f"{host}:0",
             )
-            node = await stack.enter_async_context(serve_node(settings))
-            nodes.append(node)
-            models[identity(model)] = Replicas(role=model.role, replicas=(node.address,))
+            count = denoisers if model.role is Role.DENOISER else 1
+            replicas = [await stack.enter_async_context(serve_node(settings)) for _ in range(count)]
+            nodes += replicas
+            models[identity(model)] = Replicas(role=model.role, replicas=tuple(one.address for one in replicas))
         directory = folder / "directory.json"
         Directory(workflows=(workflow,), models=models).write(directory)
         settings_of_gateway = GatewaySettings(

@@ -138,16 +138,23 @@ async def started(
     *,
     controls: dict[str, str] | None = None,
     loras: str | None = None,
+    denoisers: Sequence[str] = (),
     own: Mapping[str, dict[str, object]] | None = None,
     **settings: object,
 ) -> AsyncIterator[Stack]:
-    """The servers of a workflow over one pack; `own` settings, by server, go before those for all."""
+    """The servers of a workflow over one pack.
+
+    Args:
+        denoisers: Further replicas of the denoiser.
+        own: Settings by server, which go before those for all.
+    """
     parts: dict[str, tuple[str, str | None]] = {
         "text": ("TextEncoder", None),
         "base": ("Denoiser", None),
         "pixels": ("VAE", None),
     }
     parts |= {name: ("ControlNet", subfolder) for name, subfolder in (controls or {}).items()}
+    parts |= dict.fromkeys(denoisers, ("Denoiser", None))
     if loras:
         parts["styles"] = ("LoRAStore", loras)
     async with contextlib.AsyncExitStack() as stack:

@@ -247,13 +247,16 @@ class Scaling(Typed):
         return self
 
 
+Latent = Literal["Auto"] | Annotated[int, Field(ge=1, le=2)]
+
+
 class Parallelism(Typed):
     """Over how many devices a request or a replica may be spread. Auto: the scheduler chooses."""
 
-    latent: Literal["Auto"] | Annotated[int, Field(ge=1, le=2)] = field(
+    latent: Latent = Field(
         default=1,
-        description="Replicas that share one request's steps: 2 for the two halves of guidance, 1 or Auto.",
-        limits=Limits(only=["Auto", 1], without_effect=["Auto"]),
+        description="Replicas that share one request's steps, of a Denoiser: 1, 2 for the two halves of guidance, or Auto for "
+        "2 where another replica is idle. A request that finds no other ready replica runs on one.",
     )
     tensor: Literal["Auto"] | Annotated[int, Field(ge=1, le=16)] = field(
         default=1,

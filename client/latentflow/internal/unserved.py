@@ -19,8 +19,6 @@ FIELDS = frozenset(
         "ControlNetRef.guess_mode",
         "ControlNetRef.net",
         "ControlNetRef.stale",
-        "DenoiseOpen.guidance_peer",
-        "DenoiseRequest.guidance",
         "Lora.async_steps",
         "ResidualsOpen.guess_mode",
         "ResidualsOpen.net",

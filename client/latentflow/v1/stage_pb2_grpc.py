@@ -108,8 +108,7 @@ class StageServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PredictNoise(self, request_iterator, context):
-        """Denoiser, for another replica of the same model: one stream for each request, one exchange for each step. This
-        version answers UNIMPLEMENTED.
+        """Denoiser, for another replica of the same model: one stream for each request, one exchange for each step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -8,9 +8,11 @@ samples, and their listeners report to the outside.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Hashable, Sequence
+from concurrent.futures import wait
 
 import structlog
 import torch
@@ -21,9 +23,9 @@ from latentflow.reasons import Reason
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.batching import Candidate, Merged, choose
 from latentflow_nodes.engine.load import Load, PassSize
+from latentflow_nodes.engine.member import Member
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
 from latentflow_nodes.engine.runner import Runner, SampleError
-from latentflow_nodes.engine.sample import Sample
 from latentflow_nodes.engine.worker import queue_full
 
 _log = structlog.get_logger()
@@ -34,6 +36,13 @@ _PATIENCE_PASSES = 4.0
 _LEAST_PATIENCE = 0.5
 # A ControlNet that sends nothing for so long is considered dead; the gateway retries the request elsewhere.
 _RESIDUAL_SECONDS = 60.0
+# How long the step loop waits for guidance peers after a pass. A sample whose peer is later than that misses passes, so
+# that it does not delay others; the peer computes as long as the pass took, and the transfer is short.
+_HALF_PASSES = 0.5
+# When a sample gives its guidance peer up and computes both halves itself: a multiple of the usual pass, and at least so
+# long as a peer may take to merge a request's adapters.
+_HALF_LIMIT_PASSES = 8.0
+_LEAST_HALF_SECONDS = 2.0
 
 
 class Engine:
@@ -71,8 +80,8 @@ class Engine:
         self._load = load
         self._metrics = metrics
         self._changed = threading.Condition()
-        self._queued: dict[int, Sample] = {}
-        self._running: dict[int, Sample] = {}
+        self._queued: dict[int, Member] = {}
+        self._running: dict[int, Member] = {}
         # When each running sample last took part in a pass, or was admitted.
         self._served_at: dict[int, float] = {}
         self._cancelled: set[int] = set()
@@ -90,7 +99,7 @@ class Engine:
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, sample: Sample) -> None:
+    def submit(self, sample: Member) -> None:
         """Queues a sample. OverloadedError when the queue is full."""
         with self._changed:
             if len(self._queued) + len(self._running) >= self._max_waiting + self._max_running:
@@ -113,10 +122,14 @@ class Engine:
         """One step boundary and one forward pass. False when no sample was there that could take part."""
         with self._changed:
             self._admit()
+            running = list(self._running.values())
+        for sample in running:
+            if sample.own_half is not None and not sample.sits_out:
+                self._advance(sample, sample.own_half)
+            elif self._seconds_left(sample) == 0:
+                self._expire(sample)
+        with self._changed:
             batch = self._choose()
-            overdue = [sample for sample in self._running.values() if _is_overdue(sample)]
-        for sample in overdue:
-            self._fail(sample, _no_residuals(sample))
         if not batch:
             return False
         started = time.perf_counter()
@@ -150,7 +163,7 @@ class Engine:
         """Whether a queued sample may start: samples that sit out occupy nobody's slot."""
         return bool(self._queued) and sum(not s.sits_out for s in self._running.values()) < self._max_running
 
-    def _choose(self) -> list[Sample]:
+    def _choose(self) -> list[Member]:
         now = time.monotonic()
         candidates = [
             Candidate(key=key, group=sample.group, adapters=sample.adapter_key, waited=now - self._served_at[key])
@@ -163,7 +176,7 @@ class Engine:
         return [sample for key, sample in self._running.items() if key in chosen]
 
     @torch.inference_mode()
-    def _run(self, batch: Sequence[Sample]) -> None:
+    def _run(self, batch: Sequence[Member]) -> None:
         self._merge(batch[0])
         now = time.monotonic_ns()
         for sample in batch:
@@ -182,26 +195,61 @@ class Engine:
                 continue
             sample.forward_time += prediction.time
             sample.residuals_wait_ns += prediction.residuals_wait_ns
-            try:
-                sample.advance(noise)
-            except Exception as error:
-                self._fail(sample, _as_error(error))
-            else:
+            self._advance(sample, noise)
+        self._await_halves(batch)
+
+    @torch.inference_mode()
+    def _advance(self, sample: Member, noise: torch.Tensor) -> None:
+        try:
+            is_done = sample.advance(noise)
+        except Exception as error:
+            self._fail(sample, _as_error(error))
+        else:
+            if is_done:
                 self._deliver(sample)
 
-    def _sit_out(self, sample: Sample) -> None:
+    def _await_halves(self, batch: Sequence[Member]) -> None:
+        """Guidance peers compute their halves during the pass, so most are there in a moment."""
+        late = [sample for sample in batch if sample.own_half is not None]
+        if not late:
+            return
+        self._runner.idle()
+        wait([future for sample in late for future in sample.awaited()], _HALF_PASSES * self._mean_step)
+        for sample in late:
+            for future in sample.awaited():
+                future.add_done_callback(self.wake)
+
+    def _sit_out(self, sample: Member) -> None:
         """The sample takes part in no pass until its residuals are there."""
         if not all(future.done() for future in sample.residuals()):
             _log.info("residuals are late", request=sample.request_id, step=sample.index + 1)
             sample.is_late = True
             for future in sample.residuals():
-                future.add_done_callback(self._wake)
+                future.add_done_callback(self.wake)
 
-    def _wake(self, _: object) -> None:
+    def _seconds_left(self, sample: Member) -> float:
+        """Until the sample has to do without what it awaits; infinite where it awaits nothing."""
+        if not (sample.sits_out and sample.awaited()):
+            return math.inf
+        limit = _RESIDUAL_SECONDS
+        if sample.own_half is not None:
+            limit = max(_LEAST_HALF_SECONDS, _HALF_LIMIT_PASSES * self._mean_step)
+        return max(0.0, sample.requested_at + limit - time.monotonic())
+
+    def _expire(self, sample: Member) -> None:
+        """What the sample awaits is overdue: it does without it, or fails."""
+        late = UnavailableError(
+            f"The guidance peer did not answer step {sample.index + 1} in time.", reason=Reason.PEER_UNAVAILABLE
+        )
+        if not sample.lost(late):
+            self._fail(sample, _no_residuals(sample))
+
+    def wake(self, _: object = None) -> None:
+        """What a member awaited is there. From any thread."""
         with self._changed:
             self._changed.notify()
 
-    def _run_alone(self, batch: Sequence[Sample]) -> None:
+    def _run_alone(self, batch: Sequence[Member]) -> None:
         """Runs each sample of a failed batch by itself, so that only the sample at fault fails."""
         for sample in batch:
             try:
@@ -211,7 +259,7 @@ class Engine:
             except Exception as error:
                 self._fail(sample, _as_error(error))
 
-    def _merge(self, sample: Sample) -> None:
+    def _merge(self, sample: Member) -> None:
         if sample.adapter_key == self._merged:
             return
         started = time.perf_counter()
@@ -225,20 +273,20 @@ class Engine:
         self._metrics.of("latentflow_loads_total", kind="merge").inc()
         self._metrics.of("latentflow_load_seconds_total", kind="merge").inc(seconds)
 
-    def _deliver(self, sample: Sample) -> None:
+    def _deliver(self, sample: Member) -> None:
         if sample.index < sample.total:
-            sample.listener.stepped(sample)
+            sample.stepped()
             return
         with self._changed:
             self._retire(sample.key)
             self._report()
-        sample.listener.finished(sample)
+        sample.finished()
 
-    def _fail(self, sample: Sample, error: LatentflowError) -> None:
+    def _fail(self, sample: Member, error: LatentflowError) -> None:
         with self._changed:
             self._retire(sample.key)
             self._report()
-        sample.listener.failed(sample, error)
+        sample.failed(error)
 
     def _fail_all(self, error: LatentflowError) -> None:
         with self._changed:
@@ -253,12 +301,16 @@ class Engine:
 
     def _has_work(self) -> bool:
         running = self._running.values()
-        return bool(self._cancelled) or self._can_admit() or any(not s.sits_out or _is_overdue(s) for s in running)
+        return (
+            bool(self._cancelled)
+            or self._can_admit()
+            or any(not s.sits_out or self._seconds_left(s) == 0 for s in running)
+        )
 
     def _seconds_to_overdue(self) -> float | None:
-        """Until the first sample that sits out has to fail; None: none sits out."""
-        late = [sample.requested_at for sample in self._running.values() if sample.sits_out]
-        return max(0.0, min(late) + _RESIDUAL_SECONDS - time.monotonic()) if late else None
+        """Until the first sample that sits out has to do without what it awaits; None: none awaits anything."""
+        left = min((self._seconds_left(sample) for sample in self._running.values()), default=math.inf)
+        return None if left == math.inf else left
 
     def _report(self) -> None:
         self._load.set(running=len(self._running), queued=len(self._queued))
@@ -281,20 +333,16 @@ class Engine:
         self._fail_all(UnavailableError("This server is stopping; retry on another replica.", reason=Reason.DRAINING))
 
 
-def _is_overdue(sample: Sample) -> bool:
-    return sample.sits_out and time.monotonic() - sample.requested_at >= _RESIDUAL_SECONDS
-
-
-def _no_residuals(sample: Sample) -> LatentflowError:
+def _no_residuals(sample: Member) -> LatentflowError:
     return UnavailableError(
         f"A ControlNet sent no residuals for step {sample.index + 1} within {_RESIDUAL_SECONDS:g} s.",
         reason=Reason.PEER_UNAVAILABLE,
     )
 
 
-def _size(batch: Sequence[Sample]) -> PassSize:
+def _size(batch: Sequence[Member]) -> PassSize:
     height, width = batch[0].latents.shape[-2:]
-    return PassSize(rows=sum(sample.settings.guidance.rows for sample in batch), height=height, width=width)
+    return PassSize(rows=sum(sample.rows for sample in batch), height=height, width=width)
 
 
 def _as_error(error: Exception) -> LatentflowError:

@@ -18,14 +18,14 @@ from latentflow.errors import InternalError, LatentflowError
 
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.forward_time import ForwardTime, Stopwatch
-from latentflow_nodes.engine.sample import Sample
+from latentflow_nodes.engine.member import Member
 from latentflow_nodes.families.base import Family, Residuals, stack
 
 
 class SampleError(Exception):
     """A failure that belongs to one sample of a batch."""
 
-    def __init__(self, sample: Sample, error: LatentflowError) -> None:
+    def __init__(self, sample: Member, error: LatentflowError) -> None:
         super().__init__(error.message)
         self.sample = sample
         self.error = error
@@ -50,7 +50,7 @@ class Prediction:
 class Runner(Protocol):
     """Runs forward passes in the engine's thread."""
 
-    def run(self, batch: Sequence[Sample], *, patience: float) -> Prediction:
+    def run(self, batch: Sequence[Member], *, patience: float) -> Prediction:
         """One pass for samples of one group. SampleError where one sample's residuals fail.
 
         Args:
@@ -79,17 +79,19 @@ class EagerRunner:
         self._stopwatch = Stopwatch(device)
         self._lock = lock
 
-    def run(self, batch: Sequence[Sample], *, patience: float) -> Prediction:
+    def run(self, batch: Sequence[Member], *, patience: float) -> Prediction:
+        # Requests what peers compute, where the engine has not.
+        requested = [sample.residuals() for sample in batch]
         latents = [sample.model_input() for sample in batch]
         rows = [len(one) for one in latents]
-        inputs = stack([sample.inputs for sample in batch])
+        inputs = stack([sample.network_inputs() for sample in batch])
         if len(batch) == 1:
             stacked, timestep = latents[0], batch[0].timestep
         else:
             stacked = torch.cat(latents)
             timestep = torch.cat([s.timestep.reshape(1).expand(n) for s, n in zip(batch, rows, strict=True)])
         residuals = None
-        if any(sample.residuals() for sample in batch):
+        if any(requested):
             residuals = BatchResiduals(batch, latents, self._stopwatch, self._lock, patience=patience)
         noise: Sequence[torch.Tensor | None] = [None] * len(batch)
         with self._lock:
@@ -127,7 +129,7 @@ class BatchResiduals:
 
     def __init__(
         self,
-        batch: Sequence[Sample],
+        batch: Sequence[Member],
         latents: Sequence[torch.Tensor],
         stopwatch: Stopwatch,
         lock: ComputeLock,
@@ -139,7 +141,7 @@ class BatchResiduals:
         self._stopwatch = stopwatch
         self._lock = lock
         self._patience = patience
-        self.late: list[Sample] = []
+        self.late: list[Member] = []
         self.waited_ns = 0
         self._ready: Residuals | None = None
 
@@ -168,7 +170,7 @@ class BatchResiduals:
                 self.late.append(sample)
                 yield None
 
-    def _sum(self, sample: Sample, rows: int, futures: Sequence[Future[Residuals]]) -> Residuals | None:
+    def _sum(self, sample: Member, rows: int, futures: Sequence[Future[Residuals]]) -> Residuals | None:
         total: Residuals | None = None
         for future in futures:
             try:

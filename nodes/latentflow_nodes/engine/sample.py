@@ -6,48 +6,61 @@ which another replica resumes with a bit-identical result.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from latentflow.errors import DataLossError, LatentflowError
+from latentflow.errors import DataLossError, LatentflowError, UnavailableError
 from latentflow.internal.guidance import Guidance
+from latentflow.reasons import Reason
 
-from latentflow_nodes.adapters.layers import Layers
 from latentflow_nodes.engine import checkpoint
-from latentflow_nodes.engine.forward_time import ForwardTime
+from latentflow_nodes.engine.member import Control, Member
 from latentflow_nodes.engine.samplers import Sampler
-from latentflow_nodes.families.base import Residuals
+from latentflow_nodes.families.base import Residuals, last_row
 
 
-class ResidualSource(Protocol):
-    """A request's exchange with one ControlNet."""
+class NoiseSource(Protocol):
+    """A request's exchange with its guidance peer."""
 
-    def request(self, *, step: int, timestep: float, sample: torch.Tensor, scale: float) -> Future[Residuals]:
-        """Requests a step's residuals, already scaled. Called from the engine's thread; never blocks."""
+    def request(self, *, step: int, timestep: float, sample: torch.Tensor) -> Future[torch.Tensor]:
+        """Requests the negative half of a step. Called from the engine's thread; never blocks.
+
+        Args:
+            sample: Model input of one half, [1, channels, height, width].
+
+        Returns:
+            The prediction, of the sample's shape. A LatentflowError where the peer is lost.
+        """
+        ...
+
+    def give_up(self, error: LatentflowError) -> None:
+        """The sample does not use this source any more. Called from the engine's thread."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Control:
-    """A ControlNet of a request: the source of its residuals, their scale, and the part of the steps it is active in.
+class GuidancePeer:
+    """Another replica that computes the negative half of a sample.
 
     Attributes:
-        start, end: Fractions of all steps, 0 to 1.
+        controls: The ControlNets of the positive half, which stays here.
     """
 
-    source: ResidualSource
-    scale: float
-    start: float = 0.0
-    end: float = 1.0
+    source: NoiseSource
+    controls: tuple[Control, ...] = ()
 
-    def is_active(self, *, step: int, total: int) -> bool:
-        """As diffusers' `control_guidance_start` and `_end`."""
-        return not (step / total < self.start or (step + 1) / total > self.end)
+
+@dataclass(kw_only=True)
+class Assignment:
+    """The guidance peer that a sample uses from its next step on; None: it computes both halves itself.
+
+    Whoever makes the sample sets it, at any time and from any thread.
+    """
+
+    peer: GuidancePeer | None = None
 
 
 class Listener(Protocol):
@@ -79,37 +92,24 @@ class Settings:
 
 
 @dataclass(eq=False, kw_only=True)
-class Sample:
+class Sample(Member):
     """The state of one image.
 
+    A step with a guidance peer has two parts: the peer computes the negative half while the positive one is computed here.
+    Where the peer fails or is too late, the step starts again with both halves here, so that nothing is lost.
+
     Attributes:
-        inputs: The network's inputs besides latents and timestep, with one row for each guidance half, negative first.
-        adapters: Layers to merge with their weights, and `adapter_key`, equal for equal sets.
-        latents: [1, channels, height, width].
-        is_deterministic: It shares no forward pass, so that its result is bit-identical whatever else the server runs.
-        index: Steps done.
-        is_late: A pass did not get the residuals of the present step in time.
+        guidance: Who computes the negative half.
     """
 
-    key: int
-    request_id: str
     settings: Settings
-    inputs: dict[str, Any]
     sampler: Sampler
     generator: torch.Generator
-    latents: torch.Tensor
     listener: Listener
-    adapters: tuple[tuple[Layers, float], ...] = ()
-    adapter_key: Hashable = ()
-    controls: tuple[Control, ...] = ()
-    is_deterministic: bool = False
-    index: int = 0
-    is_late: bool = False
-    forward_time: ForwardTime = field(default_factory=ForwardTime)
-    residuals_wait_ns: int = 0
-    first_step_ns: int = 0
-    requested_at: float = 0.0
-    _residuals: tuple[Future[Residuals], ...] | None = None
+    guidance: Assignment = field(default_factory=Assignment)
+    # The guidance peer of the present step, and what it computes.
+    _peer: GuidancePeer | None = None
+    _negative: Future[torch.Tensor] | None = None
 
     @property
     def total(self) -> int:
@@ -119,39 +119,42 @@ class Sample:
     def timestep(self) -> torch.Tensor:
         return self.sampler.timesteps[self.index]
 
+    @property
+    def rows(self) -> int:
+        return 1 if self._peer else self.settings.guidance.rows
+
+    def network_inputs(self) -> dict[str, Any]:
+        return last_row(self.inputs) if self._peer else self.inputs
+
+    def step_controls(self) -> tuple[Control, ...]:
+        return self._peer.controls if self._peer else self.controls
+
     def residuals(self) -> tuple[Future[Residuals], ...]:
-        """What the active ControlNets send for the present step; the first call of a step requests it."""
-        if self._residuals is None:
-            active = [c for c in self.controls if c.is_active(step=self.index, total=self.total)]
-            latents = self.model_input() if active else self.latents
-            self.requested_at = time.monotonic()
-            self._residuals = tuple(
-                control.source.request(
-                    step=self.index, timestep=float(self.timestep), sample=latents, scale=control.scale
-                )
-                for control in active
+        if self._residuals is None and self.guidance.peer is not None:
+            self._peer = self.guidance.peer
+            # Before the residuals, which this step needs later.
+            self._negative = self._peer.source.request(
+                step=self.index, timestep=float(self.timestep), sample=self.model_input()
             )
-        return self._residuals
+        return super().residuals()
 
-    @property
-    def sits_out(self) -> bool:
-        """Takes part in no pass until its late residuals are there."""
-        return self.is_late and not all(future.done() for future in self.residuals())
-
-    @property
-    def group(self) -> Hashable:
-        """Equal for samples that can share a forward pass: shapes alone decide, and the adapters that are merged."""
-        shapes = tuple((name, _shape(value)) for name, value in sorted(self.inputs.items()))
-        return (tuple(self.latents.shape), shapes, self.adapter_key, self.key if self.is_deterministic else None)
+    def awaited(self) -> tuple[Future[Any], ...]:
+        return (self._negative,) if self.own_half is not None and self._negative else super().awaited()
 
     def model_input(self) -> torch.Tensor:
-        """[1 or 2, channels, height, width]: the scaled latents, once for each guidance half."""
-        rows = self.settings.guidance.rows
-        latents = torch.cat([self.latents] * rows) if rows > 1 else self.latents
+        latents = torch.cat([self.latents] * self.rows) if self.rows > 1 else self.latents
         return self.sampler.scale(latents, self.timestep)
 
-    def advance(self, noise: torch.Tensor) -> None:
-        """Does the step with the network's prediction for `model_input`."""
+    def advance(self, noise: torch.Tensor) -> bool:
+        if self._negative is not None:
+            if not self._negative.done():
+                self.own_half = noise
+                return False
+            try:
+                noise = torch.cat([_checked(self._negative.result(), like=noise), noise])
+            except LatentflowError as error:
+                self.lost(error)
+                return False
         self.latents = self.sampler.step(
             self.settings.guidance.combine(noise),
             self.timestep,
@@ -160,8 +163,32 @@ class Sample:
             eta=self.settings.eta,
         )
         self.index += 1
+        self._begin_step()
+        return True
+
+    def lost(self, error: LatentflowError) -> bool:
+        peer = self._peer
+        if peer is None or self.is_late:
+            return False
+        if self.guidance.peer is peer:
+            self.guidance.peer = None
+        peer.source.give_up(error)
+        self._begin_step()
+        return True
+
+    def _begin_step(self) -> None:
         self.is_late = False
-        self._residuals = None
+        self.own_half = None
+        self._peer = self._negative = self._residuals = None
+
+    def stepped(self) -> None:
+        self.listener.stepped(self)
+
+    def finished(self) -> None:
+        self.listener.finished(self)
+
+    def failed(self, error: LatentflowError) -> None:
+        self.listener.failed(self, error)
 
     def checkpoint(self) -> bytes:
         """The state from which `restore` resumes."""
@@ -199,7 +226,13 @@ def initial_noise(
     return noise
 
 
-def _shape(value: Any) -> Hashable:
-    if isinstance(value, Mapping):
-        return tuple((key, _shape(item)) for key, item in sorted(value.items()))
-    return tuple(value.shape[1:])
+def _checked(noise: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
+    """A peer's prediction on the device of this replica's. UnavailableError where it cannot be used."""
+    if noise.shape != like.shape:
+        raise UnavailableError(
+            f"The guidance peer's prediction is of shape {list(noise.shape)} in place of {list(like.shape)}.",
+            reason=Reason.PEER_UNAVAILABLE,
+        )
+    if not torch.isfinite(noise).all():
+        raise UnavailableError("The guidance peer's prediction is not finite.", reason=Reason.NOT_FINITE)
+    return noise.to(like)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -27,6 +27,7 @@ NEGATIVE = "negative_"
 # Size of the dimensions that the warm-up request may choose.
 _WARM_UP_TOKENS = 8
 Conditioning = Mapping[str, torch.Tensor]
+Value = TypeVar("Value")
 # The shape of a named tensor; None: any size.
 Shape = tuple[int | None, ...]
 
@@ -259,6 +260,18 @@ def stack(inputs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else stack([one[key] for one in inputs])
         for key, value in first.items()
     }
+
+
+def last_row(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of one request's positive half, of those of both."""
+    return {key: value[-1:] if isinstance(value, torch.Tensor) else last_row(value) for key, value in inputs.items()}
+
+
+def of_half(conditioning: Mapping[str, Value], *, negative: bool) -> dict[str, Value]:
+    """What belongs to one guidance half of a request, by the names of the positive one."""
+    if negative:
+        return {name.removeprefix(NEGATIVE): one for name, one in conditioning.items() if name.startswith(NEGATIVE)}
+    return {name: one for name, one in conditioning.items() if not name.startswith(NEGATIVE)}
 
 
 def warm_up_conditioning(shapes: dict[str, Shape], device: torch.device) -> dict[str, torch.Tensor]:

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from latentflow.errors import InvalidRequestError, UnimplementedError
+from latentflow.errors import InvalidRequestError
 from latentflow.internal import images, strengths
-from latentflow.v1 import control_pb2, stage_pb2
+from latentflow.v1 import control_pb2, stage_pb2, tensors_pb2
 
 from latentflow_nodes import families
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import Stopwatch
 from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
-from latentflow_nodes.families.base import stack, warm_up_conditioning
+from latentflow_nodes.families.base import of_half, stack, warm_up_conditioning
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.tensors import codec
 from latentflow_nodes.weights import files
@@ -106,7 +106,7 @@ class ControlNet(Role):
                 if request.WhichOneof("message") == "open":
                     opening = request.open
                     rows = _rows(opening.half)
-                    conditioning = await self._context.peers.conditioning(opening.conditioning, self._context.device)
+                    conditioning = await self._conditioning(opening)
                     inputs = self._inputs(conditioning, rows=rows, width=opening.width, height=opening.height)
                     image = self._image(opening, rows=rows)
                     group = (_shapes(inputs), image.shape[1:], object() if opening.scheduling.deterministic else None)
@@ -121,6 +121,13 @@ class ControlNet(Role):
                         step=request.step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0
                     )
                 resumed = True
+
+    async def _conditioning(self, opening: stage_pb2.ResidualsOpen) -> dict[str, torch.Tensor]:
+        """The conditioning that the rows of the samples need; that of one half by the names of the positive one."""
+        tensors: Mapping[str, tensors_pb2.Tensor] = opening.conditioning
+        if opening.half != stage_pb2.GUIDANCE_HALF_BOTH:
+            tensors = of_half(tensors, negative=opening.half == stage_pb2.GUIDANCE_HALF_NEGATIVE)
+        return await self._context.peers.conditioning(tensors, self._context.device)
 
     def _inputs(self, conditioning: dict[str, torch.Tensor], *, rows: int, width: int, height: int) -> dict[str, Any]:
         return self._family.control_net_inputs(
@@ -195,11 +202,9 @@ def _shapes(inputs: Mapping[str, Any]) -> Hashable:
 
 
 def _rows(half: stage_pb2.GuidanceHalf) -> int:
-    """Rows of the samples of a stream. UnimplementedError for a half that this version does not serve alone."""
+    """Rows of the samples of a stream."""
     if half == stage_pb2.GUIDANCE_HALF_BOTH:
         return 2
-    if half == stage_pb2.GUIDANCE_HALF_POSITIVE:
+    if half in (stage_pb2.GUIDANCE_HALF_POSITIVE, stage_pb2.GUIDANCE_HALF_NEGATIVE):
         return 1
-    if half == stage_pb2.GUIDANCE_HALF_NEGATIVE:
-        raise UnimplementedError("This version does not compute the negative half alone; open the stream for both.")
     raise InvalidRequestError(f"{half} is not a guidance half; choose one of GuidanceHalf.")

@@ -23,11 +23,14 @@ from latentflow_nodes.context import Context
 from latentflow_nodes.engine import samplers
 from latentflow_nodes.engine.engine import Engine
 from latentflow_nodes.engine.runner import EagerRunner
-from latentflow_nodes.engine.sample import Control, Sample, Settings, initial_noise
+from latentflow_nodes.engine.sample import Assignment, Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
-from latentflow_nodes.families.base import NEGATIVE, Conditioning, Shape, warm_up_conditioning
+from latentflow_nodes.families.base import Conditioning, warm_up_conditioning
+from latentflow_nodes.roles import guidance_peers
+from latentflow_nodes.roles.conditioning import check_conditioning
+from latentflow_nodes.roles.guests import Guests, adapter_key
+from latentflow_nodes.roles.guidance_peers import GuidancePeers, open_controls
 from latentflow_nodes.roles.role import Role
-from latentflow_nodes.tensors.step_stream import ResidualStream
 from latentflow_nodes.weights import files
 
 _MAX_STEPS = 1000
@@ -39,7 +42,7 @@ _PROGRESS_SECONDS = 0.25
 class Denoiser(Role):
     """A denoiser network and its engine."""
 
-    calls = ("Denoise",)
+    calls = ("Denoise", "PredictNoise")
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -73,6 +76,16 @@ class Denoiser(Role):
         self._runnable: set[tuple[str, int]] = set()
         self._embeds_guidance = self._family.embeds_guidance(self._network)
         self._conditioning = self._family.conditioning_shapes(self._network)
+        self._guests = Guests(
+            context,
+            network=self._network,
+            family=self._family,
+            component=self._component,
+            content_digest=self.content_digest,
+            engine=self._engine,
+            merger=self._merger,
+            next_key=lambda: next(self._keys),
+        )
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         described = response.denoiser
@@ -89,7 +102,7 @@ class Denoiser(Role):
         )
         conditioning = warm_up_conditioning(self._conditioning, self._context.device)
         mailbox = _Mailbox(checkpoint_interval=0)
-        sample = self._sample(opening, self._sampler(opening), conditioning, [], mailbox)
+        sample = self._sample(opening, self._sampler(opening), conditioning, [], mailbox, Assignment())
         self._engine.start()
         self._engine.submit(sample)
         await mailbox.get()
@@ -97,12 +110,19 @@ class Denoiser(Role):
     def close(self) -> None:
         self._engine.stop()
 
+    def predict_noise(
+        self, requests: AsyncIterator[stage_pb2.PredictNoiseRequest]
+    ) -> AsyncIterator[stage_pb2.PredictNoiseResponse]:
+        return self._guests.serve(requests)
+
     async def denoise(
         self, opening: stage_pb2.DenoiseOpen, later: AsyncIterator[stage_pb2.DenoiseRequest]
     ) -> AsyncIterator[stage_pb2.DenoiseResponse]:
         """The events of one image. Leaving the iterator early frees the engine at the next step boundary."""
         arrived = time.monotonic_ns()
         _check(opening)
+        if opening.HasField("guidance_peer"):
+            guidance_peers.check(opening, is_embedded=self._embeds_guidance)
         await self._check_sampler(opening.sampler, opening.steps)
         peers = self._context.peers
         pulling = asyncio.gather(
@@ -112,26 +132,33 @@ class Denoiser(Role):
         # The calls to the peers leave before the sampler is made, which takes about as long as their answers.
         await asyncio.sleep(0)
         sampler = self._sampler(opening)
-        conditioning, adapters = await pulling
-        for ref, (layers, _) in zip(opening.adapters, adapters, strict=True):
-            self._merger.check(ref.name, layers)
         mailbox = _Mailbox(checkpoint_interval=opening.checkpoint_interval)
-        sample = self._sample(opening, sampler, conditioning, adapters, mailbox)
         async with AsyncExitStack() as stack:
-            controls = []
-            for net in opening.control_nets:
-                residuals = _residuals_opening(opening, net, sample.settings.guidance)
-                stream = await stack.enter_async_context(ResidualStream(peers, net, residuals))
-                controls.append(Control(source=stream, scale=net.scale, start=net.start, end=net.end))
-            sample.controls = tuple(controls)
+            guidance = await stack.enter_async_context(
+                GuidancePeers(
+                    peers,
+                    opening,
+                    is_embedded=self._embeds_guidance,
+                    total=len(sampler.timesteps),
+                    content_digest=self.content_digest,
+                    changed=mailbox.guidance_changed,
+                )
+            )
+            guidance.assign(opening.guidance_peer)
+            conditioning, adapters = await pulling
+            for ref, (layers, _) in zip(opening.adapters, adapters, strict=True):
+                self._merger.check(ref.name, layers)
+            sample = self._sample(opening, sampler, conditioning, adapters, mailbox, guidance.assignment)
+            half = stage_pb2.GUIDANCE_HALF_BOTH if sample.rows == 2 else stage_pb2.GUIDANCE_HALF_POSITIVE
+            sample.controls = await open_controls(stack, peers, opening, half=half)
             if opening.checkpoint:
                 sample.restore(opening.checkpoint)
                 mailbox.checkpoint = stage_pb2.Checkpoint(state=opening.checkpoint, step=sample.index)
             self._engine.submit(sample)
-            following = asyncio.create_task(_follow(later, sample, mailbox))
+            following = asyncio.create_task(_follow(later, sample, mailbox, guidance))
             try:
-                while (progress := await mailbox.get()) is not None:
-                    yield stage_pb2.DenoiseResponse(progress=progress)
+                while (event := await mailbox.get()) is not None:
+                    yield event
             finally:
                 self._engine.cancel(sample.key)
                 following.cancel()
@@ -172,10 +199,11 @@ class Denoiser(Role):
         conditioning: Conditioning,
         adapters: list[tuple[Layers, float]],
         mailbox: _Mailbox,
+        assignment: Assignment,
     ) -> Sample:
         device, dtype = self._context.device, self._context.dtype
         guidance = Guidance(scale=opening.guidance_scale, is_embedded=self._embeds_guidance)
-        _check_conditioning(conditioning, self._conditioning, guidance)
+        check_conditioning(conditioning, self._conditioning, guidance)
         settings = Settings(
             seed=opening.seed,
             steps=opening.steps,
@@ -205,8 +233,9 @@ class Denoiser(Role):
             generator=generator,
             latents=noise * sampler.initial_sigma,
             listener=mailbox,
+            guidance=assignment,
             adapters=tuple(adapters),
-            adapter_key=tuple((ref.name, ref.digest, ref.weight) for ref in opening.adapters),
+            adapter_key=adapter_key(opening.adapters),
             is_deterministic=opening.scheduling.deterministic,
         )
 
@@ -226,7 +255,7 @@ class _Mailbox:
         self._loop = asyncio.get_running_loop()
         self._interval = checkpoint_interval
         self._posted_at = time.monotonic()
-        self._queue: asyncio.Queue[stage_pb2.DenoiseProgress | LatentflowError | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[stage_pb2.DenoiseResponse | LatentflowError | None] = asyncio.Queue()
 
     def stepped(self, sample: Sample) -> None:
         if self._stopping:
@@ -241,10 +270,11 @@ class _Mailbox:
         progress = stage_pb2.DenoiseProgress(step=sample.index, total=sample.total)
         if keep:
             progress.checkpoint.CopyFrom(_checkpoint(sample))
-        self._post(progress)
+        self._post(stage_pb2.DenoiseResponse(progress=progress))
 
     def finished(self, sample: Sample) -> None:
-        self._post(stage_pb2.DenoiseProgress(step=sample.index, total=sample.total))
+        progress = stage_pb2.DenoiseProgress(step=sample.index, total=sample.total)
+        self._post(stage_pb2.DenoiseResponse(progress=progress))
         self._post(None)
 
     def failed(self, sample: Sample, error: LatentflowError) -> None:
@@ -260,8 +290,12 @@ class _Mailbox:
         """Ends the sample with an error of its caller's."""
         self._post(error)
 
-    async def get(self) -> stage_pb2.DenoiseProgress | None:
-        """The next progress; None at the end. Raises the error that failed the sample."""
+    def guidance_changed(self, change: stage_pb2.DenoiseGuidanceChanged) -> None:
+        """Another guidance peer is in effect. From the event loop."""
+        self._post(stage_pb2.DenoiseResponse(guidance=change))
+
+    async def get(self) -> stage_pb2.DenoiseResponse | None:
+        """The next event; None at the end. Raises the error that failed the sample."""
         posted = await self._queue.get()
         if isinstance(posted, LatentflowError):
             raise posted
@@ -271,17 +305,23 @@ class _Mailbox:
         self.is_stopped = True
         self._post(None)
 
-    def _post(self, item: stage_pb2.DenoiseProgress | LatentflowError | None) -> None:
+    def _post(self, item: stage_pb2.DenoiseResponse | LatentflowError | None) -> None:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
 
-async def _follow(later: AsyncIterator[stage_pb2.DenoiseRequest], sample: Sample, mailbox: _Mailbox) -> None:
+async def _follow(
+    later: AsyncIterator[stage_pb2.DenoiseRequest], sample: Sample, mailbox: _Mailbox, guidance: GuidancePeers
+) -> None:
     """Acts on the messages after the opening one."""
     try:
         async for request in later:
-            if request.WhichOneof("message") != "stop":
-                raise InvalidRequestError("Only the first message of a Denoise stream can be `open`.")
-            mailbox.stop(sample)
+            match request.WhichOneof("message"):
+                case "stop":
+                    mailbox.stop(sample)
+                case "guidance":
+                    guidance.assign(request.guidance.peer)
+                case _:
+                    raise InvalidRequestError("Only the first message of a Denoise stream can be `open`.")
     except LatentflowError as error:
         mailbox.refuse(error)
 
@@ -323,36 +363,3 @@ def _check_finite(sample: Sample, opening: stage_pb2.DenoiseOpen) -> None:
             "dtype of larger range: bfloat16 or float32.",
             reason=Reason.NOT_FINITE,
         )
-
-
-def _check_conditioning(conditioning: Conditioning, shapes: dict[str, Shape], guidance: Guidance) -> None:
-    expected = shapes | ({NEGATIVE + name: shape for name, shape in shapes.items()} if guidance.has_halves else {})
-    if missing := sorted(expected.keys() - conditioning.keys()):
-        raise InvalidRequestError(f"The conditioning lacks {', '.join(missing)}.")
-    for name, shape in expected.items():
-        found = tuple(conditioning[name].shape)
-        if len(found) != len(shape) or any(b is not None and a != b for a, b in zip(found, shape, strict=True)):
-            raise FailedPreconditionError(
-                f"The text encoder's {name} is of shape {_written(found)}, this denoiser takes {_written(shape)}; "
-                "they belong to different base models.",
-                reason=Reason.TEXT_ENCODER_MISMATCH,
-            )
-
-
-def _written(shape: Shape) -> str:
-    return f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
-
-
-def _residuals_opening(
-    opening: stage_pb2.DenoiseOpen, ref: stage_pb2.ControlNetRef, guidance: Guidance
-) -> stage_pb2.ResidualsOpen:
-    return stage_pb2.ResidualsOpen(
-        request_id=opening.request_id,
-        conditioning=opening.conditioning,
-        half=stage_pb2.GUIDANCE_HALF_BOTH if guidance.has_halves else stage_pb2.GUIDANCE_HALF_POSITIVE,
-        image=ref.image,
-        width=opening.width,
-        height=opening.height,
-        content_digest=ref.peer.content_digest,
-        scheduling=opening.scheduling,
-    )

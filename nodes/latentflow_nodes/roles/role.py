@@ -66,6 +66,12 @@ class Role(ABC):
         """Answers a request's steps in their order."""
         raise self._refusal("Residuals")
 
+    def predict_noise(
+        self, requests: AsyncIterator[stage_pb2.PredictNoiseRequest]
+    ) -> AsyncIterator[stage_pb2.PredictNoiseResponse]:
+        """Answers the steps of one guidance half in their order."""
+        raise self._refusal("PredictNoise")
+
     @staticmethod
     def _named(shapes: Mapping[str, Shape]) -> list[control_pb2.NamedShape]:
         """Shapes as a description has them."""

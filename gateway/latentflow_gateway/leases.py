@@ -1,0 +1,65 @@
+"""The tensors that a request holds at the model servers: their leases are renewed while it runs, and released when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import grpc
+from latentflow.v1 import tensors_pb2, tensors_pb2_grpc
+
+from latentflow_gateway.replicas import Replica
+
+_RENEW_SECONDS = 20.0
+_RELEASE_SECONDS = 5.0
+
+
+class Leases:
+    """The leases of one request.
+
+    Args:
+        metadata: Makes the metadata of a call.
+    """
+
+    def __init__(self, metadata: Callable[[], list[tuple[str, str]]]) -> None:
+        self._metadata = metadata
+        # Handles by id, with their owners: a draining owner may no longer be in the directory.
+        self._held: dict[bytes, tuple[tensors_pb2.Handle, Replica]] = {}
+
+    def hold(self, handles: Iterable[tensors_pb2.Handle], owner: Replica) -> None:
+        self._held.update({handle.id: (handle, owner) for handle in handles})
+
+    async def renew(self) -> None:
+        """Renews all leases again and again, until it is cancelled."""
+        while True:
+            await asyncio.sleep(_RENEW_SECONDS)
+            for (owner, boot_id), ids in self._owners().items():
+                request = tensors_pb2.RenewRequest(boot_id=boot_id, ids=ids)
+                # A lost owner is handled by the stage that reads its tensor.
+                with contextlib.suppress(grpc.RpcError):
+                    await tensors_pb2_grpc.TensorsStub(owner.channel).Renew(request, **self._call())
+
+    async def release(self) -> None:
+        """Releases all tensors."""
+        owners = self._owners()
+        self._held.clear()
+
+        async def release_of(owner: Replica, boot_id: str, ids: list[bytes]) -> None:
+            request = tensors_pb2.ReleaseRequest(boot_id=boot_id, ids=ids)
+            # Where the owner is unreachable, the leases expire.
+            with contextlib.suppress(grpc.RpcError):
+                await tensors_pb2_grpc.TensorsStub(owner.channel).Release(request, **self._call())
+
+        await asyncio.gather(*(release_of(*key, ids) for key, ids in owners.items()))
+
+    def _owners(self) -> Mapping[tuple[Replica, str], list[bytes]]:
+        """Ids of what is held, by owner and its boot id."""
+        owners: dict[tuple[Replica, str], list[bytes]] = {}
+        for handle, owner in self._held.values():
+            owners.setdefault((owner, handle.boot_id), []).append(handle.id)
+        return owners
+
+    def _call(self) -> dict[str, Any]:
+        return {"timeout": _RELEASE_SECONDS, "metadata": self._metadata()}
