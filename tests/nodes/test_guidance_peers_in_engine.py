@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from latentflow.errors import InvalidRequestError, LatentflowError, UnavailableError
+from latentflow.internal.metrics import NODE, Instruments
 from latentflow.reasons import Reason
 from latentflow_nodes.engine.guest import Guest
+from latentflow_nodes.engine.load import Load
 from latentflow_nodes.engine.member import Control
 from latentflow_nodes.engine.sample import Assignment, GuidancePeer, Sample
 from support.step_loop import Edges, Listener, Recording, alone, engine_of, finish, inputs, sample
@@ -145,6 +147,16 @@ def test_a_guest_shares_the_passes_of_the_host() -> None:
     assert_as_alone(received_own, key=2)
 
 
+def test_a_guest_whose_caller_leaves_during_a_step_harms_no_other() -> None:
+    peer = Replica(hold=True)
+    own, received = sample(2, steps=STEPS)
+    peer.engine.submit(own)
+    peer.request(step=0, timestep=1.0, sample=torch.zeros(1, 4, 8, 8)).cancel()
+    finish(peer.engine)
+    assert peer.runner.passes[0] == [100, 2]
+    assert_as_alone(received, key=2)
+
+
 def test_a_guest_without_a_step_takes_no_slot() -> None:
     peer = Replica(hold=True, max_running=1)
     own, received = sample(2, steps=STEPS)
@@ -152,6 +164,28 @@ def test_a_guest_without_a_step_takes_no_slot() -> None:
     finish(peer.engine)
     assert received.latents is not None
     assert peer.runner.passes == [[2]] * STEPS
+
+
+def test_a_guest_joins_when_it_has_left_the_queue() -> None:
+    engine = engine_of(Recording(), max_running=1, max_waiting=3)
+    own, _ = sample(2, steps=STEPS)
+    engine.submit(own)
+    guest = Guest(key=100, request_id="guest", inputs=inputs(1), latents=torch.zeros(1, 4, 1, 1), steps=9)
+    engine.submit(guest)
+    engine.step()
+    assert not guest.joined.done()
+    finish(engine)
+    assert guest.joined.done()
+
+
+def test_a_pass_of_one_half_counts_as_one_row() -> None:
+    load = Load(Instruments(NODE, model="m", role="Denoiser"))
+    one, received = with_peer(Replica())
+    engine = engine_of(Recording(), load=load)
+    engine.submit(one)
+    finish(engine)
+    assert received.latents is not None
+    assert {size.rows for size in load.state().pass_seconds} == {1}
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ class Recording(EagerRunner):
         return super().run(batch, patience=0.0)
 
 
-def engine_of(runner: Runner, *, max_running: int = 2, max_waiting: int = 1) -> Engine:
+def engine_of(runner: Runner, *, max_running: int = 2, max_waiting: int = 1, load: Load | None = None) -> Engine:
     """An engine that steps when the test calls it."""
     torch.set_num_threads(1)
     metrics = Instruments(NODE, model="m", role="Denoiser")
@@ -165,7 +165,7 @@ def engine_of(runner: Runner, *, max_running: int = 2, max_waiting: int = 1) -> 
         max_running=max_running,
         max_waiting=max_waiting,
         threads=1,
-        load=Load(metrics),
+        load=load or Load(metrics),
         metrics=metrics,
     )
 

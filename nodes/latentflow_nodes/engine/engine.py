@@ -133,6 +133,8 @@ class Engine:
         if not batch:
             return False
         started = time.perf_counter()
+        self._request()
+        size = _size(batch)
         try:
             self._run(batch)
         except SampleError as failure:
@@ -146,7 +148,8 @@ class Engine:
             else:
                 self._run_alone(batch)
         seconds = time.perf_counter() - started
-        self._load.passed(_size(batch), requests=len(batch), seconds=seconds)
+        self._load.passed(size, requests=len(batch), seconds=seconds)
+        self._await_halves(batch)
         return True
 
     def _admit(self) -> None:
@@ -157,6 +160,7 @@ class Engine:
             key = next(iter(self._queued))
             self._running[key] = self._queued.pop(key)
             self._served_at[key] = time.monotonic()
+            self._running[key].admitted()
         self._report()
 
     def _can_admit(self) -> bool:
@@ -176,14 +180,17 @@ class Engine:
         return [sample for key, sample in self._running.items() if key in chosen]
 
     @torch.inference_mode()
+    def _request(self) -> None:
+        """Requests what peers compute for the present steps. That of samples outside the next pass is computed meanwhile."""
+        for sample in self._running.values():
+            sample.residuals()
+
+    @torch.inference_mode()
     def _run(self, batch: Sequence[Member]) -> None:
         self._merge(batch[0])
         now = time.monotonic_ns()
         for sample in batch:
             sample.first_step_ns = sample.first_step_ns or now
-        for sample in self._running.values():
-            # Those of samples that wait for the next pass are computed during this one.
-            sample.residuals()
         patience = max(_LEAST_PATIENCE, _PATIENCE_PASSES * self._mean_step)
         started = time.perf_counter_ns()
         prediction = self._runner.run(batch, patience=patience)
@@ -196,7 +203,6 @@ class Engine:
             sample.forward_time += prediction.time
             sample.residuals_wait_ns += prediction.residuals_wait_ns
             self._advance(sample, noise)
-        self._await_halves(batch)
 
     @torch.inference_mode()
     def _advance(self, sample: Member, noise: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from latentflow.errors import InvalidRequestError, LatentflowError
@@ -17,15 +18,25 @@ from latentflow_nodes.engine.member import Member
 from latentflow_nodes.families.base import Residuals
 
 
+def _promise() -> Future[Any]:
+    """A future that a caller who leaves cannot cancel: the engine's thread sets it in any case."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 @dataclass(eq=False, kw_only=True)
 class Guest(Member):
     """The guest of one request.
 
     Attributes:
         steps: Steps of the request.
+        joined: Done when the guest has left the queue. The other replica sends no step before that, because it would wait
+            for the answer.
     """
 
     steps: int
+    joined: Future[None] = field(default_factory=_promise)
     _timestep: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     _noise: torch.Tensor | None = None
     # Of the step under way; None between two steps.
@@ -57,7 +68,7 @@ class Guest(Member):
                 f"Step {step} with a sample of shape {list(sample.shape)} does not belong to a request of {self.steps} steps "
                 f"with {channels} latent channels."
             )
-        answer: Future[torch.Tensor] = Future()
+        answer: Future[torch.Tensor] = _promise()
         if self._error is not None:
             answer.set_exception(self._error)
             return answer
@@ -98,6 +109,9 @@ class Guest(Member):
         self._residuals = None
         return True
 
+    def admitted(self) -> None:
+        self.joined.set_result(None)
+
     def stepped(self) -> None:
         answer, self._answer = self._answer, None
         if answer is not None and self._noise is not None:
@@ -108,6 +122,8 @@ class Guest(Member):
 
     def failed(self, error: LatentflowError) -> None:
         self._error = error
+        if not self.joined.done():
+            self.joined.set_exception(error)
         answer, self._answer = self._answer, None
         if answer is not None:
             answer.set_exception(error)

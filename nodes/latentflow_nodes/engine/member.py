@@ -103,8 +103,12 @@ class Member(ABC):
         """Does the step with the network's prediction for `model_input`. False where it is not done yet."""
 
     @abstractmethod
+    def admitted(self) -> None:
+        """The member has left the queue. As `stepped`, `finished` and `failed` called from the engine's thread."""
+
+    @abstractmethod
     def stepped(self) -> None:
-        """A step is done, and not the last one. As `finished` and `failed` called from the engine's thread."""
+        """A step is done, and not the last one."""
 
     @abstractmethod
     def finished(self) -> None:

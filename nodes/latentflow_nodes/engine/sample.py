@@ -130,10 +130,10 @@ class Sample(Member):
         return self._peer.controls if self._peer else self.controls
 
     def residuals(self) -> tuple[Future[Residuals], ...]:
-        if self._residuals is None and self.guidance.peer is not None:
-            self._peer = self.guidance.peer
+        if self._residuals is None and (peer := self.guidance.peer) is not None:
+            self._peer = peer
             # Before the residuals, which this step needs later.
-            self._negative = self._peer.source.request(
+            self._negative = peer.source.request(
                 step=self.index, timestep=float(self.timestep), sample=self.model_input()
             )
         return super().residuals()
@@ -180,6 +180,9 @@ class Sample(Member):
         self.is_late = False
         self.own_half = None
         self._peer = self._negative = self._residuals = None
+
+    def admitted(self) -> None:
+        """Progress begins with the first step."""
 
     def stepped(self) -> None:
         self.listener.stepped(self)

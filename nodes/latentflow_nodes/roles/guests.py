@@ -80,6 +80,7 @@ class Guests:
             guest.controls = await open_controls(stack, peers, opening, half=opening.half)
             self._engine.submit(guest)
             stack.callback(self._engine.cancel, guest.key)
+            await asyncio.wrap_future(guest.joined)
             yield stage_pb2.PredictNoiseResponse(opened=True)
             forward_ns = 0
             async for request in requests:
