@@ -24,6 +24,7 @@ from latentflow.v1 import generation_pb2, images_pb2, stage_pb2, stage_pb2_grpc,
 
 from latentflow_gateway import retrying
 from latentflow_gateway.leases import Leases
+from latentflow_gateway.loans import Loan, denoise_requests
 from latentflow_gateway.planning import Plan
 from latentflow_gateway.replicas import Replica, Replicas
 
@@ -239,10 +240,10 @@ class Execution:
             preview_interval=plan.preview_interval,
             scheduling=stage_pb2.Scheduling(deterministic=plan.deterministic),
         )
-        with self._replicas.borrow(plan.denoiser, beside=replica, latent=plan.latent) as peer:
-            if peer is not None:
-                opening.guidance_peer.CopyFrom(self._named(plan.denoiser, peer))
-            return await self._steps(opening, index, progress, timing, replica)
+        with self._replicas.borrow(plan.denoiser, beside=replica, latent=plan.latent) as loan:
+            if loan is not None:
+                opening.guidance_peer.CopyFrom(self._named(plan.denoiser, loan.replica))
+            return await self._steps(opening, index, progress, timing, replica, loan)
 
     async def _steps(
         self,
@@ -251,11 +252,13 @@ class Execution:
         progress: _Checkpointed,
         timing: _Timing,
         replica: Replica,
+        loan: Loan | None,
     ) -> tensors_pb2.Tensor:
-        requests = [stage_pb2.DenoiseRequest(open=opening)]
+        requests = denoise_requests(opening, loan)
         async for event in stage_pb2_grpc.StageStub(replica.channel).Denoise(requests, **self._call()):
             if event.WhichOneof("event") == "guidance":
-                self._guidance_changed(opening, event.guidance)
+                if loan is not None and event.guidance.reason:
+                    loan.lost(event.guidance.reason)
                 continue
             if event.WhichOneof("event") == "result":
                 result = event.result
@@ -305,13 +308,6 @@ class Execution:
     def _named(self, model: str, replica: Replica) -> stage_pb2.Peer:
         digest = self._replicas.descriptions[model].content_digest
         return stage_pb2.Peer(address=replica.address, model=model, content_digest=digest)
-
-    def _guidance_changed(self, opening: stage_pb2.DenoiseOpen, change: stage_pb2.DenoiseGuidanceChanged) -> None:
-        """The denoiser continues without a peer that it has lost; only the peer's health has to be checked."""
-        lost = self._replicas.find(opening.guidance_peer.address) if change.reason == Reason.PEER_UNAVAILABLE else None
-        if lost is not None:
-            _log.info("guidance peer lost", replica=lost.address, reason=change.reason)
-            lost.suspect()
 
     def _call(self) -> dict[str, Any]:
         return {"timeout": self._remaining(), "metadata": self._metadata()}

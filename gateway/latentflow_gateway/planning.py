@@ -57,7 +57,8 @@ class Plan:
     """Every setting of a request. Models are identities; `names` has them by their names in the workflow.
 
     Attributes:
-        latent: Replicas of the denoiser that may share the request's steps; 1 where its steps have no two halves.
+        latent: Replicas of the denoiser that may share the request's steps; 1 where its steps have no two halves, or the
+            denoiser's version does not share them.
     """
 
     workflow: str
@@ -187,6 +188,8 @@ def plan(
     negative = request.negative_prompt if request.HasField("negative_prompt") else defaults.negative_prompt
     stores = workflow.of_role(Role.LORA_STORE)
     guidance = Guidance(scale=guidance_scale, is_embedded=not denoiser.classifier_free_guidance).has_halves
+    # A deterministic request is computed by one replica.
+    can_have_peer = guidance and denoiser.guidance_peers and not request.deterministic
     return Plan(
         workflow=workflow.full_name,
         names=needed(workflow, request),
@@ -200,8 +203,7 @@ def plan(
         deterministic=request.deterministic,
         guidance=guidance,
         guidance_scale=guidance_scale,
-        # A deterministic request is computed by one replica.
-        latent=workflow.of_role(Role.DENOISER)[0].parallelism.latent if guidance and not request.deterministic else 1,
+        latent=workflow.of_role(Role.DENOISER)[0].parallelism.latent if can_have_peer else 1,
         width=width,
         height=height,
         scale_factor=factor,

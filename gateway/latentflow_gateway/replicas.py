@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -26,6 +25,8 @@ from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, control_pb2_grpc
 
+from latentflow_gateway.loans import Loan
+
 _log = structlog.get_logger()
 _RECONNECT_SECONDS = 0.1
 _DESCRIBE_SECONDS = 10.0
@@ -33,7 +34,12 @@ _STORE_SECONDS = 2.0
 
 
 class Replica:
-    """One server of a model."""
+    """One server of a model.
+
+    Attributes:
+        outstanding: Its own requests.
+        loans: Requests of other replicas that it is lent to.
+    """
 
     def __init__(self, *, identity: str, address: str, channel: grpc.aio.Channel) -> None:
         self.identity = identity
@@ -41,7 +47,19 @@ class Replica:
         self.channel = channel
         self.ready = False
         self.outstanding = 0
+        self.loans: set[Loan] = set()
         self._watch: Any = None
+
+    @property
+    def demand(self) -> tuple[int, int]:
+        """Requests that it computes for: those that stay, then those from which it can be taken back."""
+        revocable = sum(loan.is_revocable for loan in self.loans)
+        return self.outstanding + len(self.loans) - revocable, revocable
+
+    def take_back(self) -> None:
+        """Ends the loans that a request of its own ends."""
+        for loan in [loan for loan in self.loans if loan.is_revocable]:
+            loan.take_back()
 
     def suspect(self) -> None:
         """Counts as not ready until its health has been checked anew; for a replica that did not answer a call."""
@@ -101,9 +119,9 @@ class Replicas:
             await replica.channel.close(grace=None)
 
     def ready(self, identity: str) -> list[Replica]:
-        """Ready replicas of a model, those with the fewest outstanding requests first."""
+        """Ready replicas of a model, those with the least demand first."""
         own = [r for r in self._replicas.values() if r.identity == identity and r.ready]
-        return sorted(own, key=lambda replica: replica.outstanding)
+        return sorted(own, key=lambda replica: replica.demand)
 
     def find(self, address: str) -> Replica | None:
         """The replica at an address."""
@@ -123,26 +141,30 @@ class Replicas:
 
     @contextlib.asynccontextmanager
     async def acquire(self, identity: str, *, seconds: float, near: str | None = None) -> AsyncIterator[Replica]:
-        """As `pick`; the request counts as outstanding while entered."""
+        """As `pick`; the request counts as outstanding while entered. The replica is taken back from others' requests."""
         replica = await self.pick(identity, seconds=seconds, near=near)
         replica.outstanding += 1
+        replica.take_back()
         try:
             yield replica
         finally:
             replica.outstanding -= 1
 
     @contextlib.contextmanager
-    def borrow(self, identity: str, *, beside: Replica, latent: Latent) -> Iterator[Replica | None]:
-        """The replica that `spare` finds among the ready ones; the request counts as outstanding at it while entered."""
+    def borrow(self, identity: str, *, beside: Replica, latent: Latent) -> Iterator[Loan | None]:
+        """A loan of the replica that `spare` finds among the ready ones, which ends when it is left, if not before.
+
+        With Auto the replica is taken back when it gets a request of its own.
+        """
         peer = spare(self.ready(identity), beside=beside, latent=latent)
         if peer is None:
             yield None
             return
-        peer.outstanding += 1
+        loan = Loan(peer, is_revocable=latent == "Auto")
         try:
-            yield peer
+            yield loan
         finally:
-            peer.outstanding -= 1
+            loan.end()
 
     async def wait_ready(self, identities: Collection[str], *, seconds: float) -> None:
         """Waits until every model has a ready replica, whose description is then known.
@@ -248,13 +270,13 @@ def spare(ready: Sequence[Replica], *, beside: Replica, latent: Latent) -> Repli
     """Another replica that may share a request with `beside`; None where there is none.
 
     Args:
-        ready: Those with the fewest outstanding requests first.
-        latent: The degree of latent parallelism. 2: any other replica; Auto: one that is idle.
+        ready: Those with the least demand first.
+        latent: The degree of latent parallelism. 2: any other replica; Auto: one without demand.
     """
     if latent == 1:
         return None
-    most = 0 if latent == "Auto" else math.inf
-    return next((one for one in ready if one is not beside and one.outstanding <= most), None)
+    others = (one for one in ready if one is not beside)
+    return next((one for one in others if latent == 2 or not any(one.demand)), None)
 
 
 def _host(address: str) -> str:

@@ -44,22 +44,26 @@ def guest_of(runtime: Runtime) -> Supervised | None:
     return None
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "killed"])
-async def test_two_processes_make_diffusers_image_even_if_one_is_killed(killed: bool) -> None:
+@pytest.mark.parametrize("signum", [None, signal.SIGKILL, signal.SIGSTOP], ids=["undisturbed", "killed", "stopped"])
+async def test_two_processes_make_diffusers_image_even_if_one_is_lost(signum: signal.Signals | None) -> None:
     async with run(
         parse_workflows(FILE), model_root=MODELS, listen="127.0.0.1:0", threads=1, cores=2, log_level="WARNING"
     ) as runtime:
         await runtime.supervisor.wait_ready(240)
         async with AsyncClient(runtime.target, timeout=120) as client:
             guest: Supervised | None = None
+            stopped: int | None = None
             collector = results.Collector()
             async for event in client.stream(REQUEST.prompt, seed=REQUEST.seed):
                 collector.take(event)
                 if isinstance(event, Progress) and guest is None:
                     guest = guest_of(runtime)
-                    if killed and guest is not None:
+                    if signum is not None and guest is not None:
                         assert guest.pid is not None
-                        os.kill(guest.pid, signal.SIGKILL)
+                        os.kill(guest.pid, signum)
+                        stopped = guest.pid if signum is signal.SIGSTOP else None
+            if stopped is not None:
+                os.kill(stopped, signal.SIGCONT)
             assert guest is not None
             result = collector.result()
             _, expected = reference(SHAPES, REQUEST)

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latentflow import AsyncClient
+from latentflow import AsyncClient, Progress, results
 from latentflow.api import Role
 from latentflow.api.types import DiffusionWorkflow, Latent
+from latentflow_gateway.loans import Loan
 from latentflow_gateway.replicas import Replica, spare
 from support.packs import SHAPES
 from support.reference import reference
 from support.scraping import value
-from support.serving import PROMPT, WORKFLOW, served
+from support.serving import PROMPT, WORKFLOW, Served, served
 from support.stack import Request
 
 
@@ -26,6 +27,11 @@ def workflow(latent: Latent) -> DiffusionWorkflow:
     return DiffusionWorkflow.model_validate(document)
 
 
+def counted(servers: Served, name: str, **labels: str) -> float:
+    """A metric, summed over the model servers."""
+    return sum(value(f"127.0.0.1:{node.metrics_port}", name, **labels) for node in servers.nodes)
+
+
 async def generated(folder: Path, latent: Latent, *, denoisers: int = 2, **arguments: Any) -> tuple[Any, float]:
     """The image of a request, and how many guidance halves the denoisers have computed for each other."""
     async with (
@@ -34,11 +40,7 @@ async def generated(folder: Path, latent: Latent, *, denoisers: int = 2, **argum
     ):
         request = {"seed": 7, "steps": 20, "guidance_scale": 5.0, "width": 64, "height": 64}
         result = await client.generate(PROMPT, **(request | arguments))
-        halves = sum(
-            value(f"127.0.0.1:{node.metrics_port}", "latentflow_requests_started_total", call="PredictNoise")
-            for node in servers.nodes
-        )
-        return result.image, halves
+        return result.image, counted(servers, "latentflow_requests_started_total", call="PredictNoise")
 
 
 @pytest.mark.parametrize("latent", [2, "Auto"])
@@ -61,20 +63,57 @@ async def test_a_request_without_a_second_half_or_replica_runs_on_one(
     assert halves == 0
 
 
-def replica(outstanding: int) -> Replica:
+async def test_a_peer_is_taken_back_when_it_gets_a_request_of_its_own(tmp_path: Path) -> None:
+    async with (
+        served(tmp_path, workflow=workflow("Auto"), denoisers=2) as servers,
+        AsyncClient(servers.gateway.address) as client,
+    ):
+        request: dict[str, Any] = {"guidance_scale": 5.0, "width": 64, "height": 64}
+        collector, running = results.Collector(), 0.0
+        async for event in client.stream(PROMPT, seed=7, steps=200, **request):
+            collector.take(event)
+            started = counted(servers, "latentflow_requests_started_total", call="PredictNoise")
+            if isinstance(event, Progress) and started == 1 and not running:
+                await client.generate(PROMPT, seed=8, steps=2, **request)
+                running = counted(servers, "latentflow_in_flight")
+        # The first request, without its guest.
+        assert running == 1
+        assert counted(servers, "latentflow_requests_started_total", call="PredictNoise") == 1
+        _, expected = reference(SHAPES, Request(prompt=PROMPT, steps=200))
+        image = collector.result().image
+        assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+def replica(outstanding: int, *loans: bool) -> Replica:
+    """A replica with requests of its own, and with loans that are revocable or not."""
     one = Replica(identity="m", address="a:1", channel=None)  # type: ignore[arg-type]
     one.outstanding = outstanding
+    for is_revocable in loans:
+        Loan(one, is_revocable=is_revocable)
     return one
 
 
 @pytest.mark.parametrize(
-    ("latent", "outstanding", "found"),
-    [(1, [0], None), (2, [], None), (2, [3, 4], 0), ("Auto", [0, 1], 0), ("Auto", [1, 2], None)],
+    ("latent", "others", "found"),
+    [
+        (1, [replica(0)], None),
+        (2, [], None),
+        (2, [replica(3), replica(4)], 0),
+        ("Auto", [replica(0), replica(1)], 0),
+        ("Auto", [replica(1), replica(2)], None),
+        ("Auto", [replica(0, True), replica(0, False)], None),
+    ],
 )
 def test_only_the_degree_two_takes_a_replica_that_is_busy(
-    latent: Latent, outstanding: list[int], found: int | None
+    latent: Latent, others: list[Replica], found: int | None
 ) -> None:
     own = replica(1)
-    others = [replica(count) for count in outstanding]
     expected = None if found is None else others[found]
     assert spare([own, *others], beside=own, latent=latent) is expected
+
+
+def test_a_request_of_its_own_ends_only_the_loans_that_are_revocable() -> None:
+    one = replica(0, True, False)
+    assert one.demand == (1, 1)
+    one.take_back()
+    assert one.demand == (1, 0)

@@ -16,7 +16,7 @@ from latentflow.api.types import Engine
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
 from latentflow.internal.status import error_from
 from latentflow.reasons import Reason
-from latentflow.v1 import stage_pb2
+from latentflow.v1 import stage_pb2, stage_pb2_grpc
 from latentflow_nodes.engine.samplers import SAMPLERS
 from latentflow_nodes.server import serve
 from latentflow_nodes.settings import NodeSettings
@@ -73,11 +73,13 @@ def steps_of(stack: Stack, name: str) -> int:
     return round(value(f"127.0.0.1:{stack.nodes[name].metrics_port}", "latentflow_step_seconds_count"))
 
 
-async def with_peer(stack: Stack, request: Request, peer: stage_pb2.Peer | None = None) -> tuple[Any, Events]:
+async def with_peer(
+    stack: Stack, request: Request, peer: stage_pb2.Peer | None = None, *, seconds: float = SECONDS
+) -> tuple[Any, Events]:
     """A Denoise call with a guidance peer."""
     opening = await stack.denoise_open(request)
     opening.guidance_peer.CopyFrom(stack.peer("peer") if peer is None else peer)
-    call = stack.stage("base").Denoise(timeout=SECONDS)
+    call = stack.stage("base").Denoise(timeout=seconds)
     await call.write(stage_pb2.DenoiseRequest(open=opening))
     return call, Events()
 
@@ -147,7 +149,7 @@ async def test_a_peer_is_given_and_taken_back_while_the_request_runs(pair: Stack
     await assert_equal(pair, SHAPES, request, events)
 
 
-async def test_a_request_whose_peer_stops_goes_on_alone(pair: Stack) -> None:
+async def test_a_request_whose_peer_stops_continues_alone(pair: Stack) -> None:
     request = Request(steps=200)
     settings = NodeSettings(role="Denoiser", uri="shapes", model_root=MODELS, engine=Engine(threads=1))
     async with serve(settings) as other:
@@ -180,10 +182,72 @@ async def test_a_peer_with_other_weights_is_not_used(pair: Stack, tmp_path: Path
     await assert_equal(pair, SHAPES, request, events)
 
 
-async def test_a_request_that_is_cancelled_leaves_its_peer(pair: Stack) -> None:
-    call, events = await with_peer(pair, Request(steps=1000))
+async def test_a_peer_that_drains_ends_its_guests_and_their_requests_continue(pair: Stack) -> None:
+    request = Request(steps=400)
+    settings = NodeSettings(role="Denoiser", uri="shapes", model_root=MODELS, engine=Engine(threads=1))
+    async with serve(settings) as other:
+        call, events = await with_peer(pair, request, stage_pb2.Peer(address=other.address))
+        await events.until_change(call)
+        await other.drain(SECONDS)
+        assert pair.nodes["base"].context.load.state().running == 1
+        await events.rest(call)
+    assert events.peers == [other.address, ""]
+    await assert_equal(pair, SHAPES, request, events)
+
+
+class Silent(stage_pb2_grpc.StageServicer):
+    """A denoiser that accepts guests and never answers a step.
+
+    Attributes:
+        seconds_left: Until the deadline of the last call.
+    """
+
+    seconds_left: float | None = None
+
+    async def PredictNoise(  # noqa: N802
+        self, requests: Any, context: Any
+    ) -> AsyncIterator[stage_pb2.PredictNoiseResponse]:
+        self.seconds_left = context.time_remaining()
+        yield stage_pb2.PredictNoiseResponse(opened=True)
+        await asyncio.Event().wait()
+
+
+async def test_a_request_whose_peer_never_answers_continues_alone(pair: Stack) -> None:
+    silent, server = Silent(), grpc.aio.server()
+    stage_pb2_grpc.add_StageServicer_to_server(silent, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        call, events = await with_peer(pair, Request(steps=200), stage_pb2.Peer(address=address))
+        await events.rest(call)
+    finally:
+        await server.stop(None)
+    assert events.peers == [address, ""]
+    assert events.reasons == ["", Reason.PEER_UNAVAILABLE]
+    # The stream has the deadline of the request.
+    assert silent.seconds_left is not None
+    assert silent.seconds_left < 2 * SECONDS
+    await assert_equal(pair, SHAPES, Request(steps=200), events)
+
+
+async def test_requests_with_and_without_a_peer_share_both_replicas(pair: Stack) -> None:
+    requests = [Request(seed=seed, steps=40, loras=[("neon", 0.7)] * (seed % 2)) for seed in range(4)]
+    plain = [pair.denoising(await pair.denoise_open(request)) for request in requests[:2]]
+    calls = [(call, Events()) for call in plain]
+    calls += [await with_peer(pair, request) for request in requests[2:]]
+    await asyncio.gather(*(events.rest(call) for call, events in calls))
+    for request, (_, events) in zip(requests, calls, strict=True):
+        await assert_equal(pair, SHAPES, request, events)
+
+
+@pytest.mark.parametrize("seconds", [None, 3.0], ids=["cancelled", "deadline"])
+async def test_a_request_that_ends_early_leaves_its_peer(pair: Stack, seconds: float | None) -> None:
+    call, events = await with_peer(pair, Request(steps=1000, side=256), seconds=seconds or SECONDS)
     await events.until_change(call)
-    call.cancel()
+    if seconds is None:
+        call.cancel()
+    else:
+        assert (await refused(call)).reason == Reason.DEADLINE_EXCEEDED
     peer = pair.nodes["peer"]
     async with asyncio.timeout(SECONDS):
         async for state in peer.context.load.watch():

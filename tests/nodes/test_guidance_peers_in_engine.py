@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from itertools import product
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from latentflow.errors import InvalidRequestError, LatentflowError, UnavailableError
+from latentflow.errors import InvalidRequestError, LatentflowError, OverloadedError, UnavailableError
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.reasons import Reason
+from latentflow_nodes.engine import engine as engine_module
 from latentflow_nodes.engine.guest import Guest
 from latentflow_nodes.engine.load import Load
 from latentflow_nodes.engine.member import Control
@@ -166,16 +168,33 @@ def test_a_guest_without_a_step_takes_no_slot() -> None:
     assert peer.runner.passes == [[2]] * STEPS
 
 
-def test_a_guest_joins_when_it_has_left_the_queue() -> None:
-    engine = engine_of(Recording(), max_running=1, max_waiting=3)
-    own, _ = sample(2, steps=STEPS)
-    engine.submit(own)
-    guest = Guest(key=100, request_id="guest", inputs=inputs(1), latents=torch.zeros(1, 4, 1, 1), steps=9)
-    engine.submit(guest)
-    engine.step()
-    assert not guest.joined.done()
-    finish(engine)
-    assert guest.joined.done()
+def guest(key: int) -> Guest:
+    return Guest(key=key, request_id="guest", inputs=inputs(1), latents=torch.zeros(1, 4, 1, 1), steps=STEPS)
+
+
+def test_a_guest_is_refused_where_all_slots_are_taken() -> None:
+    engine = engine_of(Recording(), max_running=2, max_waiting=3)
+    engine.submit(guest(100))
+    engine.submit(sample(1)[0])
+    with pytest.raises(OverloadedError):
+        engine.submit(guest(101))
+
+
+def test_guests_take_no_place_in_the_queue() -> None:
+    engine = engine_of(Recording(), max_running=2, max_waiting=1)
+    for key in (100, 101):
+        engine.submit(guest(key))
+    for key in (1, 2, 3):
+        engine.submit(sample(key)[0])
+    with pytest.raises(OverloadedError):
+        engine.submit(sample(4)[0])
+
+
+def test_a_guest_repeats_no_step() -> None:
+    peer = Replica()
+    peer.request(step=3, timestep=1.0, sample=torch.zeros(1, 4, 8, 8))
+    with pytest.raises(InvalidRequestError):
+        peer.request(step=3, timestep=1.0, sample=torch.zeros(1, 4, 8, 8))
 
 
 def test_a_pass_of_one_half_counts_as_one_row() -> None:
@@ -209,7 +228,7 @@ def test_a_sample_whose_peer_fails_computes_the_same_step_alone(
     assert peer.given_up.reason == reason
 
 
-def test_a_sample_whose_peer_is_late_sits_out_and_then_goes_on_alone() -> None:
+def test_a_sample_whose_peer_is_late_sits_out_and_then_continues_alone() -> None:
     peer, runner = Replica(hold=True), Recording()
     engine = engine_of(runner)
     late, received = with_peer(peer)
@@ -224,6 +243,41 @@ def test_a_sample_whose_peer_is_late_sits_out_and_then_goes_on_alone() -> None:
     assert_as_alone(received)
     assert peer.given_up is not None
     assert "did not answer step 1" in peer.given_up.message
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["late", "lost"])
+def test_a_peer_that_fails_after_late_residuals_is_given_up(is_lost: bool) -> None:
+    gone = UnavailableError("gone", reason=Reason.PEER_UNAVAILABLE)
+    peer = Answering(gone) if is_lost else Replica(hold=True)
+    edges, own = Edges(hold=True), (Control(source=Edges(), scale=1.0),)
+    engine = engine_of(Recording())
+    assignment = Assignment(peer=GuidancePeer(source=peer, controls=(Control(source=edges, scale=1.0),)))
+    one, received = sample(1, steps=STEPS, controls=own, assignment=assignment)
+    engine.submit(one)
+    engine.step()
+    assert one.is_late
+    edges.send()
+    engine.step()
+    one.requested_at -= 60
+    for _ in range(STEPS + 1):
+        engine.step()
+    assert_as_alone(received, controls=own)
+    assert peer.given_up is not None
+
+
+def test_the_wait_for_a_half_ends_when_another_request_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Days, if nothing ends the wait.
+    monkeypatch.setattr(engine_module, "_HALF_PASSES", 1e9)
+    peer = Replica(hold=True)
+    engine = engine_of(Recording())
+    first, received = with_peer(peer)
+    engine.submit(first)
+    arrive = threading.Timer(0.0, lambda: engine.submit(sample(2, steps=STEPS)[0]))
+    arrive.start()
+    engine.step()
+    arrive.join()
+    assert (first.index, received.error) == (0, None)
+    assert first.own_half is not None
 
 
 def test_a_late_half_ends_the_step_without_another_pass() -> None:

@@ -256,7 +256,8 @@ class Parallelism(Typed):
     latent: Latent = Field(
         default=1,
         description="Replicas that share one request's steps, of a Denoiser: 1, 2 for the two halves of guidance, or Auto for "
-        "2 where another replica is idle. A request that finds no other ready replica runs on one.",
+        "2 where another replica is idle, and only until that one gets a request of its own. A request that finds no other "
+        "ready replica runs on one.",
     )
     tensor: Literal["Auto"] | Annotated[int, Field(ge=1, le=16)] = field(
         default=1,

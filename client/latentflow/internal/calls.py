@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import math
 import secrets
 import time
@@ -27,6 +28,14 @@ from latentflow.reasons import Reason
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _log = structlog.get_logger()
+# Of the call that the present task serves.
+_deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline", default=math.inf)
+
+
+def remaining() -> float | None:
+    """Seconds until the deadline of the call that the present task serves, at least 0; None where it has none."""
+    deadline = _deadline.get()
+    return None if deadline == math.inf else max(0.0, deadline - asyncio.get_running_loop().time())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +144,7 @@ async def accounted(
     if call.request_id:
         bound["request_id"] = call.request_id
     structlog.contextvars.bind_contextvars(**bound)
+    _deadline.set(call.deadline)
     code, reason, admitted = grpc.StatusCode.OK, "", False
     try:
         with accounting.running.admitted() if accounting.running is not None else contextlib.nullcontext():

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blatentflow/v1/control.proto\x12\rlatentflow.v1\x1a\x1egoogle/protobuf/duration.proto\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\")\n\nNamedShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\"*\n\x14TokenizerDescription\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\"\x9e\x01\n\x16TextEncoderDescription\x12\x37\n\ntokenizers\x18\x01 \x03(\x0b\x32#.latentflow.v1.TokenizerDescription\x12/\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32\x19.latentflow.v1.NamedShape\x12\x1a\n\x12\x61\x64\x61pter_components\x18\x03 \x03(\t\"\xaf\x01\n\x13\x44\x65noiserDescription\x12\x17\n\x0flatent_channels\x18\x01 \x01(\r\x12/\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32\x19.latentflow.v1.NamedShape\x12\x10\n\x08samplers\x18\x03 \x03(\t\x12 \n\x18\x63lassifier_free_guidance\x18\x04 \x01(\x08\x12\x1a\n\x12\x61\x64\x61pter_components\x18\x05 \x03(\t\"G\n\x0eNetDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0f\n\x07problem\x18\x03 \x01(\t\"\x8e\x01\n\x15\x43ontrolNetDescription\x12\x17\n\x0flatent_channels\x18\x01 \x01(\r\x12/\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32\x19.latentflow.v1.NamedShape\x12+\n\x04nets\x18\x03 \x03(\x0b\x32\x1d.latentflow.v1.NetDescription\"e\n\x12\x41\x64\x61pterDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncomponents\x18\x02 \x03(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0f\n\x07problem\x18\x05 \x01(\t\"K\n\x14LoRAStoreDescription\x12\x33\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32!.latentflow.v1.AdapterDescription\"?\n\x0eVAEDescription\x12\x14\n\x0cscale_factor\x18\x01 \x01(\r\x12\x17\n\x0flatent_channels\x18\x02 \x01(\r\"\xb6\x01\n\x06\x44\x65vice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\x15\n\rweights_bytes\x18\x07 \x01(\x04\x12\x18\n\x10\x61wake_peak_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x61sleep_bytes\x18\t \x01(\x04\"\xb0\x04\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.latentflow.v1.Role\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x04 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x13\n\x0bmax_running\x18\x08 \x01(\r\x12\x12\n\nmax_queued\x18\t \x01(\r\x12\r\n\x05\x64type\x18\n \x01(\t\x12&\n\x07\x64\x65vices\x18\x0b \x03(\x0b\x32\x15.latentflow.v1.Device\x12=\n\x0ctext_encoder\x18\x14 \x01(\x0b\x32%.latentflow.v1.TextEncoderDescriptionH\x00\x12\x36\n\x08\x64\x65noiser\x18\x15 \x01(\x0b\x32\".latentflow.v1.DenoiserDescriptionH\x00\x12;\n\x0b\x63ontrol_net\x18\x16 \x01(\x0b\x32$.latentflow.v1.ControlNetDescriptionH\x00\x12\x39\n\nlora_store\x18\x17 \x01(\x0b\x32#.latentflow.v1.LoRAStoreDescriptionH\x00\x12,\n\x03vae\x18\x18 \x01(\x0b\x32\x1d.latentflow.v1.VAEDescriptionH\x00\x42\t\n\x07\x64\x65tails\"\x12\n\x10WatchLoadRequest\"H\n\x08PassTime\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\xd9\x01\n\x11WatchLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12+\n\npass_times\x18\x03 \x03(\x0b\x32\x17.latentflow.v1.PassTime\x12\r\n\x05\x61wake\x18\x04 \x01(\x08\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x07 \x03(\t\x12\x0c\n\x04nets\x18\x08 \x03(\t\x12&\n\x07\x64\x65vices\x18\t \x03(\x0b\x32\x15.latentflow.v1.Device\"G\n\x0cSleepRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12(\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"d\n\rSleepResponse\x12&\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x15.latentflow.v1.Device\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1c\n\x0bWakeRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"c\n\x0cWakeResponse\x12&\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x15.latentflow.v1.Device\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0f\n\rDrainResponse*\x7f\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11ROLE_TEXT_ENCODER\x10\x01\x12\x11\n\rROLE_DENOISER\x10\x02\x12\x14\n\x10ROLE_CONTROL_NET\x10\x03\x12\x13\n\x0fROLE_LORA_STORE\x10\x04\x12\x0c\n\x08ROLE_VAE\x10\x05\x32\xf1\x02\n\x07\x43ontrol\x12K\n\x08\x44\x65scribe\x12\x1e.latentflow.v1.DescribeRequest\x1a\x1f.latentflow.v1.DescribeResponse\x12P\n\tWatchLoad\x12\x1f.latentflow.v1.WatchLoadRequest\x1a .latentflow.v1.WatchLoadResponse0\x01\x12\x42\n\x05Sleep\x12\x1b.latentflow.v1.SleepRequest\x1a\x1c.latentflow.v1.SleepResponse\x12?\n\x04Wake\x12\x1a.latentflow.v1.WakeRequest\x1a\x1b.latentflow.v1.WakeResponse\x12\x42\n\x05\x44rain\x12\x1b.latentflow.v1.DrainRequest\x1a\x1c.latentflow.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blatentflow/v1/control.proto\x12\rlatentflow.v1\x1a\x1egoogle/protobuf/duration.proto\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\")\n\nNamedShape\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\"*\n\x14TokenizerDescription\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\"\x9e\x01\n\x16TextEncoderDescription\x12\x37\n\ntokenizers\x18\x01 \x03(\x0b\x32#.latentflow.v1.TokenizerDescription\x12/\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32\x19.latentflow.v1.NamedShape\x12\x1a\n\x12\x61\x64\x61pter_components\x18\x03 \x03(\t\"\xc7\x01\n\x13\x44\x65noiserDescription\x12\x17\n\x0flatent_channels\x18\x01 \x01(\r\x12/\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32\x19.latentflow.v1.NamedShape\x12\x10\n\x08samplers\x18\x03 \x03(\t\x12 \n\x18\x63lassifier_free_guidance\x18\x04 \x01(\x08\x12\x1a\n\x12\x61\x64\x61pter_components\x18\x05 \x03(\t\x12\x16\n\x0eguidance_peers\x18\x06 \x01(\x08\"G\n\x0eNetDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0f\n\x07problem\x18\x03 \x01(\t\"\x8e\x01\n\x15\x43ontrolNetDescription\x12\x17\n\x0flatent_channels\x18\x01 \x01(\r\x12/\n\x0c\x63onditioning\x18\x02 \x03(\x0b\x32\x19.latentflow.v1.NamedShape\x12+\n\x04nets\x18\x03 \x03(\x0b\x32\x1d.latentflow.v1.NetDescription\"e\n\x12\x41\x64\x61pterDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\ncomponents\x18\x02 \x03(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x0f\n\x07problem\x18\x05 \x01(\t\"K\n\x14LoRAStoreDescription\x12\x33\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32!.latentflow.v1.AdapterDescription\"?\n\x0eVAEDescription\x12\x14\n\x0cscale_factor\x18\x01 \x01(\r\x12\x17\n\x0flatent_channels\x18\x02 \x01(\r\"\xb6\x01\n\x06\x44\x65vice\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x12\n\nused_bytes\x18\x06 \x01(\x04\x12\x15\n\rweights_bytes\x18\x07 \x01(\x04\x12\x18\n\x10\x61wake_peak_bytes\x18\x08 \x01(\x04\x12\x14\n\x0c\x61sleep_bytes\x18\t \x01(\x04\"\xb0\x04\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12!\n\x04role\x18\x02 \x01(\x0e\x32\x13.latentflow.v1.Role\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x04 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0f\n\x07version\x18\x07 \x01(\t\x12\x13\n\x0bmax_running\x18\x08 \x01(\r\x12\x12\n\nmax_queued\x18\t \x01(\r\x12\r\n\x05\x64type\x18\n \x01(\t\x12&\n\x07\x64\x65vices\x18\x0b \x03(\x0b\x32\x15.latentflow.v1.Device\x12=\n\x0ctext_encoder\x18\x14 \x01(\x0b\x32%.latentflow.v1.TextEncoderDescriptionH\x00\x12\x36\n\x08\x64\x65noiser\x18\x15 \x01(\x0b\x32\".latentflow.v1.DenoiserDescriptionH\x00\x12;\n\x0b\x63ontrol_net\x18\x16 \x01(\x0b\x32$.latentflow.v1.ControlNetDescriptionH\x00\x12\x39\n\nlora_store\x18\x17 \x01(\x0b\x32#.latentflow.v1.LoRAStoreDescriptionH\x00\x12,\n\x03vae\x18\x18 \x01(\x0b\x32\x1d.latentflow.v1.VAEDescriptionH\x00\x42\t\n\x07\x64\x65tails\"\x12\n\x10WatchLoadRequest\"H\n\x08PassTime\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\xd9\x01\n\x11WatchLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0e\n\x06queued\x18\x02 \x01(\r\x12+\n\npass_times\x18\x03 \x03(\x0b\x32\x17.latentflow.v1.PassTime\x12\r\n\x05\x61wake\x18\x04 \x01(\x08\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x07 \x03(\t\x12\x0c\n\x04nets\x18\x08 \x03(\t\x12&\n\x07\x64\x65vices\x18\t \x03(\x0b\x32\x15.latentflow.v1.Device\"G\n\x0cSleepRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12(\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"d\n\rSleepResponse\x12&\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x15.latentflow.v1.Device\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x1c\n\x0bWakeRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"c\n\x0cWakeResponse\x12&\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x15.latentflow.v1.Device\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"8\n\x0c\x44rainRequest\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0f\n\rDrainResponse*\x7f\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11ROLE_TEXT_ENCODER\x10\x01\x12\x11\n\rROLE_DENOISER\x10\x02\x12\x14\n\x10ROLE_CONTROL_NET\x10\x03\x12\x13\n\x0fROLE_LORA_STORE\x10\x04\x12\x0c\n\x08ROLE_VAE\x10\x05\x32\xf1\x02\n\x07\x43ontrol\x12K\n\x08\x44\x65scribe\x12\x1e.latentflow.v1.DescribeRequest\x1a\x1f.latentflow.v1.DescribeResponse\x12P\n\tWatchLoad\x12\x1f.latentflow.v1.WatchLoadRequest\x1a .latentflow.v1.WatchLoadResponse0\x01\x12\x42\n\x05Sleep\x12\x1b.latentflow.v1.SleepRequest\x1a\x1c.latentflow.v1.SleepResponse\x12?\n\x04Wake\x12\x1a.latentflow.v1.WakeRequest\x1a\x1b.latentflow.v1.WakeResponse\x12\x42\n\x05\x44rain\x12\x1b.latentflow.v1.DrainRequest\x1a\x1c.latentflow.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'latentflow.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2455
-  _globals['_ROLE']._serialized_end=2582
+  _globals['_ROLE']._serialized_start=2479
+  _globals['_ROLE']._serialized_end=2606
   _globals['_DESCRIBEREQUEST']._serialized_start=78
   _globals['_DESCRIBEREQUEST']._serialized_end=121
   _globals['_NAMEDSHAPE']._serialized_start=123
@@ -43,39 +43,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TEXTENCODERDESCRIPTION']._serialized_start=211
   _globals['_TEXTENCODERDESCRIPTION']._serialized_end=369
   _globals['_DENOISERDESCRIPTION']._serialized_start=372
-  _globals['_DENOISERDESCRIPTION']._serialized_end=547
-  _globals['_NETDESCRIPTION']._serialized_start=549
-  _globals['_NETDESCRIPTION']._serialized_end=620
-  _globals['_CONTROLNETDESCRIPTION']._serialized_start=623
-  _globals['_CONTROLNETDESCRIPTION']._serialized_end=765
-  _globals['_ADAPTERDESCRIPTION']._serialized_start=767
-  _globals['_ADAPTERDESCRIPTION']._serialized_end=868
-  _globals['_LORASTOREDESCRIPTION']._serialized_start=870
-  _globals['_LORASTOREDESCRIPTION']._serialized_end=945
-  _globals['_VAEDESCRIPTION']._serialized_start=947
-  _globals['_VAEDESCRIPTION']._serialized_end=1010
-  _globals['_DEVICE']._serialized_start=1013
-  _globals['_DEVICE']._serialized_end=1195
-  _globals['_DESCRIBERESPONSE']._serialized_start=1198
-  _globals['_DESCRIBERESPONSE']._serialized_end=1758
-  _globals['_WATCHLOADREQUEST']._serialized_start=1760
-  _globals['_WATCHLOADREQUEST']._serialized_end=1778
-  _globals['_PASSTIME']._serialized_start=1780
-  _globals['_PASSTIME']._serialized_end=1852
-  _globals['_WATCHLOADRESPONSE']._serialized_start=1855
-  _globals['_WATCHLOADRESPONSE']._serialized_end=2072
-  _globals['_SLEEPREQUEST']._serialized_start=2074
-  _globals['_SLEEPREQUEST']._serialized_end=2145
-  _globals['_SLEEPRESPONSE']._serialized_start=2147
-  _globals['_SLEEPRESPONSE']._serialized_end=2247
-  _globals['_WAKEREQUEST']._serialized_start=2249
-  _globals['_WAKEREQUEST']._serialized_end=2277
-  _globals['_WAKERESPONSE']._serialized_start=2279
-  _globals['_WAKERESPONSE']._serialized_end=2378
-  _globals['_DRAINREQUEST']._serialized_start=2380
-  _globals['_DRAINREQUEST']._serialized_end=2436
-  _globals['_DRAINRESPONSE']._serialized_start=2438
-  _globals['_DRAINRESPONSE']._serialized_end=2453
-  _globals['_CONTROL']._serialized_start=2585
-  _globals['_CONTROL']._serialized_end=2954
+  _globals['_DENOISERDESCRIPTION']._serialized_end=571
+  _globals['_NETDESCRIPTION']._serialized_start=573
+  _globals['_NETDESCRIPTION']._serialized_end=644
+  _globals['_CONTROLNETDESCRIPTION']._serialized_start=647
+  _globals['_CONTROLNETDESCRIPTION']._serialized_end=789
+  _globals['_ADAPTERDESCRIPTION']._serialized_start=791
+  _globals['_ADAPTERDESCRIPTION']._serialized_end=892
+  _globals['_LORASTOREDESCRIPTION']._serialized_start=894
+  _globals['_LORASTOREDESCRIPTION']._serialized_end=969
+  _globals['_VAEDESCRIPTION']._serialized_start=971
+  _globals['_VAEDESCRIPTION']._serialized_end=1034
+  _globals['_DEVICE']._serialized_start=1037
+  _globals['_DEVICE']._serialized_end=1219
+  _globals['_DESCRIBERESPONSE']._serialized_start=1222
+  _globals['_DESCRIBERESPONSE']._serialized_end=1782
+  _globals['_WATCHLOADREQUEST']._serialized_start=1784
+  _globals['_WATCHLOADREQUEST']._serialized_end=1802
+  _globals['_PASSTIME']._serialized_start=1804
+  _globals['_PASSTIME']._serialized_end=1876
+  _globals['_WATCHLOADRESPONSE']._serialized_start=1879
+  _globals['_WATCHLOADRESPONSE']._serialized_end=2096
+  _globals['_SLEEPREQUEST']._serialized_start=2098
+  _globals['_SLEEPREQUEST']._serialized_end=2169
+  _globals['_SLEEPRESPONSE']._serialized_start=2171
+  _globals['_SLEEPRESPONSE']._serialized_end=2271
+  _globals['_WAKEREQUEST']._serialized_start=2273
+  _globals['_WAKEREQUEST']._serialized_end=2301
+  _globals['_WAKERESPONSE']._serialized_start=2303
+  _globals['_WAKERESPONSE']._serialized_end=2402
+  _globals['_DRAINREQUEST']._serialized_start=2404
+  _globals['_DRAINREQUEST']._serialized_end=2460
+  _globals['_DRAINRESPONSE']._serialized_start=2462
+  _globals['_DRAINRESPONSE']._serialized_end=2477
+  _globals['_CONTROL']._serialized_start=2609
+  _globals['_CONTROL']._serialized_end=2978
 # @@protoc_insertion_point(module_scope)

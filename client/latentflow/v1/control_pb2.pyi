@@ -56,18 +56,20 @@ class TextEncoderDescription(_message.Message):
     def __init__(self, tokenizers: _Optional[_Iterable[_Union[TokenizerDescription, _Mapping]]] = ..., conditioning: _Optional[_Iterable[_Union[NamedShape, _Mapping]]] = ..., adapter_components: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DenoiserDescription(_message.Message):
-    __slots__ = ("latent_channels", "conditioning", "samplers", "classifier_free_guidance", "adapter_components")
+    __slots__ = ("latent_channels", "conditioning", "samplers", "classifier_free_guidance", "adapter_components", "guidance_peers")
     LATENT_CHANNELS_FIELD_NUMBER: _ClassVar[int]
     CONDITIONING_FIELD_NUMBER: _ClassVar[int]
     SAMPLERS_FIELD_NUMBER: _ClassVar[int]
     CLASSIFIER_FREE_GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_COMPONENTS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_PEERS_FIELD_NUMBER: _ClassVar[int]
     latent_channels: int
     conditioning: _containers.RepeatedCompositeFieldContainer[NamedShape]
     samplers: _containers.RepeatedScalarFieldContainer[str]
     classifier_free_guidance: bool
     adapter_components: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, latent_channels: _Optional[int] = ..., conditioning: _Optional[_Iterable[_Union[NamedShape, _Mapping]]] = ..., samplers: _Optional[_Iterable[str]] = ..., classifier_free_guidance: _Optional[bool] = ..., adapter_components: _Optional[_Iterable[str]] = ...) -> None: ...
+    guidance_peers: bool
+    def __init__(self, latent_channels: _Optional[int] = ..., conditioning: _Optional[_Iterable[_Union[NamedShape, _Mapping]]] = ..., samplers: _Optional[_Iterable[str]] = ..., classifier_free_guidance: _Optional[bool] = ..., adapter_components: _Optional[_Iterable[str]] = ..., guidance_peers: _Optional[bool] = ...) -> None: ...
 
 class NetDescription(_message.Message):
     __slots__ = ("name", "content_digest", "problem")

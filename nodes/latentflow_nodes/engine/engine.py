@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Hashable, Sequence
-from concurrent.futures import wait
+from collections.abc import Collection, Hashable, Sequence
 
 import structlog
 import torch
@@ -36,12 +35,12 @@ _PATIENCE_PASSES = 4.0
 _LEAST_PATIENCE = 0.5
 # A ControlNet that sends nothing for so long is considered dead; the gateway retries the request elsewhere.
 _RESIDUAL_SECONDS = 60.0
-# How long the step loop waits for guidance peers after a pass. A sample whose peer is later than that misses passes, so
-# that it does not delay others; the peer computes as long as the pass took, and the transfer is short.
+# How long the step loop waits for all guidance peers of a pass, so that its samples share the next one too.
 _HALF_PASSES = 0.5
-# When a sample gives its guidance peer up and computes both halves itself: a multiple of the usual pass, and at least so
-# long as a peer may take to merge a request's adapters.
+# When a sample gives its guidance peer up and computes both halves itself: multiples of the usual pass and of a merge, which
+# the peer may have to do first.
 _HALF_LIMIT_PASSES = 8.0
+_HALF_LIMIT_MERGES = 4.0
 _LEAST_HALF_SECONDS = 2.0
 
 
@@ -100,9 +99,12 @@ class Engine:
         self._thread.join()
 
     def submit(self, sample: Member) -> None:
-        """Queues a sample. OverloadedError when the queue is full."""
+        """Queues a sample. OverloadedError when the queue is full; for a guest, when all slots are taken."""
         with self._changed:
-            if len(self._queued) + len(self._running) >= self._max_waiting + self._max_running:
+            members = [*self._queued.values(), *self._running.values()]
+            own = sum(not member.is_guest for member in members)
+            is_full = own >= self._max_waiting + self._max_running
+            if is_full or (sample.is_guest and len(members) >= self._max_running):
                 raise queue_full(
                     queued=len(self._queued), limit=self._max_waiting, seconds_each=self._mean_step * sample.total
                 )
@@ -160,7 +162,6 @@ class Engine:
             key = next(iter(self._queued))
             self._running[key] = self._queued.pop(key)
             self._served_at[key] = time.monotonic()
-            self._running[key].admitted()
         self._report()
 
     def _can_admit(self) -> bool:
@@ -215,15 +216,19 @@ class Engine:
                 self._deliver(sample)
 
     def _await_halves(self, batch: Sequence[Member]) -> None:
-        """Guidance peers compute their halves during the pass, so most are there in a moment."""
-        late = [sample for sample in batch if sample.own_half is not None]
-        if not late:
+        """Waits a moment for the halves that guidance peers compute, unless another member can take part in a pass."""
+        late = {sample.key for sample in batch if sample.own_half is not None}
+        halves = [future for sample in batch if sample.own_half is not None for future in sample.awaited()]
+        for future in halves:
+            future.add_done_callback(self.wake)
+        if all(future.done() for future in halves):
             return
         self._runner.idle()
-        wait([future for sample in late for future in sample.awaited()], _HALF_PASSES * self._mean_step)
-        for sample in late:
-            for future in sample.awaited():
-                future.add_done_callback(self.wake)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopping or all(future.done() for future in halves) or self._has_work(besides=late),
+                _HALF_PASSES * self._mean_step,
+            )
 
     def _sit_out(self, sample: Member) -> None:
         """The sample takes part in no pass until its residuals are there."""
@@ -239,7 +244,8 @@ class Engine:
             return math.inf
         limit = _RESIDUAL_SECONDS
         if sample.own_half is not None:
-            limit = max(_LEAST_HALF_SECONDS, _HALF_LIMIT_PASSES * self._mean_step)
+            usual = _HALF_LIMIT_PASSES * self._mean_step + _HALF_LIMIT_MERGES * self._mean_merge
+            limit = max(_LEAST_HALF_SECONDS, usual)
         return max(0.0, sample.requested_at + limit - time.monotonic())
 
     def _expire(self, sample: Member) -> None:
@@ -305,12 +311,13 @@ class Engine:
         self._running.pop(key, None)
         self._served_at.pop(key, None)
 
-    def _has_work(self) -> bool:
-        running = self._running.values()
+    def _has_work(self, *, besides: Collection[int] = ()) -> bool:
+        """Whether a step would do anything, for another member than those of these keys."""
+        others = [sample for key, sample in self._running.items() if key not in besides]
         return (
             bool(self._cancelled)
             or self._can_admit()
-            or any(not s.sits_out or self._seconds_left(s) == 0 for s in running)
+            or any(not s.sits_out or self._seconds_left(s) == 0 for s in others)
         )
 
     def _seconds_to_overdue(self) -> float | None:

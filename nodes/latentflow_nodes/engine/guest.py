@@ -1,14 +1,13 @@
 """One guidance half of a sample that another replica denoises: a guest in this replica's step loop.
 
 The other replica sends the model input of each step and receives the prediction. Between two steps the guest sits out, so it
-occupies no slot and delays nobody.
+occupies no slot and delays nobody. A server whose slots are taken refuses guests.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from latentflow.errors import InvalidRequestError, LatentflowError
@@ -18,25 +17,17 @@ from latentflow_nodes.engine.member import Member
 from latentflow_nodes.families.base import Residuals
 
 
-def _promise() -> Future[Any]:
-    """A future that a caller who leaves cannot cancel: the engine's thread sets it in any case."""
-    future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()
-    return future
-
-
 @dataclass(eq=False, kw_only=True)
 class Guest(Member):
     """The guest of one request.
 
     Attributes:
         steps: Steps of the request.
-        joined: Done when the guest has left the queue. The other replica sends no step before that, because it would wait
-            for the answer.
     """
 
+    is_guest = True
+
     steps: int
-    joined: Future[None] = field(default_factory=_promise)
     _timestep: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     _noise: torch.Tensor | None = None
     # Of the step under way; None between two steps.
@@ -63,12 +54,14 @@ class Guest(Member):
             The prediction, of the sample's shape.
         """
         rows, channels = self.latents.shape[:2]
-        if not 0 <= step < self.steps or sample.dim() != 4 or sample.shape[:2] != (rows, channels):
+        if not self.index <= step < self.steps or sample.dim() != 4 or sample.shape[:2] != (rows, channels):
             raise InvalidRequestError(
                 f"Step {step} with a sample of shape {list(sample.shape)} does not belong to a request of {self.steps} steps "
                 f"with {channels} latent channels."
             )
-        answer: Future[torch.Tensor] = _promise()
+        answer: Future[torch.Tensor] = Future()
+        # A caller that leaves cannot cancel it: the engine's thread sets it in any case.
+        answer.set_running_or_notify_cancel()
         if self._error is not None:
             answer.set_exception(self._error)
             return answer
@@ -109,9 +102,6 @@ class Guest(Member):
         self._residuals = None
         return True
 
-    def admitted(self) -> None:
-        self.joined.set_result(None)
-
     def stepped(self) -> None:
         answer, self._answer = self._answer, None
         if answer is not None and self._noise is not None:
@@ -122,8 +112,6 @@ class Guest(Member):
 
     def failed(self, error: LatentflowError) -> None:
         self._error = error
-        if not self.joined.done():
-            self.joined.set_exception(error)
         answer, self._answer = self._answer, None
         if answer is not None:
             answer.set_exception(error)

@@ -88,6 +88,10 @@ class Load:
             self._is_draining = True
             self._notify()
 
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
     def state(self) -> LoadState:
         with self._lock:
             return LoadState(

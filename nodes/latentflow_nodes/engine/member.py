@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from latentflow.errors import LatentflowError
@@ -53,6 +53,7 @@ class Member(ABC):
 
     Attributes:
         inputs: The network's inputs besides latents and timestep, with one row for each guidance half, negative first.
+        is_guest: It leaves the places in the queue to the samples of this server.
         adapters: Layers to merge with their weights, and `adapter_key`, equal for equal sets.
         latents: [1, channels, height, width].
         is_deterministic: It shares no forward pass, so that its result is bit-identical whatever else the server runs.
@@ -61,6 +62,8 @@ class Member(ABC):
         own_half: The prediction of the row computed here, while that of the guidance peer is awaited.
         requested_at: When the present step was requested from the peers, by `time.monotonic`.
     """
+
+    is_guest: ClassVar[bool] = False
 
     key: int
     request_id: str
@@ -103,12 +106,8 @@ class Member(ABC):
         """Does the step with the network's prediction for `model_input`. False where it is not done yet."""
 
     @abstractmethod
-    def admitted(self) -> None:
-        """The member has left the queue. As `stepped`, `finished` and `failed` called from the engine's thread."""
-
-    @abstractmethod
     def stepped(self) -> None:
-        """A step is done, and not the last one."""
+        """A step is done, and not the last one. As `finished` and `failed` called from the engine's thread."""
 
     @abstractmethod
     def finished(self) -> None:

@@ -146,12 +146,14 @@ class Sample(Member):
         return self.sampler.scale(latents, self.timestep)
 
     def advance(self, noise: torch.Tensor) -> bool:
+        # The pass had its residuals, however late they were.
+        self.is_late = False
         if self._negative is not None:
             if not self._negative.done():
                 self.own_half = noise
                 return False
             try:
-                noise = torch.cat([_checked(self._negative.result(), like=noise), noise])
+                noise = torch.cat([_checked(self._negative.result(), like=noise, step=self.index + 1), noise])
             except LatentflowError as error:
                 self.lost(error)
                 return False
@@ -180,9 +182,6 @@ class Sample(Member):
         self.is_late = False
         self.own_half = None
         self._peer = self._negative = self._residuals = None
-
-    def admitted(self) -> None:
-        """Progress begins with the first step."""
 
     def stepped(self) -> None:
         self.listener.stepped(self)
@@ -229,13 +228,15 @@ def initial_noise(
     return noise
 
 
-def _checked(noise: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
+def _checked(noise: torch.Tensor, *, like: torch.Tensor, step: int) -> torch.Tensor:
     """A peer's prediction on the device of this replica's. UnavailableError where it cannot be used."""
     if noise.shape != like.shape:
         raise UnavailableError(
-            f"The guidance peer's prediction is of shape {list(noise.shape)} in place of {list(like.shape)}.",
+            f"The guidance peer's prediction of step {step} is of shape {list(noise.shape)} in place of {list(like.shape)}.",
             reason=Reason.PEER_UNAVAILABLE,
         )
     if not torch.isfinite(noise).all():
-        raise UnavailableError("The guidance peer's prediction is not finite.", reason=Reason.NOT_FINITE)
+        raise UnavailableError(
+            f"The guidance peer's prediction of step {step} is not finite.", reason=Reason.NOT_FINITE
+        )
     return noise.to(like)

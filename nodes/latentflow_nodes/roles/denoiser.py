@@ -94,6 +94,7 @@ class Denoiser(Role):
         described.samplers.extend(samplers.available(self._scheduler))
         described.classifier_free_guidance = not self._embeds_guidance
         described.adapter_components.append(self._component)
+        described.guidance_peers = not self._embeds_guidance
 
     async def warm_up(self) -> None:
         side = self._family.warm_up_side(self._network)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 
 import torch
-from latentflow.errors import FailedPreconditionError, InvalidRequestError
+from latentflow.errors import FailedPreconditionError, InvalidRequestError, UnavailableError
 from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 from latentflow.v1 import stage_pb2
@@ -80,12 +80,14 @@ class Guests:
             guest.controls = await open_controls(stack, peers, opening, half=opening.half)
             self._engine.submit(guest)
             stack.callback(self._engine.cancel, guest.key)
-            await asyncio.wrap_future(guest.joined)
             yield stage_pb2.PredictNoiseResponse(opened=True)
             forward_ns = 0
             async for request in requests:
                 if request.WhichOneof("message") != "step":
                     raise InvalidRequestError("Only the first message of a PredictNoise stream can be `open`.")
+                if self._context.load.is_draining:
+                    # The caller computes both halves itself, so nobody has to wait for the end of its request.
+                    raise UnavailableError("This server is draining.", reason=Reason.DRAINING)
                 noise = await self._step(guest, request.step, opening, adapters)
                 before, forward_ns = forward_ns, guest.forward_time.nanoseconds()
                 for chunk in sender.pieces({"noise": noise}, memory=request.step.shared_memory):

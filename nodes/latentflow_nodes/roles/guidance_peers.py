@@ -58,6 +58,8 @@ class GuidancePeers:
         self._content_digest = content_digest
         self._changed = changed
         self._task: asyncio.Task[None] | None = None
+        # Those of earlier peers, which end their streams.
+        self._ending: set[asyncio.Task[None]] = set()
 
     def assign(self, peer: stage_pb2.Peer) -> None:
         """Uses a peer from the next step boundary on, in place of the present one. A peer without address: none.
@@ -66,8 +68,7 @@ class GuidancePeers:
         """
         if peer.address:
             check(self._opening, is_embedded=self._is_embedded)
-        if self._task is not None:
-            self._task.cancel()
+        self._end()
         before, self.assignment.peer = self.assignment.peer, None
         self._task = asyncio.create_task(self._use(peer)) if peer.address else None
         if before is not None and not peer.address:
@@ -79,9 +80,16 @@ class GuidancePeers:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+        await asyncio.gather(*self._ending, return_exceptions=True)
+
+    def _end(self) -> None:
+        """Ends the use of the present peer. Once for each task: a second cancellation would interrupt its clean-up."""
         if self._task is not None:
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            self._ending.add(self._task)
+            self._task.add_done_callback(self._ending.discard)
+            self._task = None
 
     async def _use(self, peer: stage_pb2.Peer) -> None:
         used: GuidancePeer | None = None

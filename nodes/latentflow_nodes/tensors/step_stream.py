@@ -2,7 +2,8 @@
 
 The peer is a ControlNet that sends residuals, or another replica that predicts a guidance half. The engine's thread requests
 a step and gets a future; the event loop sends, receives and resolves it. A request is sent after the one before it was
-answered, because the peer may write the answer to the same page of shared memory.
+answered, because the peer may write the answer to the same page of shared memory. The stream has the deadline of the request,
+so that a peer whose caller is lost keeps nothing of it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import grpc
 import structlog
 import torch
 from latentflow.errors import LatentflowError, UnavailableError
+from latentflow.internal import calls
 from latentflow.reasons import Reason
 from latentflow.v1 import stage_pb2, stage_pb2_grpc
 
@@ -62,7 +64,7 @@ class StepStream(ABC, Generic[Message, Answer]):
 
     @abstractmethod
     def _call(self, stub: stage_pb2_grpc.StageStub, requests: AsyncIterator[Message]) -> Any:
-        """The call whose answers the stream reads."""
+        """The call whose answers the stream reads. Its deadline is that of the request."""
 
     @abstractmethod
     def _answer(self, bundle: Mapping[str, torch.Tensor]) -> Answer:
@@ -179,7 +181,7 @@ class ResidualStream(StepStream[stage_pb2.ResidualsRequest, Residuals]):
         return self._request(stage_pb2.ResidualsRequest(step=message))
 
     def _call(self, stub: stage_pb2_grpc.StageStub, requests: AsyncIterator[stage_pb2.ResidualsRequest]) -> Any:
-        return stub.Residuals(requests, metadata=self._peers.metadata())
+        return stub.Residuals(requests, timeout=calls.remaining(), metadata=self._peers.metadata())
 
     def _answer(self, bundle: Mapping[str, torch.Tensor]) -> Residuals:
         return Residuals(down=tuple(bundle[f"down.{i}"] for i in range(len(bundle) - 1)), mid=bundle["mid"])
@@ -206,7 +208,7 @@ class NoiseStream(StepStream[stage_pb2.PredictNoiseRequest, torch.Tensor]):
         self._loop.call_soon_threadsafe(self._end, error)
 
     def _call(self, stub: stage_pb2_grpc.StageStub, requests: AsyncIterator[stage_pb2.PredictNoiseRequest]) -> Any:
-        return stub.PredictNoise(requests, metadata=self._peers.metadata())
+        return stub.PredictNoise(requests, timeout=calls.remaining(), metadata=self._peers.metadata())
 
     def _answer(self, bundle: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return bundle["noise"]
