@@ -135,6 +135,10 @@ bench-batching: setup ## Measure what sharing forward passes is worth (needs an 
 bench-merge: setup ## Measure merging and undoing a LoRA, beside PEFT (needs an idle machine and 16 GB of memory)
 	$(PY) bench/merging.py
 
+.PHONY: bench-latent
+bench-latent: setup ## Measure two replicas that share a request, beside one (needs an idle machine with two cores)
+	$(PY) bench/parallelism.py
+
 .PHONY: bench-operator
 bench-operator: setup ## Measure the cost of the operator on a real API server
 	$(KUBE) $(PY) bench/reconciling.py
