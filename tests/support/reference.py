@@ -24,6 +24,8 @@ def reference(
     root: Path, request: Request, *, xl: bool = False, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, Image.Image]:
     """What diffusers makes of a request: final latents, on the CPU, and the image."""
+    # The cores are shared with the servers of the test, and a team of threads waits for its slowest one in each operation.
+    torch.set_num_threads(1)
     names = [name for name, _, _ in request.controls]
     folders = {"edges": "controlnet-edges", "layout": "controlnet-layout", "control": "controlnet"}
     nets = [ControlNetModel.from_pretrained(root / folders[name], dtype=dtype) for name in names]
