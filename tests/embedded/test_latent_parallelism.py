@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 
@@ -17,7 +18,7 @@ from support.scraping import value
 from support.stack import Request
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-REQUEST = Request(prompt="a small blue star on the right, black background", seed=5, steps=100, guidance_scale=3.0)
+REQUEST = Request(prompt="a small blue star on the right, black background", seed=5, steps=200, guidance_scale=3.0)
 FILE = """
 apiVersion: latentflow.io/v1alpha1
 kind: DiffusionWorkflow
@@ -31,7 +32,7 @@ spec:
       scaling: {minReplicas: 2, maxReplicas: 2}
       parallelism: {latent: 2}
     - {name: pixels, role: VAE, source: {uri: shapes}}
-  defaults: {guidanceScale: 3.0, width: 64, height: 64, steps: 100}
+  defaults: {guidanceScale: 3.0, width: 64, height: 64, steps: 200}
 """
 
 
@@ -50,6 +51,10 @@ async def test_two_processes_make_diffusers_image_even_if_one_is_lost(signum: si
         parse_workflows(FILE), model_root=MODELS, listen="127.0.0.1:0", threads=1, cores=2, log_level="WARNING"
     ) as runtime:
         await runtime.supervisor.wait_ready(240)
+        async with asyncio.timeout(60):
+            # The gateway has its own view of the replicas: text, pixels and two of base.
+            while value(runtime.supervised["gateway"].spec.metrics, "latentflow_gateway_replicas_ready") < 4:
+                await asyncio.sleep(0)
         async with AsyncClient(runtime.target, timeout=120) as client:
             guest: Supervised | None = None
             stopped: int | None = None
