@@ -53,8 +53,9 @@ async def test_two_processes_make_diffusers_image_even_if_one_is_lost(signum: si
         await runtime.supervisor.wait_ready(240)
         async with asyncio.timeout(60):
             # The gateway has its own view of the replicas: text, pixels and two of base.
-            while value(runtime.supervised["gateway"].spec.metrics, "latentflow_gateway_replicas_ready") < 4:
-                await asyncio.sleep(0)
+            gateway = runtime.supervised["gateway"].spec.metrics
+            while await asyncio.to_thread(value, gateway, "latentflow_gateway_replicas_ready") < 4:
+                pass
         async with AsyncClient(runtime.target, timeout=120) as client:
             guest: Supervised | None = None
             stopped: int | None = None
