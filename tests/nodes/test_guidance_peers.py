@@ -73,6 +73,11 @@ def steps_of(stack: Stack, name: str) -> int:
     return round(value(f"127.0.0.1:{stack.nodes[name].metrics_port}", "latentflow_step_seconds_count"))
 
 
+def lost_peers(stack: Stack, reason: str) -> float:
+    """Guidance peers that base has lost."""
+    return value(f"127.0.0.1:{stack.nodes['base'].metrics_port}", "latentflow_guidance_peers_lost_total", reason=reason)
+
+
 async def with_peer(
     stack: Stack, request: Request, peer: stage_pb2.Peer | None = None, *, seconds: float = SECONDS
 ) -> tuple[Any, Events]:
@@ -214,6 +219,7 @@ class Silent(stage_pb2_grpc.StageServicer):
 
 async def test_a_request_whose_peer_never_answers_continues_alone(pair: Stack) -> None:
     silent, server = Silent(), grpc.aio.server()
+    before = lost_peers(pair, Reason.PEER_UNAVAILABLE)
     stage_pb2_grpc.add_StageServicer_to_server(silent, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -224,6 +230,7 @@ async def test_a_request_whose_peer_never_answers_continues_alone(pair: Stack) -
         await server.stop(None)
     assert events.peers == [address, ""]
     assert events.reasons == ["", Reason.PEER_UNAVAILABLE]
+    assert lost_peers(pair, Reason.PEER_UNAVAILABLE) == before + 1
     # The stream has the deadline of the request.
     assert silent.seconds_left is not None
     assert silent.seconds_left < 2 * SECONDS

@@ -82,6 +82,13 @@ NODE: tuple[Metric, ...] = (
     Metric(name="latentflow_tensors_held", kind="gauge", help="Tensors held for other servers under a lease."),
     Metric(name="latentflow_tensor_held_bytes", kind="gauge", help="Bytes of the tensors held for other servers."),
     Metric(
+        name="latentflow_guidance_peers_lost_total",
+        kind="counter",
+        labels=("reason",),
+        help="Guidance peers that this denoiser has lost during a request or could not use; it then computes both halves "
+        "itself.",
+    ),
+    Metric(
         name="latentflow_loads_total",
         kind="counter",
         labels=("kind",),

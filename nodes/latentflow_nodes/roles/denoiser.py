@@ -142,6 +142,7 @@ class Denoiser(Role):
                     is_embedded=self._embeds_guidance,
                     total=len(sampler.timesteps),
                     content_digest=self.content_digest,
+                    metrics=self._context.metrics,
                     changed=mailbox.guidance_changed,
                 )
             )

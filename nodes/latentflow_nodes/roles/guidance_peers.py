@@ -14,6 +14,7 @@ from types import TracebackType
 import structlog
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
 from latentflow.internal.guidance import Guidance
+from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 from latentflow.v1 import stage_pb2, tensors_pb2
 
@@ -48,6 +49,7 @@ class GuidancePeers:
         is_embedded: bool,
         total: int,
         content_digest: str,
+        metrics: Instruments,
         changed: Callable[[stage_pb2.DenoiseGuidanceChanged], None],
     ) -> None:
         self.assignment = Assignment()
@@ -56,6 +58,7 @@ class GuidancePeers:
         self._is_embedded = is_embedded
         self._total = total
         self._content_digest = content_digest
+        self._metrics = metrics
         self._changed = changed
         self._task: asyncio.Task[None] | None = None
         # Those of earlier peers, which end their streams.
@@ -105,6 +108,7 @@ class GuidancePeers:
             error = refusal
         if self.assignment.peer is used:
             self.assignment.peer = None
+        self._metrics.of("latentflow_guidance_peers_lost_total", reason=error.reason).inc()
         _log.warning("guidance peer lost", peer=peer.address, reason=error.reason, problem=error.message)
         self._changed(stage_pb2.DenoiseGuidanceChanged(reason=error.reason))
 
