@@ -108,7 +108,8 @@ class StageServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PredictNoise(self, request_iterator, context):
-        """Denoiser, for another replica of the same model: one stream for each request, one exchange for each step.
+        """Denoiser, for another replica of the same model: one stream for each request, one exchange for each step. A server
+        without a free slot refuses the call with RESOURCE_EXHAUSTED. One that drains ends it at the next step with UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
