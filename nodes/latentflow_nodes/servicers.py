@@ -88,9 +88,10 @@ class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
 
     @streaming
     async def Fetch(self, request: tensors_pb2.FetchRequest) -> AsyncIterator[Any]:
-        held = self._context.store.get(boot_id=request.boot_id, key=request.id)
-        for chunk in held.sender.pieces({"tensor": held.tensor}, memory=request.shared_memory):
-            yield tensors_pb2.FetchResponse(chunk=chunk)
+        for key in request.ids:
+            held = self._context.store.get(boot_id=request.boot_id, key=key)
+            for chunk in held.sender.pieces({"tensor": held.tensor}, memory=request.shared_memory):
+                yield tensors_pb2.FetchResponse(chunk=chunk)
 
     @unary
     async def Renew(self, request: tensors_pb2.RenewRequest) -> Any:

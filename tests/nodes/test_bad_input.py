@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator
@@ -124,30 +125,90 @@ async def test_a_model_whose_scheduler_needs_several_steps_is_served(tmp_path: P
     assert "The sampler 'PNDMScheduler' cannot run 3 steps" in error.message
 
 
-async def test_lost_embeddings_name_their_owner(shapes: Stack) -> None:
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds"])
+async def test_lost_embeddings_name_their_owner(shapes: Stack, name: str) -> None:
     request = await shapes.denoise_open(Request())
-    handle = request.conditioning["prompt_embeds"].handle
+    handle = request.conditioning[name].handle
     await shapes.tensors("text").Release(tensors_pb2.ReleaseRequest(boot_id=handle.boot_id, ids=[handle.id]))
     error = await refused(shapes, request)
     assert isinstance(error, OwnerLostError)
-    assert error.details == {"owner": shapes.nodes["text"].address, "tensor": "prompt_embeds"}
+    assert error.details == {"owner": shapes.nodes["text"].address, "tensor": name}
+
+
+class Owner(tensors_pb2_grpc.TensorsServicer):
+    """Answers every Fetch with the same bundles, or never.
+
+    Attributes:
+        requests: The ids of each call.
+    """
+
+    def __init__(self, *bundles: dict[str, torch.Tensor], answers: bool = True) -> None:
+        self._bundles = bundles
+        self._answers = answers
+        self.requests: list[list[bytes]] = []
+
+    async def Fetch(self, request: Any, context: Any) -> AsyncIterator[tensors_pb2.FetchResponse]:  # noqa: N802
+        self.requests.append(list(request.ids))
+        if not self._answers:
+            await asyncio.Event().wait()
+        for bundle in self._bundles:
+            for chunk in codec.chunks(bundle):
+                yield tensors_pb2.FetchResponse(chunk=chunk)
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        server = grpc.aio.server()
+        tensors_pb2_grpc.add_TensorsServicer_to_server(self, server)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        try:
+            yield address
+        finally:
+            await server.stop(None)
+
+
+def held(owner: str, name: bytes) -> tensors_pb2.Tensor:
+    return tensors_pb2.Tensor(handle=tensors_pb2.Handle(owner=owner, id=name))
+
+
+async def test_the_tensors_of_one_owner_are_fetched_by_one_call(shapes: Stack) -> None:
+    # The first bundle takes several pieces.
+    first, second = torch.rand(600_000), torch.rand(3)
+    owner = Owner({"tensor": first}, {"tensor": second})
+    async with owner.serving() as address:
+        wanted = {"a": held(address, b"1"), "here": codec.inline(torch.ones(2)), "b": held(address, b"2")}
+        pulled = await shapes.peers.conditioning(wanted, torch.device("cpu"))
+    assert owner.requests == [[b"1", b"2"]]
+    assert list(pulled) == ["a", "here", "b"]
+    assert torch.equal(pulled["a"], first)
+    assert torch.equal(pulled["here"], torch.ones(2))
+    assert torch.equal(pulled["b"], second)
+
+
+@pytest.mark.parametrize(
+    "bundles",
+    [[{"tensor": torch.ones(2)}], [{"tensor": torch.ones(2)}, {}], [{"tensor": torch.ones(2)}, {"x": torch.ones(2)}]],
+)
+async def test_an_owner_that_sends_too_few_tensors_has_lost_the_first_missing_one(
+    shapes: Stack, bundles: list[dict[str, torch.Tensor]]
+) -> None:
+    async with Owner(*bundles).serving() as address:
+        with pytest.raises(OwnerLostError) as caught:
+            await shapes.peers.conditioning({"a": held(address, b"1"), "b": held(address, b"2")}, torch.device("cpu"))
+    assert caught.value.details == {"owner": address, "tensor": "b"}
+
+
+async def test_tensors_beyond_those_requested_are_ignored(shapes: Stack) -> None:
+    async with Owner({"tensor": torch.ones(2)}, {"tensor": torch.zeros(2)}).serving() as address:
+        assert torch.equal(await shapes.peers.fetch(held(address, b"1"), name="latents"), torch.ones(2))
 
 
 async def test_a_tensor_whose_owner_does_not_answer_is_lost(shapes: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Silent(tensors_pb2_grpc.TensorsServicer):
-        async def Fetch(self, request: Any, context: Any) -> AsyncIterator[tensors_pb2.FetchResponse]:  # noqa: N802
-            await asyncio.Event().wait()
-            yield tensors_pb2.FetchResponse()
-
     monkeypatch.setattr(peers, "_FETCH_SECONDS", 0.2)
-    server = grpc.aio.server()
-    tensors_pb2_grpc.add_TensorsServicer_to_server(Silent(), server)
-    owner = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
-    with pytest.raises(OwnerLostError) as caught:
-        await shapes.peers.fetch(tensors_pb2.Tensor(handle=tensors_pb2.Handle(owner=owner)), name="latents")
-    assert caught.value.details == {"owner": owner, "tensor": "latents"}
-    await server.stop(None)
+    async with Owner(answers=False).serving() as address:
+        with pytest.raises(OwnerLostError) as caught:
+            await shapes.peers.fetch(held(address, b"1"), name="latents")
+    assert caught.value.details == {"owner": address, "tensor": "latents"}
 
 
 async def test_an_adapter_for_another_base_model_is_refused_before_the_first_step(

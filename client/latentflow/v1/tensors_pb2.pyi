@@ -76,14 +76,14 @@ class TensorChunk(_message.Message):
     def __init__(self, headers: _Optional[_Iterable[_Union[TensorHeader, _Mapping]]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., page: _Optional[str] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("id", "boot_id", "shared_memory")
-    ID_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("boot_id", "shared_memory", "ids")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
-    id: bytes
+    IDS_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     shared_memory: str
-    def __init__(self, id: _Optional[bytes] = ..., boot_id: _Optional[str] = ..., shared_memory: _Optional[str] = ...) -> None: ...
+    ids: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, boot_id: _Optional[str] = ..., shared_memory: _Optional[str] = ..., ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("chunk",)

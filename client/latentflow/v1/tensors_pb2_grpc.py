@@ -59,8 +59,8 @@ class TensorsServicer:
     """
 
     def Fetch(self, request, context):
-        """Streams one tensor. Idempotent: a tensor may be fetched any number of times until it is released or its lease ends.
-        ABORTED with reason OWNER_LOST if this server does not hold the tensor, or has another boot id.
+        """Streams tensors. Idempotent: a tensor may be fetched any number of times until it is released or its lease ends.
+        ABORTED with reason OWNER_LOST if this server does not hold one of them, or has another boot id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
@@ -79,43 +80,65 @@ class Peers:
     async def conditioning(
         self, tensors: Mapping[str, tensors_pb2.Tensor], device: torch.device
     ) -> dict[str, torch.Tensor]:
-        """Pulls named tensors concurrently."""
-        pulled = await asyncio.gather(*(self.fetch(tensor, name=name) for name, tensor in tensors.items()))
-        return {name: tensor.to(device) for name, tensor in zip(tensors, pulled, strict=True)}
+        """The values of named tensor messages. OwnerLostError where an owner has ended or no longer holds one."""
+        pulled = await self._pulled(tensors)
+        return {name: pulled[name].to(device) for name in tensors}
 
     async def fetch(self, tensor: tensors_pb2.Tensor, *, name: str) -> torch.Tensor:
         """The values of a tensor message. OwnerLostError where its owner has ended or no longer holds it."""
-        if tensor.WhichOneof("content") == "inline":
-            return codec.from_inline(tensor)
-        try:
-            return await self._fetch(tensor.handle, name=name, memory=self.transport.memory)
-        except PageError as error:
-            _log.warning("page not readable; fetching bytes instead", tensor=name, problem=error.message)
-            return await self._fetch(tensor.handle, name=name, memory="")
+        return (await self._pulled({name: tensor}))[name]
 
-    async def _fetch(self, handle: tensors_pb2.Handle, *, name: str, memory: str) -> torch.Tensor:
-        stub = tensors_pb2_grpc.TensorsStub(self.channel(handle.owner))
-        request = tensors_pb2.FetchRequest(id=handle.id, boot_id=handle.boot_id, shared_memory=memory)
+    async def _pulled(self, tensors: Mapping[str, tensors_pb2.Tensor]) -> dict[str, torch.Tensor]:
+        """One call to each owner, because a call costs more than the values of a small tensor."""
+        pulled = {}
+        held: defaultdict[tuple[str, str], dict[str, bytes]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            if tensor.WhichOneof("content") == "inline":
+                pulled[name] = codec.from_inline(tensor)
+            else:
+                held[tensor.handle.owner, tensor.handle.boot_id][name] = tensor.handle.id
+        for part in await asyncio.gather(*(self._fetched(*owner, ids) for owner, ids in held.items())):
+            pulled |= part
+        return pulled
+
+    async def _fetched(self, owner: str, boot_id: str, ids: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+        try:
+            return await self._fetch(owner, boot_id, ids, memory=self.transport.memory)
+        except PageError as error:
+            _log.warning("page not readable; fetching bytes instead", tensors=list(ids), problem=error.message)
+            return await self._fetch(owner, boot_id, ids, memory="")
+
+    async def _fetch(
+        self, owner: str, boot_id: str, ids: Mapping[str, bytes], *, memory: str
+    ) -> dict[str, torch.Tensor]:
+        stub = tensors_pb2_grpc.TensorsStub(self.channel(owner))
+        request = tensors_pb2.FetchRequest(boot_id=boot_id, ids=ids.values(), shared_memory=memory)
         started = time.perf_counter()
+        lacking = list(ids)
+        fetched: dict[str, torch.Tensor] = {}
         receiver = self.transport.receiver()
         try:
             async for response in stub.Fetch(request, timeout=_FETCH_SECONDS, metadata=self.metadata()):
-                receiver.add(response.chunk)
+                if receiver.add(response.chunk) and lacking and "tensor" in receiver.tensors:
+                    fetched[lacking.pop(0)] = receiver.tensors["tensor"]
+                    ended = time.perf_counter()
+                    self.transport.count(receiver.kind, "receive", size=receiver.size, seconds=ended - started)
+                    started, receiver = ended, self.transport.receiver()
         except grpc.aio.AioRpcError as error:
             known = status.error_of_peer(error)
             # The deadline is this call's own and not the request's: an owner that does not answer has lost the tensor, too.
             if isinstance(known, OwnerLostError | UnavailableError | DeadlineError):
+                name = lacking[0] if lacking else next(iter(ids))
                 raise OwnerLostError(
-                    f"The tensor {name!r} is lost with its owner {handle.owner}: {known.message}",
-                    details={"owner": handle.owner, "tensor": name},
+                    f"The tensor {name!r} is lost with its owner {owner}: {known.message}",
+                    details={"owner": owner, "tensor": name},
                 ) from None
             raise known from None
-        if not receiver.tensors:
+        if lacking:
             raise OwnerLostError(
-                f"{handle.owner} sent an incomplete tensor {name!r}.", details={"owner": handle.owner, "tensor": name}
+                f"{owner} sent an incomplete tensor {lacking[0]!r}.", details={"owner": owner, "tensor": lacking[0]}
             )
-        self.transport.count(receiver.kind, "receive", size=receiver.size, seconds=time.perf_counter() - started)
-        return next(iter(receiver.tensors.values()))
+        return fetched
 
     async def adapters(self, refs: Sequence[stage_pb2.AdapterRef], component: str) -> list[tuple[Layers, float]]:
         """One component's part of every adapter, with its weight, in the request's order."""
