@@ -1,6 +1,6 @@
 """Runs a planned request on the replicas, and repeats what fails.
 
-It encodes once, then denoises and decodes every image. Stages return handles, not tensors; their leases are renewed while
+It encodes once, then denoises and decodes every image. Stages return handles of all but small tensors; their leases are renewed while
 the request runs, and they are released when it ends, with or without an error. A failed stage is repeated on any ready
 replica, denoising from its last checkpoint; a tensor whose owner is lost is made again by its stage.
 """
@@ -123,7 +123,7 @@ class Execution:
             decoding = decoding or _Timing(stage="decode", image=index)
             try:
                 decoded = await self._attempts(
-                    decoding, self._plan.vae, partial(self._decode, latents, decoding), near=latents.handle.owner
+                    decoding, self._plan.vae, partial(self._decode, latents, decoding), near=timing.replica
                 )
                 break
             except OwnerLostError:
@@ -200,7 +200,7 @@ class Execution:
             request, **self._call()
         )
         timing.forward_ns += response.forward_ns
-        self._leases.hold((tensor.handle for tensor in response.conditioning.values()), replica)
+        self._leases.hold(response.conditioning.values(), replica)
         return response
 
     async def _denoise(
@@ -265,7 +265,7 @@ class Execution:
                 timing.forward_ns += result.forward_ns
                 timing.wait_ns += result.wait_ns
                 latents: tensors_pb2.Tensor = result.latents
-                self._leases.hold([latents.handle], replica)
+                self._leases.hold([latents], replica)
                 return latents
             step = event.progress
             if step.HasField("checkpoint"):

@@ -28,8 +28,9 @@ class Leases:
         # Handles by id, with their owners: a draining owner may no longer be in the directory.
         self._held: dict[bytes, tuple[tensors_pb2.Handle, Replica]] = {}
 
-    def hold(self, handles: Iterable[tensors_pb2.Handle], owner: Replica) -> None:
-        self._held.update({handle.id: (handle, owner) for handle in handles})
+    def hold(self, tensors: Iterable[tensors_pb2.Tensor], owner: Replica) -> None:
+        """Adds the tensors that are held; small ones travel in the messages."""
+        self._held.update({one.handle.id: (one.handle, owner) for one in tensors if one.HasField("handle")})
 
     async def renew(self) -> None:
         """Renews all leases again and again, until it is cancelled."""

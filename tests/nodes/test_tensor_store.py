@@ -8,8 +8,11 @@ import pytest
 import torch
 from latentflow.errors import OwnerLostError
 from latentflow.internal.metrics import NODE, Instruments
-from latentflow_nodes.tensors.store import TensorStore
+from latentflow_nodes.tensors import codec
+from latentflow_nodes.tensors.store import INLINE_BYTES, TensorStore
 from latentflow_nodes.tensors.transfer import Transport
+
+LARGE = torch.zeros(INLINE_BYTES // 4 + 1)
 
 
 class Clock:
@@ -33,15 +36,22 @@ def store(clock: Clock) -> TensorStore:
     return TensorStore(address="a:1", lease=60, clock=clock, transport=transport, metrics=metrics)
 
 
+def test_a_small_tensor_travels_in_its_message_and_is_not_held(store: TensorStore) -> None:
+    tensor = torch.rand(INLINE_BYTES // 4)
+    message = store.put(tensor)
+    assert torch.equal(codec.from_inline(message), tensor)
+    assert len(store) == 0
+
+
 def test_a_held_tensor_is_read_any_number_of_times(store: TensorStore) -> None:
-    tensor = torch.arange(3)
+    tensor = torch.arange(INLINE_BYTES)
     handle = store.put(tensor).handle
     for _ in range(3):
         assert torch.equal(store.get(boot_id=handle.boot_id, key=handle.id).tensor, tensor)
 
 
 def test_a_lease_that_is_not_renewed_expires(store: TensorStore, clock: Clock) -> None:
-    handle = store.put(torch.zeros(1)).handle
+    handle = store.put(LARGE).handle
     clock.now = 59
     assert store.sweep() == 0
     clock.now = 60
@@ -51,7 +61,7 @@ def test_a_lease_that_is_not_renewed_expires(store: TensorStore, clock: Clock) -
 
 
 def test_a_renewed_lease_is_extended(store: TensorStore, clock: Clock) -> None:
-    handle = store.put(torch.zeros(1)).handle
+    handle = store.put(LARGE).handle
     clock.now = 59
     assert store.renew(boot_id=handle.boot_id, keys=[handle.id, b"unknown"]) == [b"unknown"]
     clock.now = 100
@@ -60,7 +70,7 @@ def test_a_renewed_lease_is_extended(store: TensorStore, clock: Clock) -> None:
 
 
 def test_another_boot_finds_nothing_and_frees_nothing(store: TensorStore) -> None:
-    handle = store.put(torch.zeros(1)).handle
+    handle = store.put(LARGE).handle
     with pytest.raises(OwnerLostError):
         store.get(boot_id="another", key=handle.id)
     assert store.release(boot_id="another", keys=[handle.id]) == 0
@@ -69,14 +79,14 @@ def test_another_boot_finds_nothing_and_frees_nothing(store: TensorStore) -> Non
 
 
 def test_releasing_twice_is_harmless(store: TensorStore) -> None:
-    handle = store.put(torch.zeros(1)).handle
+    handle = store.put(LARGE).handle
     assert store.release(boot_id=handle.boot_id, keys=[handle.id]) == 1
     assert store.release(boot_id=handle.boot_id, keys=[handle.id]) == 0
     assert len(store) == 0
 
 
 async def test_a_draining_server_waits_for_release_or_expiry_of_its_tensors(store: TensorStore, clock: Clock) -> None:
-    released, expired = store.put(torch.zeros(1)).handle, store.put(torch.zeros(1)).handle
+    released, expired = store.put(LARGE).handle, store.put(LARGE).handle
     waiting = asyncio.create_task(store.emptied())
     store.release(boot_id=released.boot_id, keys=[released.id])
     assert await asyncio.wait({waiting}, timeout=0) == (set(), {waiting})

@@ -1,7 +1,7 @@
 """Tensors that this server holds for other servers, each under a lease.
 
-Roles `put` their results and send the handles; the Tensors servicer reads, renews and releases. `sweep` frees tensors
-whose lease has expired, so that a dead consumer leaks nothing. Used from the event loop's thread only.
+Roles `put` their results and send the messages; the Tensors servicer reads, renews and releases what is held. `sweep`
+frees tensors whose lease has expired, so that a dead consumer leaks nothing. Used from the event loop's thread only.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from latentflow.v1 import tensors_pb2
 
 from latentflow_nodes.tensors import codec
 from latentflow_nodes.tensors.transfer import Sender, Transport
+
+# A tensor of this size crosses the gateway faster than a Fetch begins.
+INLINE_BYTES = 8 << 10
 
 
 @dataclass(slots=True)
@@ -59,8 +62,10 @@ class TensorStore:
         return len(self._held)
 
     def put(self, tensor: torch.Tensor) -> tensors_pb2.Tensor:
-        """Holds a tensor; the message has its handle."""
+        """A message for a tensor: a small one's has its values, another's the handle under which it is held from now on."""
         tensor = tensor.detach()
+        if codec.total_bytes([tensor]) <= INLINE_BYTES:
+            return codec.inline(tensor)
         key = secrets.token_bytes(16)
         self._held[key] = Held(tensor, self._clock() + self._lease, self._transport.sender(constant=True))
         self._bytes += codec.total_bytes([tensor])
