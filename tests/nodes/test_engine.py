@@ -8,16 +8,62 @@ import pytest
 import torch
 from latentflow.errors import OverloadedError
 from latentflow.reasons import Reason
+from latentflow_nodes.engine import engine as engine_module
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.engine import Engine
-from latentflow_nodes.engine.member import Control
-from latentflow_nodes.engine.runner import EagerRunner
+from latentflow_nodes.engine.member import Control, Member
+from latentflow_nodes.engine.runner import EagerRunner, Prediction
 from support.step_loop import FAMILY, NETWORK, Broken, Edges, Recording, alone, engine_of, finish, sample
 
 
 @pytest.fixture
 def engine() -> Engine:
     return engine_of(EagerRunner(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None)))
+
+
+class Clock:
+    """Virtual time for the engine."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    perf_counter = monotonic
+
+    def monotonic_ns(self) -> int:
+        return int(self.seconds * 1e9)
+
+    perf_counter_ns = monotonic_ns
+
+
+class Slow(Recording):
+    """Takes a virtual second for a pass of 8 x 8, and a hundred for a larger one."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def run(self, batch: Sequence[Member], *, patience: float) -> Prediction:
+        self._clock.seconds += 1 if batch[0].latents.shape[-1] == 8 else 100
+        return super().run(batch, patience=patience)
+
+
+def test_a_small_image_is_finished_before_the_second_step_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(engine_module, "time", clock)
+    runner = Slow(clock)
+    engine = engine_of(runner)
+    large, large_received = sample(1, steps=3, side=16)
+    engine.submit(large)
+    engine.step()
+    small, small_received = sample(2, steps=4)
+    engine.submit(small)
+    finish(engine)
+    assert runner.passes == [[1], [2], [2], [2], [2], [1], [1]]
+    assert large_received.latents is not None
+    assert small_received.latents is not None
 
 
 def test_a_later_request_joins_at_the_next_step(engine: Engine) -> None:

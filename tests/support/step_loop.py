@@ -113,12 +113,13 @@ def sample(
     sampler: str = "ddim",
     deterministic: bool = False,
     assignment: Assignment | None = None,
+    side: int = 8,
 ) -> tuple[Sample, Listener]:
     listener = Listener()
     settings = Settings(
         seed=key,
         steps=steps,
-        shape=(1, 4, 8, 8),
+        shape=(1, 4, side, side),
         guidance=Guidance(scale=guidance, is_embedded=False),
         sampler=sampler,
     )

@@ -1,7 +1,7 @@
 """Which requests share the next forward pass: a pure decision over the requests at a step boundary.
 
 The engine calls `choose` before every step. Requests can share a pass when their groups are equal (shapes and adapters).
-The request that waited longest decides the group. To merge another adapter set takes time in which nothing is denoised,
+The request that received the least time (see `shares`) decides the group. To merge another adapter set takes time in which nothing is denoised,
 so a merged set stays, while its requests have steps to do, until requests with other sets have waited for a multiple of
 the time that a merge takes: merging then takes a small share of the time, however many sets there are.
 """
@@ -24,12 +24,14 @@ class Candidate:
         group: Equal for requests that may share a forward pass.
         adapters: The adapter set that it needs merged.
         waited: Seconds since it last took part in a pass, or since it was admitted.
+        received: Seconds of passes that it took part in, on the scale of `shares.Shares`.
     """
 
     key: int
     group: Hashable
     adapters: Hashable
     waited: float
+    received: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class Merged:
 
 
 def choose(candidates: Sequence[Candidate], *, merged: Merged, limit: int) -> list[int]:
-    """Keys of at most `limit` candidates of one group, the longest waiting first; empty only for no candidates.
+    """Keys of at most `limit` candidates of one group, the one that received least first; empty only for no candidates.
 
     Args:
         candidates: In order of arrival.
@@ -57,7 +59,7 @@ def choose(candidates: Sequence[Candidate], *, merged: Merged, limit: int) -> li
     if not candidates:
         return []
     stays = _MERGES * merged.merge_seconds
-    ordered = sorted(candidates, key=lambda c: -c.waited)
+    ordered = sorted(candidates, key=lambda c: (c.received, -c.waited))
     fitting = [c for c in ordered if c.adapters == merged.adapters]
     overdue = [c for c in ordered if c.adapters != merged.adapters and min(c.waited, merged.age) >= stays]
     leader = (overdue or fitting or ordered)[0]

@@ -25,6 +25,7 @@ from latentflow_nodes.engine.load import Load, PassSize
 from latentflow_nodes.engine.member import Member
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
 from latentflow_nodes.engine.runner import Runner, SampleError
+from latentflow_nodes.engine.shares import Shares
 from latentflow_nodes.engine.worker import queue_full
 
 _log = structlog.get_logger()
@@ -83,6 +84,7 @@ class Engine:
         self._running: dict[int, Member] = {}
         # When each running sample last took part in a pass, or was admitted.
         self._served_at: dict[int, float] = {}
+        self._shares = Shares()
         self._cancelled: set[int] = set()
         self._stopping = False
         self._mean_step = 0.0
@@ -150,6 +152,7 @@ class Engine:
             else:
                 self._run_alone(batch)
         seconds = time.perf_counter() - started
+        self._shares.serve((sample.key for sample in batch), seconds=seconds)
         self._load.passed(size, requests=len(batch), seconds=seconds)
         self._await_halves(batch)
         return True
@@ -162,6 +165,7 @@ class Engine:
             key = next(iter(self._queued))
             self._running[key] = self._queued.pop(key)
             self._served_at[key] = time.monotonic()
+            self._shares.admit(key)
         self._report()
 
     def _can_admit(self) -> bool:
@@ -171,7 +175,13 @@ class Engine:
     def _choose(self) -> list[Member]:
         now = time.monotonic()
         candidates = [
-            Candidate(key=key, group=sample.group, adapters=sample.adapter_key, waited=now - self._served_at[key])
+            Candidate(
+                key=key,
+                group=sample.group,
+                adapters=sample.adapter_key,
+                waited=now - self._served_at[key],
+                received=self._shares.of(key),
+            )
             for key, sample in self._running.items()
             if not sample.sits_out
         ]
@@ -310,6 +320,7 @@ class Engine:
     def _retire(self, key: int) -> None:
         self._running.pop(key, None)
         self._served_at.pop(key, None)
+        self._shares.retire(key)
 
     def _has_work(self, *, besides: Collection[int] = ()) -> bool:
         """Whether a step would do anything, for another member than those of these keys."""
