@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from latentflow.errors import OverloadedError
+from latentflow.internal.metrics import NODE, Instruments
 from latentflow.reasons import Reason
 from latentflow_nodes.engine import engine as engine_module
 from latentflow_nodes.engine.compute_lock import ComputeLock
@@ -162,8 +163,8 @@ def test_a_deterministic_request_shares_no_pass_and_is_bit_identical() -> None:
 
 
 def test_a_request_whose_residuals_are_late_sits_out_until_they_are_there() -> None:
-    runner = Recording()
-    engine = engine_of(runner)
+    metrics = Instruments(NODE, model="m", role="Denoiser")
+    engine = engine_of(Recording(), metrics=metrics)
     net = Edges(hold=True)
     late, received_late = sample(1, controls=(Control(source=net, scale=1.0),))
     other, received_other = sample(2)
@@ -179,6 +180,9 @@ def test_a_request_whose_residuals_are_late_sits_out_until_they_are_there() -> N
     assert received_late.latents is not None
     expected = alone(1, controls=(Control(source=Edges(), scale=1.0),))
     assert (received_late.latents - expected).abs().max() < 1e-4
+    # Each of its three steps is put off once, not once for each step of the other request.
+    labels = {"model": "m", "role": "Denoiser"}
+    assert metrics.registry.get_sample_value("latentflow_late_residuals_total", labels) == 3
 
 
 def test_requests_that_sit_out_do_not_keep_others_from_starting() -> None:

@@ -156,10 +156,17 @@ class Recording(EagerRunner):
         return super().run(batch, patience=0.0)
 
 
-def engine_of(runner: Runner, *, max_running: int = 2, max_waiting: int = 1, load: Load | None = None) -> Engine:
+def engine_of(
+    runner: Runner,
+    *,
+    max_running: int = 2,
+    max_waiting: int = 1,
+    load: Load | None = None,
+    metrics: Instruments | None = None,
+) -> Engine:
     """An engine that steps when the test calls it."""
     torch.set_num_threads(1)
-    metrics = Instruments(NODE, model="m", role="Denoiser")
+    metrics = metrics or Instruments(NODE, model="m", role="Denoiser")
     return Engine(
         runner=runner,
         merger=Merger(NETWORK, names={}, what="denoiser"),

@@ -82,6 +82,11 @@ NODE: tuple[Metric, ...] = (
     Metric(name="latentflow_tensors_held", kind="gauge", help="Tensors held for other servers under a lease."),
     Metric(name="latentflow_tensor_held_bytes", kind="gauge", help="Bytes of the tensors held for other servers."),
     Metric(
+        name="latentflow_late_residuals_total",
+        kind="counter",
+        help="Steps of requests that were put off because the residuals of a ControlNet were not there in time.",
+    ),
+    Metric(
         name="latentflow_guidance_peers_lost_total",
         kind="counter",
         labels=("reason",),

@@ -245,6 +245,7 @@ class Engine:
         if not all(future.done() for future in sample.residuals()):
             _log.info("residuals are late", request=sample.request_id, step=sample.index + 1)
             sample.is_late = True
+            self._metrics.of("latentflow_late_residuals_total").inc()
             for future in sample.residuals():
                 future.add_done_callback(self.wake)
 
