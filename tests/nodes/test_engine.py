@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.engine import Engine
 from latentflow_nodes.engine.member import Control, Member
 from latentflow_nodes.engine.runner import EagerRunner, Prediction
+from latentflow_nodes.families.base import Residuals
 from support.step_loop import FAMILY, NETWORK, Broken, Edges, Recording, alone, engine_of, finish, sample
 
 
@@ -160,6 +162,25 @@ def test_a_deterministic_request_shares_no_pass_and_is_bit_identical() -> None:
     assert all(len(keys) == 1 for keys in runner.passes)
     assert received.latents is not None
     assert torch.equal(received.latents, alone(1))
+
+
+class Defective:
+    """A ControlNet that cannot even be called."""
+
+    def request(self, **_: Any) -> Future[Residuals]:
+        raise RuntimeError("device lost")
+
+
+def test_a_request_whose_controlnet_cannot_be_called_fails_alone(engine: Engine) -> None:
+    bad, received_bad = sample(1, controls=(Control(source=Defective(), scale=1.0),))
+    good, received_good = sample(2)
+    engine.submit(bad)
+    engine.submit(good)
+    finish(engine)
+    assert received_bad.error is not None
+    assert "device lost" in received_bad.error.message
+    assert received_good.latents is not None
+    assert received_good.error is None
 
 
 def test_a_request_whose_residuals_are_late_sits_out_until_they_are_there() -> None:

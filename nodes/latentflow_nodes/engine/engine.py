@@ -132,12 +132,12 @@ class Engine:
                 self._advance(sample, sample.own_half)
             elif self._seconds_left(sample) == 0:
                 self._expire(sample)
+        self._request()
         with self._changed:
             batch = self._choose()
         if not batch:
             return False
         started = time.perf_counter()
-        self._request()
         size = _size(batch)
         try:
             self._run(batch)
@@ -193,8 +193,11 @@ class Engine:
     @torch.inference_mode()
     def _request(self) -> None:
         """Requests what peers compute for the present steps. That of samples outside the next pass is computed meanwhile."""
-        for sample in self._running.values():
-            sample.residuals()
+        for sample in list(self._running.values()):
+            try:
+                sample.residuals()
+            except Exception as error:
+                self._fail(sample, _as_error(error))
 
     @torch.inference_mode()
     def _run(self, batch: Sequence[Member]) -> None:
