@@ -21,7 +21,7 @@ from latentflow.reasons import Reason
 
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.batching import Candidate, Merged, choose
-from latentflow_nodes.engine.load import Load, PassSize
+from latentflow_nodes.engine.load import Load, PassSize, moving_mean
 from latentflow_nodes.engine.member import Member
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
 from latentflow_nodes.engine.runner import Runner, SampleError
@@ -209,7 +209,7 @@ class Engine:
         started = time.perf_counter_ns()
         prediction = self._runner.run(batch, patience=patience)
         seconds = (time.perf_counter_ns() - started - prediction.residuals_wait_ns) / 1e9
-        self._mean_step = seconds if self._mean_step == 0 else 0.9 * self._mean_step + 0.1 * seconds
+        self._mean_step = moving_mean(self._mean_step, seconds)
         for sample, noise in zip(batch, prediction.noise, strict=True):
             if noise is None:
                 self._sit_out(sample)
@@ -295,7 +295,7 @@ class Engine:
         self._merged = sample.adapter_key
         self._merged_at = time.monotonic()
         seconds = time.perf_counter() - started
-        self._mean_merge = seconds if self._mean_merge == 0 else 0.9 * self._mean_merge + 0.1 * seconds
+        self._mean_merge = moving_mean(self._mean_merge, seconds)
         self._metrics.of("latentflow_loads_total", kind="merge").inc()
         self._metrics.of("latentflow_load_seconds_total", kind="merge").inc(seconds)
 

@@ -17,9 +17,14 @@ from latentflow.internal.metrics import Instruments
 
 # Callers choose the sizes, so the number of sizes that are kept is bounded.
 _KEPT_SIZES = 64
-# Weight of the newest pass in a mean.
+# Weight of the newest value in a mean.
 _NEWEST = 0.1
 _WATCH_SECONDS = 0.1
+
+
+def moving_mean(mean: float, seconds: float) -> float:
+    """The mean after one more measurement; a mean of 0 has none yet. Recent ones count more."""
+    return seconds if mean == 0 else mean + _NEWEST * (seconds - mean)
 
 
 class PassSize(NamedTuple):
@@ -78,8 +83,7 @@ class Load:
         self._metrics.of("latentflow_step_seconds").observe(seconds)
         self._metrics.of("latentflow_batch_size").observe(requests)
         with self._lock:
-            mean = self._pass_seconds.get(size)
-            self._pass_seconds[size] = seconds if mean is None else mean + _NEWEST * (seconds - mean)
+            self._pass_seconds[size] = moving_mean(self._pass_seconds.get(size, 0.0), seconds)
             self._notify()
 
     def drain(self) -> None:

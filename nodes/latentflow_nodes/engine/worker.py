@@ -21,7 +21,7 @@ import torch
 from latentflow.errors import LatentflowError, OverloadedError
 
 from latentflow_nodes.engine.compute_lock import ComputeLock
-from latentflow_nodes.engine.load import Load, PassSize
+from latentflow_nodes.engine.load import Load, PassSize, moving_mean
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
 
 _log = structlog.get_logger()
@@ -128,7 +128,7 @@ class Worker(Generic[Item, Result]):
             started = time.perf_counter()
             self._pass(batch)
             seconds = time.perf_counter() - started
-            self._mean = seconds if self._mean == 0 else 0.9 * self._mean + 0.1 * seconds
+            self._mean = moving_mean(self._mean, seconds)
             size = batch[0].size
             rows = sum(call.size.rows for call in batch)
             self._load.passed(size._replace(rows=rows), requests=len(batch), seconds=seconds)
