@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict, TypeVar
 
 from PIL import Image
 
@@ -17,6 +17,7 @@ from latentflow.errors import InvalidRequestError
 from latentflow.internal import images, strengths
 from latentflow.v1 import generation_pb2, images_pb2
 
+T = TypeVar("T")
 ImageLike: TypeAlias = "Image.Image | bytes | str | PathLike[str]"
 _MAX_UINT32 = (1 << 32) - 1
 _MAX_SEED = (1 << 64) - 1
@@ -102,10 +103,12 @@ def build(
     A seed and an idempotency key are always set, so that a request that is sent again runs once, or gives the same images.
     InvalidRequestError names an argument that is impossible.
     """
+    loras = _by_name("loras", loras, example='{"NAME": 0.8}')
+    control_images = _by_name("control_images", control_images, example='{"NAME": image}')
     # The command line has other names for these than Python; both have the words.
     texts = {"prompt": prompt, "The negative prompt": negative_prompt, "workflow": workflow, "sampler": sampler}
     texts |= {"idempotency_key": idempotency_key}
-    texts |= {f"The name {name!a}": name for name in (*(control_images or ()), *(loras or ()))}
+    texts |= {f"The name {name!a}": name for name in (*control_images, *loras)}
     for name, text in texts.items():
         if text is not None:
             _check_text(name, text)
@@ -128,7 +131,7 @@ def build(
         request.guidance_scale = _finite("The guidance scale", guidance_scale)
     if sampler is not None:
         request.sampler = sampler
-    for name, given in (control_images or {}).items():
+    for name, given in control_images.items():
         control = given if isinstance(given, ControlImage) else ControlImage(image=given)
         request.control_images.add(
             model=name,
@@ -137,7 +140,7 @@ def build(
             start=_finite(f"The start of {name!r}", control.start),
             end=_finite(f"The end of {name!r}", control.end),
         )
-    for name, weight in (loras or {}).items():
+    for name, weight in loras.items():
         request.loras.add(name=name, weight=strengths.lora_weight(weight, name=name))
     return request
 
@@ -158,6 +161,12 @@ def encoded(image: ImageLike, *, what: str) -> images_pb2.EncodedImage:
     message = images.of_file(data, what=what)
     images.opened(message, what=what)
     return message
+
+
+def _by_name(name: str, given: Mapping[str, T] | None, *, example: str) -> Mapping[str, T]:
+    if given is not None and not isinstance(given, Mapping):
+        raise InvalidRequestError(f"{name} must be a mapping, such as {example}, not {given!r}.")
+    return given or {}
 
 
 def _check_text(name: str, value: object) -> None:

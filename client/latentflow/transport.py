@@ -262,8 +262,15 @@ def _unreachable(target: str, problem: str, *, responded: bool) -> UnavailableEr
     variable = targets.proxy_variable(target)
     remedy = f"add the gateway to {targets.exemption_variable()}"
     proxy = f" gRPC uses the HTTP proxy of {variable}; {remedy}." if variable else ""
+    # What gRPC reports of a server that answers in HTTP/1.1.
+    speaks_http = "SETTINGS frame" in problem or "HTTP/1." in problem
+    advice = (
+        "That port speaks HTTP/1.1; pass the address of gRPC, whose port is 8400 by default."
+        if speaks_http
+        else "Start one with `latentflow up FILE`, or pass another target."
+    )
     error = UnavailableError(
-        f"No gateway responds at {target}. Start one with `latentflow up FILE`, or pass another target.{proxy} ({problem})",
+        f"No gateway responds at {target}. {advice}{proxy} ({problem})",
         reason=Reason.GATEWAY_UNREACHABLE,
     )
     error.retryable = responded or not targets.is_local(target)

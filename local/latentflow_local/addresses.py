@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import socket
+import sys
 from collections.abc import Collection
+from types import TracebackType
 
 from latentflow.errors import FailedPreconditionError
 from latentflow.internal import hosts, serving
@@ -14,26 +15,74 @@ from latentflow.internal import hosts, serving
 _PORTS = range(20_000, 32_000)
 
 
-def free(count: int, *, exclude: Collection[str] = ()) -> list[str]:
-    """Different addresses whose ports are free at present. A server that finds its port taken reports that itself.
+class Addresses:
+    """The addresses of one runtime's servers, reserved from when they are chosen.
 
-    Args:
-        exclude: Addresses that are already assigned, although their servers may not listen yet.
+    A server listens only seconds after its address was chosen, and not while it restarts. No other runtime of this machine
+    chooses the address meanwhile.
     """
-    found: list[str] = []
-    with contextlib.ExitStack() as stack:
+
+    def __init__(self) -> None:
+        self._reserved: dict[str, socket.socket] = {}
+
+    def __enter__(self) -> Addresses:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.keep(())
+
+    def of(self, listen: str) -> str:
+        """The address, with a free port in place of port 0. Errors as of `check_free`."""
+        checked = check_free(listen)
+        host, port = hosts.split(listen)
+        return checked if port else self.free(1, host=host)[0]
+
+    def free(self, count: int, *, host: str = "127.0.0.1") -> list[str]:
+        """Different addresses whose ports are free. A server that finds its port taken nevertheless reports that itself."""
+        found: list[str] = []
         for port in random.sample(_PORTS, len(_PORTS)):
             if len(found) == count:
                 break
-            address = f"127.0.0.1:{port}"
-            # The socket stays open until all ports are found, so that another process that searches now gets other
-            # ports.
-            one = stack.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                one.bind(("127.0.0.1", port))
-                if address not in exclude:
-                    found.append(address)
-    return found
+            address = hosts.join(host, port)
+            reservation = _reserved(port)
+            if reservation is None:
+                continue
+            if _is_free(address):
+                self._reserved[address] = reservation
+                found.append(address)
+            else:
+                reservation.close()
+        return found
+
+    def keep(self, assigned: Collection[str]) -> None:
+        """Releases all addresses but these."""
+        for address in self._reserved.keys() - set(assigned):
+            self._reserved.pop(address).close()
+
+
+def _reserved(port: int) -> socket.socket | None:
+    """A socket whose name stands for the port until it is closed, also by the end of the process; None: another has it.
+
+    Names without a file exist on Linux only; elsewhere nothing is reserved.
+    """
+    reservation = socket.socket(socket.AF_UNIX)
+    if sys.platform == "linux":
+        try:
+            reservation.bind(f"\0latentflow-port-{port}")
+        except OSError:
+            reservation.close()
+            return None
+    return reservation
+
+
+def _is_free(address: str) -> bool:
+    try:
+        check_free(address)
+    except FailedPreconditionError:
+        return False
+    return True
 
 
 def first_choice(listen: str) -> str:

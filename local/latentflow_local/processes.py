@@ -7,6 +7,7 @@ counts the GPUs when it is imported, and CUDA does not work in a process that is
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.util
@@ -14,6 +15,8 @@ import os
 import signal
 import tempfile
 import threading
+from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess, SpawnProcess
 
 from latentflow_local.planning import GATEWAY, ProcessSpec
@@ -25,12 +28,26 @@ _LONGEST_FOLDER = 70
 
 def prepare() -> None:
     """Starts the fork server, which imports the libraries in the background."""
-    from multiprocessing import forkserver
-
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["latentflow_nodes.server"])
     _choose_socket_folder()
-    forkserver.ensure_running()
+    with _shielded():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _shielded() -> Iterator[None]:
+    """Processes that are started here never get SIGINT, also while they import: a terminal sends Ctrl-C to all of them.
+
+    The supervisor ends them.
+    """
+    # Its own start unblocks the signal.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _choose_socket_folder() -> None:
@@ -54,7 +71,8 @@ def start(spec: ProcessSpec, *, environment: dict[str, str]) -> Process:
         process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments, name=spec.name)
     else:
         process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, name=spec.name)
-    process.start()
+    with _shielded():
+        process.start()
     return process
 
 

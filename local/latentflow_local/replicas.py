@@ -13,7 +13,7 @@ from pathlib import Path
 from latentflow.api import DiffusionWorkflow, Role
 from latentflow.internal import directory
 
-from latentflow_local import addresses
+from latentflow_local.addresses import Addresses
 from latentflow_local.planning import ProcessSpec, next_gpu
 from latentflow_local.supervisor import State, Supervisor
 from latentflow_local.targets import TargetsFile
@@ -27,6 +27,7 @@ class Replicas:
         gpus: GPUs of this machine, over which replicas on "cuda" are spread.
         path: The directory file, which is written at once.
         targets: Lists them for Prometheus; None: no file does.
+        addresses: Reserves those of the replicas.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Replicas:
         path: Path,
         targets: TargetsFile | None,
         supervisor: Supervisor,
+        addresses: Addresses,
     ) -> None:
         self._workflows = tuple(workflows)
         self._gpus = gpus
         self._path = path
         self._targets = targets
         self._supervisor = supervisor
+        self._addresses = addresses
         self._template = {spec.model: spec for spec in specs}
         self._present = {model: [spec for spec in specs if spec.model == model] for model in self._template}
         self._write()
@@ -81,7 +84,8 @@ class Replicas:
         """One more replica, with the first name that no process uses. Processes that are draining still use theirs."""
         present = {one.spec.name: one.spec for one in self._supervisor.supervised.values()}
         assigned = {address for spec in present.values() for address in (spec.address, spec.metrics)}
-        address, metrics = addresses.free(2, exclude=assigned)
+        self._addresses.keep(assigned)
+        address, metrics = self._addresses.free(2)
         template = self._template[model]
         gpu = next_gpu(template.device, present.values(), gpus=self._gpus)
         specs = (template.another(number, address=address, metrics=metrics, gpu=gpu) for number in count(1))

@@ -18,7 +18,8 @@ from latentflow_nodes.settings import usable_cores
 from latentflow_nodes.tensors.shared_memory import private_folder
 from latentflow_scheduler.policy import Bounds
 
-from latentflow_local import addresses, devices, processes
+from latentflow_local import devices, processes
+from latentflow_local.addresses import Addresses
 from latentflow_local.pinning import pinned
 from latentflow_local.planning import (
     ProcessSpec,
@@ -103,18 +104,19 @@ async def run(
     processes.prepare()
     workflows = await asyncio.to_thread(pinned, workflows)
     models = models_of(workflows)
-    target, metrics = addresses.check_free(listen), addresses.check_free(metrics)
-    http = addresses.check_free(http) if http else None
     cores = cores or usable_cores()
     uses_gpus = any(on_gpu(model, device=device) for model in models.values())
     gpus = await asyncio.to_thread(devices.gpus) if uses_gpus else 0
     instruments = Instruments((*LOCAL, *SCHEDULER))
-    serving.serve_metrics(instruments, metrics)
     with (
+        Addresses() as addresses,
         contextlib.closing(instruments),
         tempfile.TemporaryDirectory(prefix="latentflow-") as folder,
         private_folder() as shared_memory,
     ):
+        target, metrics = addresses.of(listen), addresses.of(metrics)
+        http = addresses.of(http) if http else None
+        serving.serve_metrics(instruments, metrics)
         free = addresses.free(2 * sum(map(initial, models.values())) + 1)
         firsts = plan_models(
             workflows,
@@ -160,6 +162,7 @@ async def run(
                 if targets
                 else None,
                 supervisor=supervisor,
+                addresses=addresses,
             ),
             bounds={name: _bounds(name, model, capacity=capacities[name]) for name, model in models.items()},
             gateway=gateway.metrics,

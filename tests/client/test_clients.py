@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from latentflow import (
@@ -31,6 +33,17 @@ def test_generate_returns_as_many_images_as_were_requested() -> None:
     assert [image.size for image in result.images] == [(16, 64), (16, 64)]
     assert [ready.seed for ready in result.ready] == [3, 4]
     assert steps == [1, 2, 1, 2]
+
+
+def test_the_error_for_the_port_of_http_names_the_one_of_grpc() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with (
+            Client(f"127.0.0.1:{server.server_port}", timeout=20, retries=NO_RETRIES) as client,
+            pytest.raises(UnavailableError, match=r"That port speaks HTTP/1\.1; pass the address of gRPC"),
+        ):
+            client.workflows()
+        server.shutdown()
 
 
 def test_stream_yields_events_in_order() -> None:

@@ -50,6 +50,9 @@ def test_a_control_image_may_be_a_pil_image_bytes_or_a_path(tmp_path: Path) -> N
         ({"images": 0}, "images must be from 1"),
         ({"loras": {"neon": math.inf}}, "The weight of the LoRA 'neon' must be from -100 to 100, not inf"),
         ({"loras": {"neon": 0}}, "The weight of the LoRA 'neon' is 0, which has no effect"),
+        ({"loras": ["neon"]}, r"loras must be a mapping, such as \{\"NAME\": 0\.8\}, not \['neon'\]"),
+        ({"loras": "neon"}, "loras must be a mapping"),
+        ({"control_images": [b"x"]}, "control_images must be a mapping"),
         ({"loras": {"neon": "1"}}, "The weight of the LoRA 'neon' must be from -100 to 100"),
         (
             {"control_images": {"edges": ControlImage(image=Image.new("RGB", (8, 8)), scale=100.5)}},

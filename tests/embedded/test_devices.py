@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from latentflow.api import load_workflows
-from latentflow_local import addresses, processes
+from latentflow_local import processes
+from latentflow_local.addresses import Addresses
 from latentflow_local.planning import ProcessSpec, models_of, plan_models
 from support.packs import MODELS
 from support.paths import EXAMPLES
@@ -15,7 +16,7 @@ from support.paths import EXAMPLES
 
 def text_encoder(device: str) -> ProcessSpec:
     workflows = load_workflows(EXAMPLES / "shapes-minimal.yaml")
-    address, metrics = addresses.free(2)
+    address, metrics = Addresses().free(2)
     return plan_models(
         workflows,
         model_root=MODELS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,25 @@ def test_another_replica_uses_the_gpu_with_the_fewest_processes() -> None:
     specs = planned(device="cuda", gpus=2)
     assert next_gpu("cuda", specs, gpus=2) == 1
     assert devices([specs[0].another(2, address="127.0.0.1:3", metrics="127.0.0.1:4", gpu=1)]) == ["cuda:1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ports are reserved on Linux only")
+def test_two_runtimes_choose_different_addresses_before_their_servers_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "_PORTS", range(21_000, 21_010))
+    with addresses.Addresses() as first:
+        with addresses.Addresses() as second:
+            chosen = [*first.free(2), *second.free(2), second.of("127.0.0.1:0"), *first.free(2)]
+            assert len(set(chosen)) == 7
+            second.keep(chosen[2:3])
+            assert len(first.free(10)) == 5
+        assert first.free(10) == [chosen[2]]
+
+
+def test_an_address_that_a_server_listens_on_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, addresses.Addresses() as one:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(addresses, "_PORTS", range(port, port + 1))
+        assert one.free(1) == []
 
 
 def test_a_taken_port_of_first_choice_is_replaced_by_a_free_one() -> None:

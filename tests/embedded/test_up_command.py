@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -83,6 +84,28 @@ def test_no_process_is_left_after_any_signal(serving: Up, signum: signal.Signals
     assert code == (-signal.SIGKILL if signum is signal.SIGKILL else 0)
     # What a killed runtime leaves there is removed by the next one.
     assert signum is signal.SIGKILL or not any(path.exists() for path in memory)
+
+
+def test_ctrl_c_during_the_start_prints_no_traceback() -> None:
+    """In a terminal, which sends the signal to all processes of the foreground."""
+    terminal, side = os.openpty()
+    up = subprocess.Popen(
+        ["setsid", "--ctty", PROGRAM, "up", "--http-listen=127.0.0.1:0", "--listen=127.0.0.1:0", str(MINIMAL)],
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        cwd=MODELS.parent,
+    )
+    os.close(side)
+    printed = ""
+    with open(terminal, "r+b", buffering=0) as screen, up, contextlib.suppress(OSError):
+        while part := screen.read(4096):
+            # The first line is there while the model servers import their libraries.
+            if not printed:
+                screen.write(b"\x03")
+            printed += part.decode(errors="replace")
+    assert up.returncode == 0
+    assert "Traceback" not in printed, printed
 
 
 def test_the_address_of_the_http_api_is_printed(serving: Up) -> None:
@@ -171,7 +194,7 @@ def test_the_error_for_a_truncated_weights_file_names_it(tmp_path: Path) -> None
     broken = next((tmp_path / "shapes/vae").glob("*.safetensors"))
     broken.write_bytes(broken.read_bytes()[:-100])
     message = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
-    assert f"{broken.name} is damaged or truncated" in message
+    assert f"{broken.name} is damaged or incomplete" in message
 
 
 def test_weights_in_a_pickle_file_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+import structlog
 import torch
 from PIL import Image, ImageDraw
 from support.packs import MODELS
@@ -13,6 +14,14 @@ from support.stack import Stack, started
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_tracebacks() -> None:
+    """As the servers' logs have them. structlog's default prints every local variable, which takes seconds for tensors."""
+    processors = structlog.get_config()["processors"]
+    renderer = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[*processors[:-1], renderer])
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -125,7 +125,13 @@ def _other_name(path: Path) -> None:
         (lambda path: (path / "odd.safetensors").write_bytes(b""), "odd.safetensors is damaged or incomplete"),
         (
             lambda path: (path / "odd.safetensors").write_text("<html>404</html>"),
-            "odd.safetensors is damaged or incomplete",
+            "odd.safetensors is a web page instead of the weights; download the file itself.",
+        ),
+        (
+            lambda path: (path / "odd.safetensors").write_text(
+                "version https://git-lfs.github.com/spec/v1\noid sha256:0"
+            ),
+            "odd.safetensors is a pointer of Git LFS instead of the weights; run `git lfs pull`",
         ),
         (lambda path: (path / "odd.safetensors").symlink_to("nowhere"), "odd.safetensors cannot be read: No such file"),
         (

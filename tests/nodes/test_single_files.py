@@ -227,7 +227,7 @@ def empty(kind: str, part: str) -> Any:
 
 async def test_a_damaged_single_file_is_refused(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
-    assert "is damaged or truncated" in (await refused(file, "VAE")).message
+    assert "is damaged or incomplete" in (await refused(file, "VAE")).message
 
 
 async def test_of_several_single_files_one_has_to_be_named(file: Path) -> None:

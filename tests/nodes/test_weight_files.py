@@ -135,6 +135,12 @@ async def test_a_tokenizer_without_its_vocabulary_is_refused(pack: Path, lost: l
     assert "tokenizer holds no tokenizer: neither tokenizer.json nor vocab.json and merges.txt" in error.message
 
 
+async def test_a_tokenizer_without_its_configuration_is_refused(pack: Path) -> None:
+    (pack / "tokenizer/tokenizer_config.json").unlink()
+    error = await refused(pack.parent, "TextEncoder")
+    assert "tokenizer lacks tokenizer_config.json, which states the longest prompt" in error.message
+
+
 async def test_a_tokenizer_of_another_encoder_is_refused(pack: Path) -> None:
     file = pack / "tokenizer/tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 77}))

@@ -20,6 +20,7 @@ from latentflow_nodes.adapters.config import Config
 from latentflow_nodes.adapters.folder import AdapterFile, Entry
 from latentflow_nodes.adapters.keys import Kind, unusable
 from latentflow_nodes.adapters.layers import Layer
+from latentflow_nodes.weights.files import damage
 
 # Where files of diffusers have the configuration of each component, as JSON.
 _HEADER_CONFIG = "lora_adapter_metadata"
@@ -61,7 +62,7 @@ def load(entry: Entry) -> Adapter:
         except OSError as error:
             raise unusable(f"{file.label} cannot be read: {error.strerror or error}.") from None
         except SafetensorError as error:
-            raise unusable(f"{file.label} is damaged or incomplete ({error}); copy it again.") from None
+            raise unusable(f"{file.label} {damage(file.weights, error)}.") from None
         except Exception as error:
             raise unusable(f"{file.label} cannot be used: {error or type(error).__name__}.") from None
         for component, layers in read.items():

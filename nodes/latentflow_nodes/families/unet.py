@@ -267,6 +267,11 @@ def _tokenizer(folder: Path) -> Any:
             "tokenizer of the base model there.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
+    if not (folder / "tokenizer_config.json").is_file():
+        raise FailedPreconditionError(
+            f"{folder} lacks tokenizer_config.json, which states the longest prompt. Copy that of the base model there.",
+            reason=Reason.WEIGHTS_UNAVAILABLE,
+        )
     return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 

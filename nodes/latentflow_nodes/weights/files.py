@@ -6,8 +6,10 @@ traceback.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,9 +121,20 @@ def check_file(path: Path) -> None:
         with safe_open(path, framework="pt") as opened:
             opened.keys()
     except (SafetensorError, OSError) as error:
-        raise DataLossError(
-            f"{path} is damaged or truncated ({error}; {path.stat().st_size} bytes). Fetch the file again."
-        ) from None
+        raise DataLossError(f"{path} {damage(path, error)}.") from None
+
+
+def damage(path: Path, error: Exception) -> str:
+    """Why a file cannot be read as safetensors, and what to do; the end of a sentence that begins with the file."""
+    size = 0
+    with contextlib.suppress(OSError), path.open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        start = opened.read(64).lstrip().lower()
+        if start.startswith(b"version https://git-lfs"):
+            return "is a pointer of Git LFS instead of the weights; run `git lfs pull` where it comes from, or download the file"
+        if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+            return "is a web page instead of the weights; download the file itself"
+    return f"is damaged or incomplete ({error}; {size} bytes); fetch it again"
 
 
 def keys(path: Path) -> list[str]:
