@@ -16,7 +16,8 @@ from support.paths import EXAMPLES
 
 def text_encoder(device: str) -> ProcessSpec:
     workflows = load_workflows(EXAMPLES / "shapes-minimal.yaml")
-    address, metrics = Addresses().free(2)
+    with Addresses() as addresses:
+        address, metrics = addresses.free(2)
     return plan_models(
         workflows,
         model_root=MODELS,

@@ -173,7 +173,8 @@ async def test_a_replica_that_cannot_start_is_no_error_while_another_serves() ->
     async with served("{}", config=config(down=0.0)) as runtime, AsyncClient(runtime.target, timeout=SECONDS) as client:
         supervisor, serving = runtime.supervisor, runtime.supervised[denoiser(runtime)]
         failed = asyncio.create_task(supervisor.wait_failed())
-        address, metrics = Addresses().free(2)
+        with Addresses() as addresses:
+            address, metrics = addresses.free(2)
         another = serving.spec.another(2, address=address, metrics=metrics)
         supervisor.add(replace(another, options=(*another.options, "--dtype=none")))
         broken = runtime.supervised[another.name]
