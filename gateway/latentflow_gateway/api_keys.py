@@ -78,6 +78,8 @@ class ApiKeys:
                 f"The API keys cannot be read from {folder}: {error.strerror}. Pass a folder with one file for each client."
             ) from None
         _log.info("API keys read", clients=sorted(self._known))
+        if not self._known:
+            _log.warning("the folder of API keys holds no key: every call is refused", folder=str(folder))
 
     def admit(self, authorization: str) -> None:
         """Binds the client whose key an authorization header carries to this task and its log context.

@@ -101,12 +101,6 @@ async def run(
         log_level: Least level that the processes log.
         on_change: Called after every change of a process's state.
     """
-    processes.prepare()
-    workflows = await asyncio.to_thread(pinned, workflows)
-    models = models_of(workflows)
-    cores = cores or usable_cores()
-    uses_gpus = any(on_gpu(model, device=device) for model in models.values())
-    gpus = await asyncio.to_thread(devices.gpus) if uses_gpus else 0
     instruments = Instruments((*LOCAL, *SCHEDULER))
     with (
         Addresses() as addresses,
@@ -117,6 +111,12 @@ async def run(
         target, metrics = addresses.of(listen), addresses.of(metrics)
         http = addresses.of(http) if http else None
         serving.serve_metrics(instruments, metrics)
+        processes.prepare()
+        workflows = await asyncio.to_thread(pinned, workflows)
+        models = models_of(workflows)
+        cores = cores or usable_cores()
+        uses_gpus = any(on_gpu(model, device=device) for model in models.values())
+        gpus = await asyncio.to_thread(devices.gpus) if uses_gpus else 0
         free = addresses.free(2 * sum(map(initial, models.values())) + 1)
         firsts = plan_models(
             workflows,

@@ -23,10 +23,12 @@ from latentflow.api import load_workflows
 from latentflow.cli import app
 from latentflow.errors import AuthenticationError, FailedPreconditionError, InvalidRequestError, NotFoundError
 from latentflow.internal.directory import Directory
+from latentflow.internal.metrics import GATEWAY, Instruments
 from latentflow.reasons import Reason
-from latentflow_gateway.api_keys import client_of, digests
+from latentflow_gateway.api_keys import ApiKeys, client_of, digests
 from latentflow_gateway.server import Gateway, serve
 from latentflow_gateway.settings import GatewaySettings
+from structlog.testing import capture_logs
 from support.paths import EXAMPLES
 from typer.testing import CliRunner
 
@@ -133,6 +135,14 @@ async def test_a_gateway_does_not_start_without_its_folder_of_keys(tmp_path: Pat
     with pytest.raises(FailedPreconditionError, match="API keys cannot be read from"):
         async with serving(tmp_path, tmp_path / "absent"):
             pass
+
+
+def test_a_folder_without_keys_is_reported(tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        ApiKeys(mounted(tmp_path / "keys", anna="\n"), metrics=Instruments(GATEWAY))
+    assert [one["event"] for one in logs if one["log_level"] == "warning"] == [
+        "the folder of API keys holds no key: every call is refused"
+    ]
 
 
 def test_logs_and_metrics_contain_client_names_and_no_keys(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ async def test_a_request_whose_peer_stops_continues_alone(pair: Stack) -> None:
 
 
 async def test_a_request_whose_peer_cannot_be_reached_runs_alone(pair: Stack) -> None:
-    request = Request(steps=200)
+    request = Request(steps=100)
     call, events = await with_peer(pair, request, stage_pb2.Peer(address="127.0.0.1:9"))
     await events.rest(call)
     assert events.peers == [""]
@@ -188,7 +188,7 @@ async def test_a_peer_with_other_weights_is_not_used(pair: Stack, tmp_path: Path
 
 
 async def test_a_peer_that_drains_ends_its_guests_and_their_requests_continue(pair: Stack) -> None:
-    request = Request(steps=400)
+    request = Request(steps=100)
     settings = NodeSettings(role="Denoiser", uri="shapes", model_root=MODELS, engine=Engine(threads=1))
     async with serve(settings) as other:
         call, events = await with_peer(pair, request, stage_pb2.Peer(address=other.address))
@@ -224,7 +224,7 @@ async def test_a_request_whose_peer_never_answers_continues_alone(pair: Stack) -
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:
-        call, events = await with_peer(pair, Request(steps=200), stage_pb2.Peer(address=address))
+        call, events = await with_peer(pair, Request(steps=24), stage_pb2.Peer(address=address))
         await events.rest(call)
     finally:
         await server.stop(None)
@@ -234,7 +234,7 @@ async def test_a_request_whose_peer_never_answers_continues_alone(pair: Stack) -
     # The stream has the deadline of the request.
     assert silent.seconds_left is not None
     assert silent.seconds_left < 2 * SECONDS
-    await assert_equal(pair, SHAPES, Request(steps=200), events)
+    await assert_equal(pair, SHAPES, Request(steps=24), events)
 
 
 async def test_requests_with_and_without_a_peer_share_both_replicas(pair: Stack) -> None:

@@ -59,6 +59,14 @@ def reference(
         "num_inference_steps": request.steps,
         "guidance_scale": request.guidance_scale,
     }
-    latents = pipe(**arguments, **extra, generator=torch.Generator().manual_seed(request.seed), output_type="latent")
-    image = pipe(**arguments, **extra, generator=torch.Generator().manual_seed(request.seed), output_type="pil")
-    return latents.images.cpu(), image.images[0]
+    latents = torch.empty(0)
+
+    def keep(_pipe: Any, _step: int, _timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        nonlocal latents
+        latents = state["latents"]
+        return state
+
+    image = pipe(
+        **arguments, **extra, generator=torch.Generator().manual_seed(request.seed), callback_on_step_end=keep
+    ).images[0]
+    return latents.cpu(), image

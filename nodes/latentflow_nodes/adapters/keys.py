@@ -91,6 +91,12 @@ def parse(
             )
     parsed = {key: _parse(key, parts, component) for key in keys}
     unused = [key for key, value in parsed.items() if value is None]
+    for part in parts:
+        if bare := [key for key in unused if key.split(".")[0] in part.roots]:
+            raise unusable(
+                f"{file} has keys that do not name their component, such as {bare[0]}; save it with the save_lora_weights of "
+                f"its pipeline, or put {part.prefixes[0]} before each key."
+            )
     if unused or not parsed:
         shown = f"keys of no known component or meaning, such as {unused[0]}" if unused else "no tensors"
         prefixes = ", ".join(prefix for part in parts for prefix in part.prefixes)
