@@ -222,8 +222,8 @@ def rolled_out(release: ApiServer, namespace: Namespace, tag: str) -> None:
 
 
 Fault = Callable[[Serving], Awaitable[None]]
-# How many requests may fail without retries: those in flight on the killed process. A client whose request was lost may
-# connect once more to a gateway that ends: the kernel accepts connections until the last socket is closed.
+# How many requests may fail without retries: those in flight on the killed process. With a gateway, a client has been seen to
+# lose its next request too, by a reset connection; presumably it had reconnected to the process while that ended.
 LOST: list[tuple[Fault, int]] = [
     (a_denoiser_is_killed, CLIENTS),
     (the_operator_is_killed, 0),
