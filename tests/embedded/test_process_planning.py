@@ -142,7 +142,7 @@ def test_another_replica_uses_the_gpu_with_the_fewest_processes() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ports are reserved on Linux only")
 def test_two_runtimes_choose_different_addresses_before_their_servers_listen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(addresses, "_PORTS", range(21_000, 21_010))
+    monkeypatch.setattr(addresses, "_PORTS", range(19_000, 19_010))
     with addresses.Addresses() as first:
         with addresses.Addresses() as second:
             chosen = [*first.free(2), *second.free(2), second.of("127.0.0.1:0"), *first.free(2)]
