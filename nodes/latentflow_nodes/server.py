@@ -32,6 +32,7 @@ from latentflow.v1 import (
 from latentflow_nodes import roles, settings
 from latentflow_nodes.calls import Calls, TokenInterceptor
 from latentflow_nodes.context import Context
+from latentflow_nodes.engine import malloc
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.load import Load
 from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
@@ -159,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     # Only the thread that runs the model may have a team of OpenMP threads. With a second team the process has more of them
     # than cores, and OpenMP then lets idle threads sleep at once (decision 0004).
     torch.set_num_threads(1)
+    malloc.keep_freed_memory()
     serving.run("latentflow-node", run(node))
 
 
