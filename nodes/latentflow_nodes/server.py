@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import grpc.aio
 import structlog
-import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from latentflow.internal import hosts, logs, reflecting, rpc, serving
 from latentflow.internal.metrics import NODE, Instruments
@@ -32,7 +31,7 @@ from latentflow.v1 import (
 from latentflow_nodes import roles, settings
 from latentflow_nodes.calls import Calls, TokenInterceptor
 from latentflow_nodes.context import Context
-from latentflow_nodes.engine import malloc
+from latentflow_nodes.engine import malloc, threads
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.load import Load
 from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
@@ -144,6 +143,7 @@ async def run(node: NodeSettings) -> None:
     # A server that still downloads or loads has nothing to drain, and the next one resumes its download.
     for signum in serving.SIGNALS:
         signal.signal(signum, lambda *_: os._exit(0))
+    threads.compute_alone_in_executor()
     async with serve(node) as running:
         # The garbage collector need not walk the objects of the imported modules during a request.
         gc.freeze()
@@ -157,9 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command `latentflow-node`. Exits 2 with one line where the model cannot be served with its settings."""
     node = settings.parse(argv)
     logs.configure(process=node.identity or node.role, form=node.log_format)
-    # Only the thread that runs the model may have a team of OpenMP threads. With a second team the process has more of them
-    # than cores, and OpenMP then lets idle threads sleep at once (decision 0004).
-    torch.set_num_threads(1)
+    threads.compute_with(1)
     malloc.keep_freed_memory()
     serving.run("latentflow-node", run(node))
 

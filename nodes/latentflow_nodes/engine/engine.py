@@ -26,6 +26,7 @@ from latentflow_nodes.engine.member import Member
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
 from latentflow_nodes.engine.runner import Runner, SampleError
 from latentflow_nodes.engine.shares import Shares
+from latentflow_nodes.engine.threads import compute_with
 from latentflow_nodes.engine.worker import queue_full
 
 _log = structlog.get_logger()
@@ -344,7 +345,7 @@ class Engine:
         self._load.set(running=len(self._running), queued=len(self._queued))
 
     def _loop(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+        compute_with(threads)
         while True:
             with self._changed:
                 while not (self._stopping or self._has_work()):

@@ -23,6 +23,7 @@ from latentflow.errors import LatentflowError, OverloadedError
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.load import Load, PassSize, moving_mean
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
+from latentflow_nodes.engine.threads import compute_with
 
 _log = structlog.get_logger()
 
@@ -123,7 +124,7 @@ class Worker(Generic[Item, Result]):
         self._thread.join()
 
     def _loop(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+        compute_with(threads)
         while batch := self._next():
             started = time.perf_counter()
             self._pass(batch)
