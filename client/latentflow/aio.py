@@ -83,6 +83,7 @@ class AsyncClient:
 
         Raises:
             LatentflowError: One of the classes of `latentflow.errors`.
+            TypeError: An argument is unknown.
         """
         collector = Collector()
         async for one in self.stream(prompt, timeout=timeout, **arguments):

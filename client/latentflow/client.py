@@ -98,6 +98,7 @@ class Client:
 
         Raises:
             LatentflowError: One of the classes of `latentflow.errors`.
+            TypeError: An argument is unknown.
         """
         collector = Collector()
         for one in self.stream(prompt, timeout=timeout, **arguments):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import secrets
 import uuid
@@ -97,12 +98,19 @@ def build(
     deterministic: bool = False,
     preview_interval: int = 0,
     idempotency_key: str | None = None,
+    **unknown: object,
 ) -> generation_pb2.GenerateRequest:
     """The request with these arguments; the workflow has defaults for those that are None.
 
     A seed and an idempotency key are always set, so that a request that is sent again runs once, or gives the same images.
-    InvalidRequestError names an argument that is impossible.
+    InvalidRequestError names an argument that is impossible, TypeError one that is unknown.
     """
+    for name in unknown:
+        near = difflib.get_close_matches(name, Arguments.__annotations__, n=1)
+        raise TypeError(
+            f"Requests have no argument {name!r}; "
+            + (f"did you mean {near[0]!r}?" if near else f"they have {', '.join(Arguments.__annotations__)}.")
+        )
     loras = _by_name("loras", loras, example='{"NAME": 0.8}')
     control_images = _by_name("control_images", control_images, example='{"NAME": image}')
     # The command line has other names for these than Python; both have the words.

@@ -34,11 +34,22 @@ _Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 def digests(files: Iterable[tuple[str, bytes]]) -> dict[str, Digest]:
-    """Digests of the keys by client, from the names and contents of files. Empty files are left out. Pure.
+    """Digests of the keys by client, from the names and contents of files. Pure.
 
-    White space around a key is not part of it: editors and `echo` end a file with a newline.
+    White space around a key is not part of it: editors and `echo` end a file with a newline. Files without a key that a
+    client can send are left out.
     """
-    return {name: _digest(key) for name, content in files if (key := content.strip())}
+    return {name: _digest(content.strip()) for name, content in files if problem(content) is None}
+
+
+def problem(content: bytes) -> str | None:
+    """Why no client can send the key that a file contains; None where one can. Pure."""
+    key = content.strip()
+    if not key:
+        return "it is empty"
+    if not (key.isascii() and key.decode("ascii").isprintable()):
+        return "its key has characters other than printable ASCII, or several lines"
+    return None
 
 
 def client_of(authorization: str, known: Mapping[str, Digest]) -> str | None:
@@ -151,7 +162,12 @@ def _files(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _read(folder: Path) -> dict[str, Digest]:
-    return digests((entry.name, Path(entry.path).read_bytes()) for entry in _files(folder))
+    """The digests of a folder's keys. Logs the files that it leaves out."""
+    files = [(entry.name, Path(entry.path).read_bytes()) for entry in _files(folder)]
+    for name, content in files:
+        if (reason := problem(content)) is not None:
+            _log.warning("a file is not used as an API key", file=name, problem=reason)
+    return digests(files)
 
 
 def _stamp(folder: Path) -> _Stamp:

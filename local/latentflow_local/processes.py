@@ -17,7 +17,10 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess, SpawnProcess
+
+from latentflow.errors import LatentflowError
 
 from latentflow_local.planning import GATEWAY, ProcessSpec
 
@@ -62,32 +65,59 @@ def _choose_socket_folder() -> None:
         tempfile.tempdir = usual
 
 
-def start(spec: ProcessSpec, *, environment: dict[str, str]) -> Process:
-    """Starts a process. It ends when its parent ends, and its parent when this process does."""
+def start(spec: ProcessSpec, *, environment: dict[str, str], failure: Connection) -> Process:
+    """Starts a process. It ends when its parent ends, and its parent when this process does.
+
+    Args:
+        failure: A pipe's end to write to, which receives the message of the process if it cannot serve. It is closed here.
+    """
     target = _gateway if spec.name == GATEWAY else _node
-    arguments = (spec.argv, environment)
+    arguments = (spec.argv, environment, failure)
     process: Process
     if spec.device == "cpu":
         process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments, name=spec.name)
     else:
         process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, name=spec.name)
-    with _shielded():
+    with failure, _shielded():
         process.start()
     return process
 
 
-def _node(argv: tuple[str, ...], environment: dict[str, str]) -> None:
+def message(failure: Connection) -> str | None:
+    """The message that an ended process has sent as its failure, from the other end of the pipe; None if it sent none."""
+    with failure, contextlib.suppress(EOFError):
+        # The end of the pipe counts as something to receive.
+        if failure.poll():
+            return str(failure.recv())
+    return None
+
+
+def _node(argv: tuple[str, ...], environment: dict[str, str], failure: Connection) -> None:
     _set_up(environment)
     from latentflow_nodes.server import main
 
-    main(list(argv))
+    with _sending(failure):
+        main(list(argv))
 
 
-def _gateway(argv: tuple[str, ...], environment: dict[str, str]) -> None:
+def _gateway(argv: tuple[str, ...], environment: dict[str, str], failure: Connection) -> None:
     _set_up(environment)
     from latentflow_gateway.server import main
 
-    main(list(argv))
+    with _sending(failure):
+        main(list(argv))
+
+
+@contextlib.contextmanager
+def _sending(failure: Connection) -> Iterator[None]:
+    """Sends the error with which a server ends."""
+    with failure:
+        try:
+            yield
+        except SystemExit as end:
+            if isinstance(end.__cause__, LatentflowError):
+                failure.send(end.__cause__.message)
+            raise
 
 
 def _set_up(environment: dict[str, str]) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from multiprocessing.connection import Connection
 from types import TracebackType
 
 import grpc
@@ -48,7 +50,11 @@ class State(StrEnum):
 
 @dataclass(kw_only=True)
 class Supervised:
-    """A process and its state."""
+    """A process and its state.
+
+    Attributes:
+        failure: The message with which its last process ended, if that could not serve.
+    """
 
     spec: ProcessSpec
     state: State = State.STARTING
@@ -56,6 +62,7 @@ class Supervised:
     started: float = field(default_factory=time.monotonic)
     ready_seconds: float | None = None
     process: processes.Process | None = None
+    failure: str | None = None
     # Set when the process must end and not be restarted.
     removed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -173,13 +180,15 @@ class Supervisor:
         failures = 0
         while True:
             one.started = time.monotonic()
-            one.process = await self._start(one.spec)
+            failure, sent = multiprocessing.Pipe(duplex=False)
+            one.process = await self._start(one.spec, failure=sent)
             if one.removed.is_set() or self._stopping:
                 _signal(one, signal.SIGTERM)
             health = asyncio.create_task(self._watch_health(one))
             await _wait_exit(one)
             health.cancel()
             await asyncio.gather(health, return_exceptions=True)
+            one.failure = processes.message(failure)
             if self._stopping:
                 await self._set_state(one, State.STOPPED)
                 return
@@ -199,8 +208,10 @@ class Supervisor:
                     await one.removed.wait()
                     return
 
-    async def _start(self, spec: ProcessSpec) -> processes.Process:
-        starting = asyncio.ensure_future(asyncio.to_thread(processes.start, spec, environment=self._environment))
+    async def _start(self, spec: ProcessSpec, *, failure: Connection) -> processes.Process:
+        starting = asyncio.ensure_future(
+            asyncio.to_thread(processes.start, spec, environment=self._environment, failure=failure)
+        )
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -246,7 +257,8 @@ class Supervisor:
 def _cannot_be_served(one: Supervised) -> FailedPreconditionError:
     uses = f" ({', '.join(one.spec.uses)})" if one.spec.uses else ""
     return FailedPreconditionError(
-        f"{one.spec.role} {one.spec.name}{uses} cannot be served; the last line of its log above shows the reason.",
+        f"{one.spec.role} {one.spec.name}{uses} cannot be served"
+        + (f": {one.failure}" if one.failure else "; the last line of its log above shows the reason."),
         reason=Reason.PROCESS_FAILED,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,3 +32,24 @@ def test_a_command_without_its_packages_reports_how_to_install_them(missing: str
         [sys.executable, "-c", PROGRAM, missing, "--help"], capture_output=True, text=True, check=True
     )
     assert "(not installed: pip install '.[local]')" in listed.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "missing"), [("node", "torch"), ("gateway", "cachetools"), ("operator", "kopf"), ("operator", "aiohttp")]
+)
+def test_a_server_without_its_packages_reports_how_to_install_them(program: str, missing: str) -> None:
+    # The program as it is installed, in a Python that cannot import the package.
+    run = f"import runpy, sys; sys.modules[{missing!r}] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    path = Path(sys.executable).parent / f"latentflow-{program}"
+    ended = subprocess.run([sys.executable, "-c", run, path], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"latentflow-{program}: It needs packages that are not installed (import of {missing} halted")
+    extra = {"node": "nodes"}.get(program, program)
+    assert line.endswith(f"pip install '.[{extra}]'")
+
+
+def test_the_option_version_prints_what_the_command_prints() -> None:
+    program = Path(sys.executable).parent / "latentflow"
+    printed = [subprocess.check_output([program, word], text=True) for word in ("--version", "version")]
+    assert printed[0] == printed[1] != ""

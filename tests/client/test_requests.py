@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from latentflow import ControlImage
+from latentflow import AsyncClient, Client, ControlImage
 from latentflow.errors import InvalidRequestError
+from latentflow.mock import AsyncMockTransport, MockTransport
 from latentflow.requests import build
 from PIL import Image
 
@@ -69,6 +70,18 @@ def test_a_control_image_may_be_a_pil_image_bytes_or_a_path(tmp_path: Path) -> N
 def test_an_impossible_argument_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         build("a", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("stepz", "no argument 'stepz'; did you mean 'steps'"), ("xyz", "no argument 'xyz'; they have workflow, negative")],
+)
+def test_an_unknown_argument_is_named_with_a_suggestion(name: str, message: str) -> None:
+    arguments: dict[str, Any] = {name: 3}
+    with Client(transport=MockTransport()) as client:
+        for call in (client.generate, client.stream, AsyncClient(transport=AsyncMockTransport()).stream):
+            with pytest.raises(TypeError, match=message):
+                call("a", **arguments)
 
 
 numbers = st.one_of(st.none(), st.integers(), st.floats(), st.booleans(), st.text(max_size=2))

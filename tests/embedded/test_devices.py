@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,11 @@ def test_a_server_on_a_gpu_is_not_forked_from_a_process_that_used_cuda(
     device: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     processes.prepare()
-    process = processes.start(text_encoder(device), environment={})
+    failure, sent = multiprocessing.Pipe(duplex=False)
+    process = processes.start(text_encoder(device), environment={}, failure=sent)
     process.join(120)
     printed = capfd.readouterr().err
     assert process.exitcode == 2
     assert f"cannot use the device {device}" in printed
+    assert f"cannot use the device {device}" in (processes.message(failure) or "")
     assert "forked subprocess" not in printed

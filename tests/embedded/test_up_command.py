@@ -167,12 +167,14 @@ def test_it_serves_behind_a_proxy_with_a_long_tmpdir_and_in_a_narrow_terminal(tm
 
 
 def refusal(*arguments: str) -> str:
-    """The message of a start that fails. The process ends by itself, without a traceback."""
+    """The last line of a start that fails. The process ends by itself, without a traceback."""
     up = start(*arguments)
     _, message = up.communicate(timeout=SECONDS)
     assert up.returncode == 1
     assert "Traceback" not in message
-    return " ".join(message.split())
+    last = message.splitlines()[-1]
+    assert last.startswith("Error: ")
+    return last
 
 
 def test_a_typo_in_the_file_is_reported_with_its_line_and_a_suggestion(tmp_path: Path) -> None:

@@ -137,9 +137,26 @@ async def test_a_gateway_does_not_start_without_its_folder_of_keys(tmp_path: Pat
             pass
 
 
+def test_files_without_a_key_that_can_be_sent_are_reported_by_name(tmp_path: Path) -> None:
+    with capture_logs() as logs:
+        keys = ApiKeys(
+            mounted(tmp_path / "keys", anna="\n", ben=BEN, carla="schlüssel", dora=f"{ANNA}\n{BEN}\n"),
+            metrics=Instruments(GATEWAY),
+        )
+    keys.admit(f"Bearer {BEN}")
+    warnings = {one["file"]: one["problem"] for one in logs if one["log_level"] == "warning"}
+    unsendable = "its key has characters other than printable ASCII, or several lines"
+    assert warnings == {"anna": "it is empty", "carla": unsendable, "dora": unsendable}
+
+
+async def test_a_key_may_contain_spaces(tmp_path: Path) -> None:
+    async with serving(tmp_path, mounted(tmp_path / "keys", anna="four words in one\n")) as gateway:
+        assert await listed(gateway, "four words in one") == [WORKFLOW.full_name]
+
+
 def test_a_folder_without_keys_is_reported(tmp_path: Path) -> None:
     with capture_logs() as logs:
-        ApiKeys(mounted(tmp_path / "keys", anna="\n"), metrics=Instruments(GATEWAY))
+        ApiKeys(mounted(tmp_path / "keys"), metrics=Instruments(GATEWAY))
     assert [one["event"] for one in logs if one["log_level"] == "warning"] == [
         "the folder of API keys holds no key: every call is refused"
     ]

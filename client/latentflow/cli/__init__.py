@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from io import TextIOWrapper
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=inspect_module.print_version
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(generate_module.generate)
 app.command()(inspect_module.describe)
 app.command()(inspect_module.models)

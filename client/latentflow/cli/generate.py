@@ -62,11 +62,11 @@ def generate(
     control: Annotated[
         list[str] | None,
         typer.Option(
-            "--control", "-c", help="NAME=FILE[:SCALE]: control image for the ControlNet NAME. May be repeated."
+            "--control", "-c", help="NAME=FILE[:SCALE]: control image for the ControlNet NAME. May be repeated with other names."
         ),
     ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option("--lora", "-l", help="NAME[:WEIGHT]: apply a LoRA. May be repeated.")
+        list[str] | None, typer.Option("--lora", "-l", help="NAME[:WEIGHT]: apply a LoRA. May be repeated with other names.")
     ] = None,
     like: Annotated[
         Path | None,
@@ -107,7 +107,7 @@ def generate(
         "guidance_scale": guidance,
         "sampler": sampler,
         "seed": seed,
-        "loras": dict(_lora(text) for text in lora) if lora else None,
+        "loras": _loras(lora) if lora else None,
     }
     arguments |= {name: value for name, value in given.items() if value is not None}
     arguments["control_images"] = _controls(control or [], recipe)
@@ -165,22 +165,33 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2])
 
 
+def _loras(texts: list[str]) -> dict[str, float]:
+    loras: dict[str, float] = {}
+    for text in texts:
+        name, weight = _lora(text)
+        if name in loras:
+            raise InvalidRequestError(f"--lora {text!r}: the LoRA {name!r} is given twice; give it once.")
+        loras[name] = weight
+    return loras
+
+
 def _lora(text: str) -> tuple[str, float]:
+    """Name and weight. The last colon separates them if a number follows it; otherwise it is part of the name."""
     name, colon, weight = text.rpartition(":")
-    if not colon:
-        return text, 1.0
     try:
-        return name, float(weight)
+        return (name, float(weight)) if colon else (text, 1.0)
     except ValueError:
-        raise InvalidRequestError(f"--lora {text!r}: {weight!r} is not a number; write NAME:WEIGHT.") from None
+        return text, 1.0
 
 
 def _controls(texts: list[str], recipe: Recipe | None) -> dict[str, ControlImage]:
-    controls = {}
+    controls: dict[str, ControlImage] = {}
     for text in texts:
         name, equals, rest = text.partition("=")
         if not equals or not name or not rest:
             raise InvalidRequestError(f"--control {text!r}: write NAME=FILE or NAME=FILE:SCALE.")
+        if name in controls:
+            raise InvalidRequestError(f"--control {text!r}: the ControlNet {name!r} is given twice; give it once.")
         path, colon, scale = rest.rpartition(":")
         strength, start, end = recipe.control_settings.get(name, (1.0, 0.0, 1.0)) if recipe else (1.0, 0.0, 1.0)
         try:

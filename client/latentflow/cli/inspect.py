@@ -143,3 +143,10 @@ def version(as_json: options.Json = False) -> None:
     """Print the version."""
     number = installed_version("latentflow")
     print(json.dumps({"version": number}) if as_json else f"latentflow {number}")
+
+
+def print_version(wanted: bool) -> None:
+    """The option --version of the program."""
+    if wanted:
+        version()
+        raise typer.Exit

@@ -78,4 +78,4 @@ def run(program: str, work: Coroutine[object, object, None]) -> None:
 def exit_with(program: str, error: LatentflowError, *, code: int = CANNOT_SERVE) -> NoReturn:
     """Ends the process with an error's message as a line on stderr."""
     print(f"{program}: {error.message}", file=sys.stderr)
-    sys.exit(code)
+    raise SystemExit(code) from error
