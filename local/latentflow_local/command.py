@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ import typer
 from latentflow.api import DiffusionWorkflow, load_workflows
 from latentflow.internal import logs, serving
 from latentflow.internal.tables import print_whole
+from latentflow_gateway.settings import GatewaySettings, Limits
 from rich.console import Console
 from rich.table import Table
 
@@ -70,6 +72,25 @@ def up(
             show_default="4 times the default width and height, at most 2048x2048",
         ),
     ] = None,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--max-steps", min=1, help="Most denoising steps of a request.", show_default=str(Limits.max_steps)
+        ),
+    ] = None,
+    max_images: Annotated[
+        int | None,
+        typer.Option("--max-images", min=1, help="Most images of a request.", show_default=str(Limits.max_images)),
+    ] = None,
+    request_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--request-seconds",
+            min=0.1,
+            help="Longest time of a request, whatever its client's deadline is, in seconds.",
+            show_default=f"{GatewaySettings.request_seconds:g}",
+        ),
+    ] = None,
     metrics: Annotated[
         str,
         typer.Option(
@@ -106,7 +127,12 @@ def up(
             http=None if http == "none" else http or addresses.first_choice(_HTTP),
             cors_origins=cors_origins or [],
             api_keys=api_keys,
-            max_pixels=max_pixels or planning.max_pixels(workflows),
+            limits={
+                "max-pixels": max_pixels or planning.max_pixels(workflows),
+                "max-steps": max_steps,
+                "max-images": max_images,
+                "request-seconds": request_seconds,
+            },
             metrics=metrics,
             targets=targets,
             threads=threads,
@@ -125,7 +151,7 @@ async def _serve(
     http: str | None,
     cors_origins: list[str],
     api_keys: Path | None,
-    max_pixels: int,
+    limits: Mapping[str, float | None],
     metrics: str,
     targets: Path | None,
     threads: int | None,
@@ -141,7 +167,7 @@ async def _serve(
         http=http,
         cors_origins=cors_origins,
         api_keys=api_keys,
-        max_pixels=max_pixels,
+        limits=limits,
         metrics=metrics,
         targets=targets,
         threads=threads,

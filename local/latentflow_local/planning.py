@@ -156,7 +156,7 @@ def plan_gateway(
     http: str | None,
     cors_origins: Sequence[str],
     api_keys: Path | None,
-    max_pixels: int | None,
+    limits: Mapping[str, float | None],
     metrics: str,
     log_format: str,
 ) -> ProcessSpec:
@@ -166,9 +166,8 @@ def plan_gateway(
         http: host:port of the HTTP API; None: it is not served.
         cors_origins: Origins of web pages that may use the HTTP API.
         api_keys: Folder of the clients' API keys; None: clients need no key.
-        max_pixels: Most pixels of an image; None: the gateway's own default.
+        limits: The largest values of a request by the gateway's options for them, such as "max-pixels"; None: its default.
     """
-    optional = {"api-keys": api_keys, "max-pixels": max_pixels}
     return ProcessSpec(
         name=GATEWAY,
         model=GATEWAY,
@@ -180,7 +179,7 @@ def plan_gateway(
             f"--directory={directory}",
             f"--http-listen={http or 'none'}",
             *(f"--http-cors-origin={origin}" for origin in cors_origins),
-            *_argv(optional),
+            *_argv({"api-keys": api_keys} | dict(limits)),
             f"--log-format={log_format}",
         ),
     )

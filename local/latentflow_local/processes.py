@@ -38,6 +38,15 @@ def prepare() -> None:
         forkserver.ensure_running()
 
 
+def stop_preparing() -> None:
+    """Ends the fork server, which may import for many seconds, while it has no child. Starts that wait for it fail with EOFError."""
+    # multiprocessing has no public name for it. It starts another fork server when it needs one.
+    pid = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def _shielded() -> Iterator[None]:
     """Processes that are started here never get SIGINT, also while they import: a terminal sends Ctrl-C to all of them.

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import structlog
 from latentflow.api import DiffusionWorkflow, Model
@@ -70,7 +71,7 @@ async def run(
     http: str | None = None,
     cors_origins: Sequence[str] = (),
     api_keys: Path | None = None,
-    max_pixels: int | None = None,
+    limits: Mapping[str, float | None] = MappingProxyType({}),
     metrics: str = "127.0.0.1:0",
     targets: Path | None = None,
     threads: int | None = None,
@@ -91,7 +92,7 @@ async def run(
         http: host:port of the gateway's HTTP API; port 0 selects a free port. None: it is not served.
         cors_origins: Origins of web pages that may use the HTTP API; "*": all.
         api_keys: Folder with one file for each client, which holds its API key; None: clients need no key.
-        max_pixels: Most pixels of an image; None: the gateway's own default.
+        limits: The largest values of a request by the gateway's options for them, such as "max-pixels"; None: its default.
         metrics: host:port of this process's own `/metrics`; port 0 selects a free port.
         targets: File to write that lists the `/metrics` of all processes for Prometheus (`file_sd_configs`).
         threads, device: Override the workflows' values for every model.
@@ -138,7 +139,7 @@ async def run(
             http=http,
             cors_origins=cors_origins,
             api_keys=api_keys.absolute() if api_keys else None,
-            max_pixels=max_pixels,
+            limits=limits,
             metrics=free[-1],
             log_format=log_format,
         )

@@ -113,6 +113,9 @@ class Supervisor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopping = True
+        forked = [one for one in self.supervised.values() if one.spec.device == "cpu"]
+        if forked and not any(one.process for one in forked):
+            processes.stop_preparing()
         for one in self.supervised.values():
             _signal(one, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
@@ -209,17 +212,22 @@ class Supervisor:
                     return
 
     async def _start(self, spec: ProcessSpec, *, failure: Connection) -> processes.Process:
-        starting = asyncio.ensure_future(
-            asyncio.to_thread(processes.start, spec, environment=self._environment, failure=failure)
-        )
+        starting = asyncio.ensure_future(asyncio.to_thread(self._started, spec, failure))
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
             # The thread cannot be cancelled, so this ends the process that it starts. Nothing else refers to it.
-            process = await starting
-            process.kill()
-            await asyncio.to_thread(process.join)
+            with contextlib.suppress(EOFError):
+                process = await starting
+                process.kill()
+                await asyncio.to_thread(process.join)
             raise
+
+    def _started(self, spec: ProcessSpec, failure: Connection) -> processes.Process:
+        """A started process. EOFError while the supervisor ends, because the fork server has ended or need not start again."""
+        if self._stopping:
+            raise EOFError
+        return processes.start(spec, environment=self._environment, failure=failure)
 
     async def _remove(self, one: Supervised) -> None:
         name, supervising = one.spec.name, self._supervising[one.spec.name]

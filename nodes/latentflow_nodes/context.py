@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from latentflow.internal.metrics import Instruments
+from latentflow.internal.source_folder import SourceFolder
 
 from latentflow_nodes import families
 from latentflow_nodes.engine.compute_lock import ComputeLock
@@ -15,7 +16,7 @@ from latentflow_nodes.tensors.peers import Peers
 from latentflow_nodes.tensors.store import TensorStore
 from latentflow_nodes.tensors.transfer import Transport
 from latentflow_nodes.weights.fetching import Progress
-from latentflow_nodes.weights.source import Source, locate
+from latentflow_nodes.weights.source import locate
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -38,7 +39,7 @@ class Context:
     def dtype(self) -> torch.dtype:
         return _DTYPES[self.settings.dtype]
 
-    def source(self) -> Source:
+    def source(self) -> SourceFolder:
         """The model's folder; downloads it where it is remote."""
         settings = self.settings
         return locate(

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from latentflow.api import DiffusionWorkflow, load_workflows
-from latentflow.cli import warnings
+from hypothesis import given
+from hypothesis import strategies as st
+from latentflow.api import DiffusionWorkflow, Role, load_workflows
+from latentflow.cli import folders, warnings
+from latentflow.errors import DataLossError
+from latentflow.internal import weight_files
 from support.paths import EXAMPLES, ROOT
 
 MODELS = ROOT / "models"
+SHAPES = MODELS / "shapes"
 
 
 def workflow(**base: Any) -> DiffusionWorkflow:
@@ -63,10 +72,112 @@ def test_a_model_that_requests_a_device_for_cuda_has_no_warning(resources: dict[
 
 def test_weights_of_pipelines_of_different_classes_are_reported(tmp_path: Path) -> None:
     for folder, name in (("shapes", "StableDiffusionPipeline"), ("large", "StableDiffusionXLPipeline")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        shutil.copytree(SHAPES, tmp_path / folder)
+        index = json.loads((SHAPES / "model_index.json").read_bytes())
+        (tmp_path / folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
     (found,) = warnings.of(workflow(source={"uri": "large"}), model_root=tmp_path)
     assert "text, pixels of a StableDiffusionPipeline and base of a StableDiffusionXLPipeline" in found
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def pointer(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def web_page(path: Path) -> None:
+    path.write_text("<!DOCTYPE html><html></html>")
+
+
+def pickled(path: Path) -> None:
+    path.rename(path.with_suffix(".bin"))
+
+
+def half(path: Path) -> None:
+    path.rename(path.with_suffix(".fp16.safetensors"))
+
+
+def shards(path: Path) -> None:
+    path.unlink()
+    index = {"weight_map": {"a": path.name.replace(".", "-00001-of-00001.")}}
+    path.with_name(path.name + ".index.json").write_text(json.dumps(index))
+
+
+NETWORK = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "model", "words"),
+    [
+        ("vae", remove, "pixels", "The component folder {file} is missing"),
+        ("vae/config.json", remove, "pixels", "{file} is missing"),
+        (f"vae/{NETWORK}", remove, "pixels", "vae holds no *.safetensors file"),
+        (f"vae/{NETWORK}", truncate, "pixels", "{file} is damaged or incomplete (its header describes "),
+        (f"vae/{NETWORK}", lengthen, "pixels", "{file} is damaged or incomplete (its header describes "),
+        (f"unet/{NETWORK}", pointer, "base", "{file} is a pointer of Git LFS instead of the weights"),
+        (f"unet/{NETWORK}", web_page, "base", "{file} is a web page instead of the weights"),
+        (f"unet/{NETWORK}", pickled, "base", "holds a pickle (diffusion_pytorch_model.bin)"),
+        (f"unet/{NETWORK}", half, "base", "Set source.variant: fp16"),
+        (f"unet/{NETWORK}", shards, "base", "diffusion_pytorch_model-00001-of-00001.safetensors, which"),
+        ("scheduler/scheduler_config.json", remove, "base", "{file} is missing"),
+        ("text_encoder/model.safetensors", truncate, "text", "{file} is damaged or incomplete"),
+        ("tokenizer/tokenizer_config.json", remove, "text", "tokenizer lacks tokenizer_config.json"),
+        ("tokenizer", remove, "text", "tokenizer holds no tokenizer"),
+    ],
+)
+def test_what_a_model_folder_lacks_is_reported_by_the_role_that_reads_it(
+    tmp_path: Path, file: str, how: Callable[[Path], None], model: str, words: str
+) -> None:
+    shutil.copytree(SHAPES, tmp_path / "shapes")
+    path = tmp_path / "shapes" / file
+    how(path)
+    (found,) = warnings.of(workflow(), model_root=tmp_path)
+    assert found.startswith(f"models[{model}].source: ")
+    assert words.format(file=path) in found
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("shapes*.yaml")), ids=lambda path: path.name)
+def test_the_folders_of_the_examples_have_no_problem(path: Path) -> None:
+    for one in load_workflows(path):
+        assert warnings.of(one, model_root=MODELS) == []
+
+
+def test_component_folders_and_single_files_are_checked(tmp_path: Path) -> None:
+    shutil.copytree(SHAPES / "unet", tmp_path / "net")
+    shutil.copy(SHAPES / "scheduler/scheduler_config.json", tmp_path / "net")
+    shutil.copytree(SHAPES / "text_encoder", tmp_path / "encoder")
+    shutil.copy(SHAPES / f"vae/{NETWORK}", tmp_path / "all.safetensors")
+    problems = partial(folders.problems, subfolder=None, variant=None)
+    assert problems(Role.DENOISER, tmp_path / "net") == []
+    (missing,) = problems(Role.TEXT_ENCODER, tmp_path / "encoder")
+    assert "encoder holds no tokenizer" in missing
+    assert problems(Role.VAE, tmp_path / "all.safetensors") == []
+    truncate(tmp_path / "all.safetensors")
+    broken, missing = problems(Role.TEXT_ENCODER, tmp_path / "all.safetensors")
+    assert "all.safetensors is damaged or incomplete" in broken
+    assert "tokenizer holds no tokenizer" in missing
+    assert problems(Role.LORA_STORE, tmp_path / "net") == []
+
+
+@given(st.binary(max_size=200))
+def test_a_file_that_is_no_safetensors_file_is_refused(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.safetensors"
+        # Half of the space of files that this covers has a complete header, which is no JSON object with tensors.
+        for start in (b"", len(content).to_bytes(8, "little")):
+            path.write_bytes(start + content)
+            with pytest.raises(DataLossError):
+                weight_files.check_size(path)
 
 
 def test_the_command_prints_warnings_and_ends_well(tmp_path: Path) -> None:

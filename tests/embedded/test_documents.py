@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from latentflow.api import load_workflows
 from latentflow_local.runtime import Runtime, run
 from PIL import Image
+from safetensors.torch import load_file
 from support.documents import blocks
 from support.packs import MODELS
 from support.paths import EXAMPLES, ROOT
@@ -99,6 +101,18 @@ def test_the_steps_of_the_page_on_weights_are_valid(tmp_path: Path) -> None:
     (words,) = commands("docs/weights.md")
     ended = subprocess.run([BIN / "latentflow", *words], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stdout == "default/castle: valid, 3 models\n"
+
+
+def test_the_program_of_the_page_on_weights_converts_a_pickle(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).reshape(2, 3)
+    state = {"a": shared.T, "b": shared, "c": torch.ones(2, dtype=torch.float16)}
+    (program,) = blocks("docs/weights.md", "python")
+    for name, content in (("ckpt", {"state_dict": state, "global_step": 5}), ("bin", state)):
+        torch.save(content, tmp_path / "model.ckpt")
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+        converted = load_file(tmp_path / "model.safetensors")
+        assert converted.keys() == state.keys(), name
+        assert all(torch.equal(converted[key], state[key]) for key in state)
 
 
 def test_the_demo_writes_its_image(tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def test_the_address_of_the_http_api_is_printed(serving: Up) -> None:
 
 def test_clients_need_a_key_and_images_have_a_limit(tmp_path: Path) -> None:
     (tmp_path / "anna").write_text("key-of-anna\n")
-    up = start(str(MINIMAL), f"--model-root={MODELS}", "--listen=127.0.0.1:0", "--threads=1", f"--api-keys={tmp_path}")
+    limits = ("--max-steps=3", "--max-images=2", "--request-seconds=500")
+    options = (f"--model-root={MODELS}", "--listen=127.0.0.1:0", "--threads=1", f"--api-keys={tmp_path}", *limits)
+    up = start(str(MINIMAL), *options)
     assert up.stderr is not None
     with up:
         line = next(line for line in up.stderr if line.startswith("Try: "))
@@ -130,6 +132,10 @@ def test_clients_need_a_key_and_images_have_a_limit(tmp_path: Path) -> None:
             assert anna.describe().limits["max_pixels"] == 256 * 256
             with pytest.raises(InvalidRequestError, match="accepts at most 65536 \\(--max-pixels\\)"):
                 anna.generate("a red circle", width=1024, height=1024)
+            with pytest.raises(InvalidRequestError, match="--max-steps"):
+                anna.generate("a red circle", steps=4)
+            with pytest.raises(InvalidRequestError, match="--max-images"):
+                anna.generate("a red circle", steps=3, images=3)
         up.terminate()
 
 

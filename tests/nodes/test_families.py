@@ -14,6 +14,7 @@ import pytest
 import torch
 from latentflow.errors import LatentflowError
 from latentflow.internal.guidance import Guidance
+from latentflow.internal.source_folder import SourceFolder
 from latentflow.v1 import stage_pb2
 from latentflow_nodes import families
 from latentflow_nodes.families.base import (
@@ -26,7 +27,6 @@ from latentflow_nodes.families.base import (
     VaeGeometry,
     halves,
 )
-from latentflow_nodes.weights.source import Source
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.stack import SECONDS, Request, Stack, started
@@ -77,7 +77,7 @@ class Alphabet:
     def owns_component(self, role: str, config: Mapping[str, Any]) -> bool:
         return role == "ControlNet" and config.get("alphabet") is True
 
-    def load_text(self, source: Source, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
+    def load_text(self, source: SourceFolder, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
         encoder = Scale(source.beside("letters"))
         return TextModel(encoders={"letters": encoder}, tokenizers=[Letters()], pipeline=None)
 

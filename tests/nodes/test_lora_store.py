@@ -65,6 +65,7 @@ def folder_as_peft_writes_it(path: Path) -> None:
 def test_adapters_are_files_and_folders_and_nothing_else_is(tmp_path: Path) -> None:
     write(tmp_path / "plain.safetensors")
     write(tmp_path / "v1.5 détail.safetensors")
+    write(tmp_path / "LOUD.SAFETENSORS")
     write(tmp_path / "saved/pytorch_lora_weights.safetensors")
     write(tmp_path / "saved/checkpoint-500/pytorch_lora_weights.safetensors")
     folder_as_peft_writes_it(tmp_path / "trained")
@@ -77,7 +78,7 @@ def test_adapters_are_files_and_folders_and_nothing_else_is(tmp_path: Path) -> N
     for name in ("README.md", "model.safetensors.index.json", "plain.png", "plain.civitai.info"):
         (tmp_path / name).write_text("")
     made = library(tmp_path)
-    assert problems(made) == dict.fromkeys(("plain", "saved", "trained", "v1.5 détail"), "")
+    assert problems(made) == dict.fromkeys(("LOUD", "plain", "saved", "trained", "v1.5 détail"), "")
     assert made.listed["trained"].components == ("unet", "text_encoder")
 
 
@@ -107,6 +108,19 @@ def _directory(path: Path) -> None:
 def _twins(path: Path) -> None:
     write(path / "odd.safetensors")
     write(path / "odd/pytorch_lora_weights.safetensors")
+
+
+def _twins_in_capitals(path: Path) -> None:
+    write(path / "odd.safetensors")
+    write(path / "odd.SAFETENSORS")
+
+
+def _named_by_peft(path: Path) -> None:
+    write(path / "odd/mine/adapter_model.safetensors")
+
+
+def _checkpoints(path: Path) -> None:
+    write(path / "odd/checkpoint-500/pytorch_lora_weights.safetensors")
 
 
 def _several(path: Path) -> None:
@@ -144,7 +158,11 @@ def _other_name(path: Path) -> None:
             _directory,
             "The folder odd.safetensors/ has neither pytorch_lora_weights.safetensors nor adapter_model.safetensors",
         ),
-        (_twins, "The store has both odd.safetensors and odd/; rename one of them."),
+        (_twins, "The store has several files or folders for the LoRA odd; rename all but one of them."),
+        (_twins_in_capitals, "The store has several files or folders for the LoRA odd"),
+        (_named_by_peft, "The folder odd/ has no LoRA, but odd/mine/ has one; move mine/ into the folder of the store."),
+        (_checkpoints, "The folder odd/ has no LoRA, but odd/checkpoint-500/ has one; move checkpoint-500/ into"),
+        (lambda path: (path / "odd.PT").write_bytes(b"x"), "odd.PT is a pickle"),
         (_several, "The folder odd/ has several LoRAs"),
         (_other_name, "The folder odd/ has neither"),
         (lambda path: (path / "odd.pt").write_bytes(b"x"), "odd.pt is a pickle"),

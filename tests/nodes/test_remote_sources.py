@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from latentflow.errors import FailedPreconditionError
 from latentflow.internal.metrics import NODE, Instruments
+from latentflow.internal.source_folder import SourceFolder
 from latentflow_nodes import families
 from latentflow_nodes.weights.fetching import Progress, wanted
-from latentflow_nodes.weights.source import Source, locate
+from latentflow_nodes.weights.source import locate
 from support.bucket import BUCKET, Store
 from support.hub import Hub
 from support.packs import SHAPES
@@ -27,7 +28,7 @@ FETCH = """
 import sys
 from pathlib import Path
 from latentflow.internal.metrics import NODE, Instruments
-from latentflow_nodes.weights.source import Source, locate
+from latentflow_nodes.weights.source import locate
 from latentflow_nodes.weights.fetching import Progress
 print("begun", flush=True)
 locate(
@@ -381,5 +382,5 @@ def test_a_controlnet_repository_may_be_the_component_itself() -> None:
     paths = ["config.json", "diffusion_pytorch_model.safetensors", "README.md", "sd/unet/config.json"]
     assert wanted("ControlNet", None, parts=families.parts("ControlNet")).of(paths) == paths[:2]
     folder = SHAPES / "controlnet-edges"
-    assert Source(pipeline=folder).part("controlnet") == folder
-    assert Source(pipeline=SHAPES).part("controlnet") == SHAPES / "controlnet"
+    assert SourceFolder(pipeline=folder).part("controlnet") == folder
+    assert SourceFolder(pipeline=SHAPES).part("controlnet") == SHAPES / "controlnet"

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from latentflow.errors import FailedPreconditionError, InvalidRequestError
+from latentflow.internal import weight_files
 from latentflow_nodes.engine import samplers
 from latentflow_nodes.engine.samplers import SAMPLERS, Sampler, placed
-from latentflow_nodes.weights import files
 from support.packs import SHAPES
 
-CONFIG = files.config(SHAPES / "scheduler", "scheduler_config.json")
+CONFIG = weight_files.config(SHAPES / "scheduler", "scheduler_config.json")
 # Samplers that a model may have as its own, whose history is made of other attributes than those of `SAMPLERS`.
 OWN = ["PNDMScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "DEISMultistepScheduler"]
 # Those of them that can be made on the meta device.

@@ -118,6 +118,17 @@ async def test_a_single_file_without_some_weights_is_refused_by_key(
     assert "missing " in error.message
 
 
+@pytest.mark.parametrize(("role", "part"), [("Denoiser", "unet"), ("VAE", "vae"), ("TextEncoder", "text_encoder")])
+async def test_a_file_of_other_sizes_than_the_built_in_ones_is_refused_with_the_remedy(
+    file: Path, role: str, part: str
+) -> None:
+    (file.parent / part / "config.json").unlink()
+    error = await refused(file, role)
+    assert error.reason == Reason.WEIGHTS_MISMATCH
+    assert f"{part}/config.json beside it, so the built-in configuration of Stable Diffusion 1.5 was assumed" in error.message
+    assert f"put its config.json into {file.parent / part}." in error.message
+
+
 async def test_a_single_file_without_a_text_encoder_is_refused_by_its_prefix(file: Path) -> None:
     save_file({key: value for key, value in load_file(file).items() if not key.startswith("cond_stage_model.")}, file)
     error = await refused(file, "TextEncoder")

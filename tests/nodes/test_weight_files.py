@@ -16,7 +16,7 @@ from latentflow.errors import LatentflowError
 from latentflow.reasons import Reason
 from latentflow_nodes.server import serve
 from latentflow_nodes.settings import NodeSettings
-from latentflow_nodes.weights import names
+from latentflow.internal import weight_names
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.packs import SHAPES, tiny_sdxl
@@ -225,7 +225,7 @@ async def test_a_damaged_file_of_another_variant_does_not_matter(pack: Path) -> 
     ],
 )
 async def test_the_refusal_of_weights_says_what_is_there(found: list[str], variant: str | None, words: str) -> None:
-    assert words in names.refusal("vae", found, variant=variant).message
+    assert words in weight_names.refusal("vae", found, variant=variant).message
 
 
 # Components of their own
@@ -295,6 +295,19 @@ async def test_a_component_of_another_role_in_a_pipeline_is_refused_as_what_it_i
     error = await refused(pack.parent, "Denoiser", subfolder="vae")
     assert error.reason == Reason.UNSUPPORTED_FAMILY
     assert "m/vae is of the class AutoencoderKL instead of UNet2DConditionModel" in error.message
+
+
+@pytest.mark.parametrize(
+    ("subfolder", "words"),
+    [
+        ("unet", "m/unet is no text encoder of Stable Diffusion 1.x and 2.x: its text encoders are in text_encoder."),
+        ("text_encoder_9", "There is no weights folder"),
+    ],
+)
+async def test_a_text_encoder_does_not_serve_another_folder_than_its_subfolder(
+    pack: Path, subfolder: str, words: str
+) -> None:
+    assert words in (await refused(pack.parent, "TextEncoder", subfolder=subfolder)).message
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from latentflow.errors import LatentflowError, UnavailableError
+from latentflow.internal import weight_files
 from latentflow.internal.guidance import Guidance
 from latentflow.internal.metrics import NODE, Instruments
 from latentflow.reasons import Reason
@@ -23,7 +24,6 @@ from latentflow_nodes.engine.runner import EagerRunner, Prediction, Runner
 from latentflow_nodes.engine.sample import Assignment, Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
 from latentflow_nodes.families.base import Residuals
-from latentflow_nodes.weights import files
 
 from support.packs import SHAPES
 
@@ -31,7 +31,7 @@ FAMILY = families.of_pipeline(SHAPES)
 NETWORK = UNet2DConditionModel.from_pretrained(SHAPES / "unet").eval()
 EDGES = ControlNetModel.from_pretrained(SHAPES / "controlnet-edges").eval()
 IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-SCHEDULER = files.config(SHAPES / "scheduler", "scheduler_config.json")
+SCHEDULER = weight_files.config(SHAPES / "scheduler", "scheduler_config.json")
 
 
 class Listener:

@@ -1,4 +1,4 @@
-"""What a workflow file shows to be probably wrong, although the workflow API accepts it: found without weights or a cluster."""
+"""What is probably wrong with a workflow that the workflow API accepts: found without a cluster and without loading weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from latentflow.api import DiffusionWorkflow, Model
+from latentflow.cli import folders
 
 
 def of(workflow: DiffusionWorkflow, *, model_root: Path | None) -> list[str]:
@@ -61,6 +62,10 @@ def _of_folders(model: Model, model_root: Path) -> Iterator[str]:
         yield f"models[{model.name}].source.uri: {folder} does not exist"
     elif model.source.subfolder is not None and not (folder / model.source.subfolder).exists():
         yield f"models[{model.name}].source.subfolder: {folder / model.source.subfolder} does not exist"
+    else:
+        source = model.source
+        for problem in folders.problems(model.role, folder, subfolder=source.subfolder, variant=source.variant):
+            yield f"models[{model.name}].source: {problem}"
 
 
 def _of_families(workflow: DiffusionWorkflow, model_root: Path) -> Iterator[str]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentflow_nodes.weights.names import PICKLES
+from latentflow.internal.weight_names import PICKLES
 
 SUFFIX = ".safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -62,20 +62,20 @@ def find(folder: Path, components: Collection[str]) -> dict[str, Entry]:
     """
     found: dict[str, Entry] = {}
     # Pickles last: one that has been converted may lie beside its safetensors file.
-    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix in PICKLES, path.name)):
+    for path in sorted(folder.iterdir(), key=lambda path: (_suffix(path.name) in PICKLES, path.name)):
         name = path.name.encode(errors="surrogateescape").decode(errors="replace")
         try:
             entry = None if name.startswith(".") else _entry(path, name, components)
         except OSError as error:
-            entry = Entry(name=name.removesuffix(SUFFIX), problem=_unreadable(name, error))
-        if entry is None or (path.suffix in PICKLES and entry.name in found):
+            entry = Entry(name=_stem(name), problem=_unreadable(name, error))
+        if entry is None or (_suffix(name) in PICKLES and entry.name in found):
             continue
         if name != path.name:
             entry = Entry(name=entry.name, problem=f"The name of {name} is not UTF-8; rename it.")
         if entry.name in found:
             entry = Entry(
                 name=entry.name,
-                problem=f"The store has both {entry.name}{SUFFIX} and {entry.name}/; rename one of them.",
+                problem=f"The store has several files or folders for the LoRA {entry.name}; rename all but one of them.",
             )
         found[entry.name] = entry
     return dict(sorted(found.items()))
@@ -84,14 +84,14 @@ def find(folder: Path, components: Collection[str]) -> dict[str, Entry]:
 def _entry(path: Path, name: str, components: Collection[str]) -> Entry | None:
     if path.is_dir():
         return _folder_entry(path, name, components)
-    if path.suffix in PICKLES:
-        return Entry(name=name.removesuffix(path.suffix), problem=_pickle(name))
-    if path.suffix != SUFFIX:
+    if _suffix(name) in PICKLES:
+        return Entry(name=name[: -len(path.suffix)], problem=_pickle(name))
+    if _suffix(name) != SUFFIX:
         return None
     # A store may also be a single folder of PEFT.
     config = _config(path.parent) if path.name == PEFT_FILE else None
     file = AdapterFile(weights=path, label=name, config=config)
-    return Entry(name=name.removesuffix(SUFFIX), files=(file,), problem=_problem(file))
+    return Entry(name=_stem(name), files=(file,), problem=_problem(file))
 
 
 def _folder_entry(folder: Path, name: str, components: Collection[str]) -> Entry | None:
@@ -102,11 +102,19 @@ def _folder_entry(folder: Path, name: str, components: Collection[str]) -> Entry
     if files:
         problem = next((text for file in files if (text := _problem(file))), "")
         return Entry(name=name, files=tuple(files), problem=problem)
-    weights = [file for file in inside if file.endswith((SUFFIX, *PICKLES))]
-    if "config.json" in inside or not (weights or name.endswith(SUFFIX)):
-        # A component of a pipeline, or a folder that has nothing to do with adapters.
+    weights = [file for file in inside if _suffix(file) in (SUFFIX, *PICKLES)]
+    if "config.json" in inside:
+        # A component of a pipeline.
         return None
-    pickles = [file for file in weights if not file.endswith(SUFFIX)]
+    if not weights and (below := _below(folder, inside)):
+        return Entry(
+            name=name,
+            problem=f"The folder {name}/ has no LoRA, but {name}/{below}/ has one; move {below}/ into the folder of the store.",
+        )
+    if not (weights or name.endswith(SUFFIX)):
+        # It has nothing to do with adapters.
+        return None
+    pickles = [file for file in weights if _suffix(file) != SUFFIX]
     if pickles:
         return Entry(name=name, problem=_pickle(f"{name}/{pickles[0]}"))
     return Entry(
@@ -129,6 +137,20 @@ def _files(folder: Path, name: str, inside: list[str], components: Collection[st
                 config=_config(weights.parent),
                 component=component,
             )
+
+
+def _below(folder: Path, inside: list[str]) -> str | None:
+    """The first folder in a folder that has an adapter: a checkpoint of a training, or an adapter that PEFT saved by name."""
+    return next((one for one in inside for file in (DIFFUSERS_FILE, PEFT_FILE) if (folder / one / file).is_file()), None)
+
+
+def _suffix(name: str) -> str:
+    """In small letters: some tools write it in capitals."""
+    return Path(name).suffix.lower()
+
+
+def _stem(name: str) -> str:
+    return name[: -len(SUFFIX)] if _suffix(name) == SUFFIX else name
 
 
 def _config(folder: Path) -> Path | None:

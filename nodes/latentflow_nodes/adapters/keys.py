@@ -98,12 +98,26 @@ def parse(
                 f"its pipeline, or put {part.prefixes[0]} before each key."
             )
     if unused or not parsed:
-        shown = f"keys of no known component or meaning, such as {unused[0]}" if unused else "no tensors"
-        prefixes = ", ".join(prefix for part in parts for prefix in part.prefixes)
-        raise unusable(
-            f"{file} has {shown}; use a LoRA for the workflow's base model, whose keys begin with one of {prefixes}."
-        )
+        raise unusable(f"{file} {_useless(unused, parts, component)}.")
     return {key: value for key, value in parsed.items() if value is not None}
+
+
+def _useless(unused: Sequence[str], parts: Sequence[AdapterPart], component: str | None) -> str:
+    """Why a file with these keys, of which none has a use, is refused; the end of a sentence that begins with the file."""
+    if not unused:
+        return "has no tensors; use a LoRA for the workflow's base model"
+    owner, _ = _owner(unused[0], parts, component)
+    if owner is not None:
+        return (
+            f"has keys of the {owner} that are no part of a LoRA layer, such as {unused[0]}. Layers have keys that end with .lora_down.weight, "
+            ".lora_up.weight or .alpha (kohya), or .lora_A.weight or .lora_B.weight (diffusers, PEFT). Remove these keys, or "
+            "use a plain LoRA"
+        )
+    prefixes = ", ".join(prefix for part in parts for prefix in part.prefixes)
+    return (
+        f"has keys of no component that a LoRA can change, such as {unused[0]}. Layers have keys that begin with one of {prefixes}. Remove these "
+        "keys, or use a LoRA for the workflow's base model"
+    )
 
 
 def unusable(message: str) -> FailedPreconditionError:

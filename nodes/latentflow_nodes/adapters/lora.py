@@ -20,7 +20,7 @@ from latentflow_nodes.adapters.config import Config
 from latentflow_nodes.adapters.folder import AdapterFile, Entry
 from latentflow_nodes.adapters.keys import Kind, unusable
 from latentflow_nodes.adapters.layers import Layer
-from latentflow_nodes.weights.files import damage
+from latentflow.internal.weight_files import damage
 
 # Where files of diffusers have the configuration of each component, as JSON.
 _HEADER_CONFIG = "lora_adapter_metadata"

@@ -18,10 +18,10 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from latentflow.errors import FailedPreconditionError, LatentflowError
 from latentflow.internal.guidance import Guidance
+from latentflow.internal.source_folder import SourceFolder
 from latentflow.reasons import Reason
 from PIL import Image
 
-from latentflow_nodes.weights.source import Source
 
 NEGATIVE = "negative_"
 # Size of the dimensions that the warm-up request may choose.
@@ -127,7 +127,7 @@ class Family(Protocol):
     # Loading: each reads a component folder whose files have been checked, of the variant that the source names.
     # FailedPreconditionError for a network of a kind that the family does not run, and for weights of another one.
 
-    def load_text(self, source: Source, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
+    def load_text(self, source: SourceFolder, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
         """Every text encoder and tokenizer that an index names. FailedPreconditionError where they do not match."""
         ...
 
@@ -307,9 +307,3 @@ def _to_image(decoded: torch.Tensor) -> Image.Image | LatentflowError:
         )
     image: Image.Image = VaeImageProcessor().postprocess(decoded, output_type="pil")[0]
     return image
-
-
-def is_present(index: Mapping[str, Any], name: str) -> bool:
-    """Whether a model_index.json names a part, instead of leaving it out or empty."""
-    entry = index.get(name)
-    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None

@@ -62,6 +62,8 @@ def _vae(side: int, scale: float) -> Config:
 _BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 _CLIP_L = _clip(768, 12, 12, "quick_gelu", 768, "CLIPTextModel")
 
+# The models by diffusers' name of the kind, for messages.
+TITLES = {"v1": "Stable Diffusion 1.5", "v2": "Stable Diffusion 2.1", "xl_base": "Stable Diffusion XL"}
 # By diffusers' name of the kind, and by the part of a pipeline.
 CONFIGS: dict[str, dict[str, Config]] = {
     "v1": {

@@ -14,9 +14,10 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.loaders import single_file_utils
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal import weight_files
 from latentflow.reasons import Reason
 
-from latentflow_nodes.families.single_file_configs import CONFIGS
+from latentflow_nodes.families.single_file_configs import CONFIGS, TITLES
 from latentflow_nodes.weights import files
 
 _NETWORK, _VAE = "model.diffusion_model.", "first_stage_model."
@@ -52,9 +53,8 @@ def config(file: Path, part: str) -> dict[str, Any]:
 
     FailedPreconditionError for a single file of another kind, and for a part alone without its configuration.
     """
-    for folder in (file.parent / part, *([file.parent] if part in ("vae", "controlnet") else [])):
-        if (folder / "config.json").is_file():
-            return files.config(folder)
+    if (folder := _beside(file, part)) is not None:
+        return weight_files.config(folder)
     known = kind(file)
     if known is None:
         raise FailedPreconditionError(
@@ -80,12 +80,28 @@ def role_config(file: Path, role: str) -> dict[str, Any]:
     return config(file, "unet" if is_whole else _PARTS[role])
 
 
+def _assumed(file: Path, part: str) -> str:
+    """What to do if the built-in configuration of a part is not that of the file; empty if the configuration is beside it."""
+    if _beside(file, part) is not None:
+        return ""
+    return (
+        f" The file has no {part}/config.json beside it, so the built-in configuration of {TITLES[str(kind(file))]} was "
+        f"assumed. If its {part} has other sizes, put its config.json into {file.parent / part}."
+    )
+
+
+def _beside(file: Path, part: str) -> Path | None:
+    """The folder beside a single file that holds the configuration of a part."""
+    folders = (file.parent / part, *([file.parent] if part in ("vae", "controlnet") else []))
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
 def scheduler(file: Path) -> dict[str, Any]:
     """The configuration of the scheduler. FailedPreconditionError where the file does not determine it."""
     name = "scheduler_config.json"
     for folder in (file.parent / "scheduler", file.parent):
         if (folder / name).is_file():
-            return files.config(folder, name)
+            return weight_files.config(folder, name)
     found = CONFIGS.get(kind(file) or "", {}).get("scheduler")
     if found is None or set(_MARKS) & set(files.keys(file)):
         raise FailedPreconditionError(
@@ -161,7 +177,8 @@ def _check(file: Path, part: str, needed: Mapping[str, torch.Tensor], found: Map
             (key, found[key].shape, needed[key].shape) for key in shared if found[key].shape != needed[key].shape
         ],
     }
-    files.check_complete(file, report, part=part)
+    if any(report.values()):
+        files.check_complete(file, report, part=part, remedy=_assumed(file, part))
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,9 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal import weight_files
 from latentflow.internal.guidance import Guidance
+from latentflow.internal.source_folder import SourceFolder, is_present
 from latentflow.reasons import Reason
 
 from latentflow_nodes.families import kinds, layer_names, single_files
@@ -24,13 +26,10 @@ from latentflow_nodes.families.base import (
     TextModel,
     VaeGeometry,
     halves,
-    is_present,
 )
 from latentflow_nodes.weights import files
-from latentflow_nodes.weights.source import Source
 
 _WARM_UP_SIDE = 16
-_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _TEXT_CLASSES = {"CLIPTextModel", "CLIPTextModelWithProjection"}
 # diffusers' prefix comes first, kohya's after it.
 _UNET_PART = AdapterPart(
@@ -78,7 +77,7 @@ class UNetFamily(ABC):
     def adapter_parts(self) -> tuple[AdapterPart, ...]:
         return (_UNET_PART, *(_TEXT_PARTS[name] for name in self.encoders))
 
-    def load_text(self, source: Source, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
+    def load_text(self, source: SourceFolder, *, index: Mapping[str, Any], dtype: torch.dtype) -> TextModel:
         encoders = {
             name: _text_encoder(source, name, index[name][1], dtype)
             for name in self.encoders
@@ -222,7 +221,7 @@ def _network(
     """The network of a component folder, or of a part of a single file."""
     is_single_file = path.is_file()
     # Before anything is loaded, which may take minutes.
-    if other := kind(single_files.config(path, part) if is_single_file else files.config(path)):
+    if other := kind(single_files.config(path, part) if is_single_file else weight_files.config(path)):
         raise FailedPreconditionError(
             f"{path} is {other}; this version does not serve it. Set the source to a {part} for text-to-image.",
             reason=Reason.UNSUPPORTED_FAMILY,
@@ -246,7 +245,7 @@ def _load(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> to
     return loaded
 
 
-def _text_encoder(source: Source, part: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
+def _text_encoder(source: SourceFolder, part: str, name: str, dtype: torch.dtype) -> torch.nn.Module:
     folder = source.beside(part)
     if name not in _TEXT_CLASSES:
         raise FailedPreconditionError(
@@ -260,18 +259,7 @@ def _text_encoder(source: Source, part: str, name: str, dtype: torch.dtype) -> t
 
 
 def _tokenizer(folder: Path) -> Any:
-    # transformers makes a tokenizer without words of a folder without a vocabulary.
-    if not any(all((folder / name).is_file() for name in one) for one in _VOCABULARIES):
-        raise FailedPreconditionError(
-            f"{folder} holds no tokenizer: neither {' nor '.join(' and '.join(one) for one in _VOCABULARIES)}. Copy the "
-            "tokenizer of the base model there.",
-            reason=Reason.WEIGHTS_UNAVAILABLE,
-        )
-    if not (folder / "tokenizer_config.json").is_file():
-        raise FailedPreconditionError(
-            f"{folder} lacks tokenizer_config.json, which states the longest prompt. Copy that of the base model there.",
-            reason=Reason.WEIGHTS_UNAVAILABLE,
-        )
+    weight_files.check_tokenizer(folder)
     return transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from latentflow.errors import InvalidRequestError, LatentflowError
 from latentflow.internal import strengths
+from latentflow.internal.source_folder import is_present
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
 
@@ -19,7 +20,7 @@ from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import measure
 from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
-from latentflow_nodes.families.base import Shape, is_present
+from latentflow_nodes.families.base import Shape
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.weights import files
 

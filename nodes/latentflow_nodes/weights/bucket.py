@@ -30,7 +30,7 @@ from latentflow.errors import FailedPreconditionError
 from latentflow.reasons import Reason
 
 from latentflow_nodes.weights.fetching import Progress, Wanted
-from latentflow_nodes.weights.names import SUFFIX
+from latentflow.internal.weight_names import SUFFIX
 
 _log = structlog.get_logger()
 _FILES_AT_ONCE, _CONNECT_SECONDS, _SERVER_FAILED = 4, 10, 500

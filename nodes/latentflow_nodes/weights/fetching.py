@@ -16,7 +16,7 @@ import structlog
 from latentflow.internal import sizes
 from latentflow.internal.metrics import Instruments
 
-from latentflow_nodes.weights.names import SUFFIX
+from latentflow.internal.weight_names import SUFFIX
 
 _log = structlog.get_logger()
 _LOG_SECONDS = 10.0

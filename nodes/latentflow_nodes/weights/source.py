@@ -3,63 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
 from latentflow.errors import FailedPreconditionError, LatentflowError
-from latentflow.internal import source_uri
+from latentflow.internal import source_uri, weight_files, weight_names
+from latentflow.internal.source_folder import SourceFolder
 from latentflow.reasons import Reason
 
-from latentflow_nodes.weights import names
 from latentflow_nodes.weights.fetching import Progress, wanted, wanted_beside
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """A source's folder on this machine.
-
-    Attributes:
-        pipeline: The diffusers pipeline folder.
-        component: The one component folder that `subfolder` named, or None.
-        variant: The variant of the weight files, or None.
-        single_file: The file that holds all weights of a model, or None; the pipeline is the folder around it.
-    """
-
-    pipeline: Path
-    component: Path | None = None
-    variant: str | None = None
-    single_file: Path | None = None
-
-    @property
-    def is_pipeline(self) -> bool:
-        """Whether a pipeline is there, around the component if the source names one."""
-        return self.single_file is None and (self.pipeline / "model_index.json").is_file()
-
-    @property
-    def alone(self) -> Path:
-        """The folder that holds the model itself, where no pipeline is around it."""
-        return self.component or self.pipeline
-
-    def part(self, name: str) -> Path:
-        """The folder of a part of the pipeline.
-
-        Returns the component that `subfolder` names, where the source names one; the source itself, where it is a component;
-        and the single file, where the source is one.
-        """
-        if self.single_file is not None:
-            return self.single_file
-        if self.component is not None:
-            return self.component
-        folder = self.pipeline / name
-        is_component = not folder.is_dir() and (self.pipeline / "config.json").is_file()
-        return self.pipeline if is_component else folder
-
-    def beside(self, name: str) -> Path:
-        """Folder of a part that belongs to the model whichever component the source names, such as a tokenizer."""
-        if self.is_pipeline or self.single_file is not None:
-            return self.pipeline / name
-        return self.alone / name if (self.alone / name).is_dir() else self.alone
 
 
 def locate(
@@ -73,7 +25,7 @@ def locate(
     model_root: Path,
     cache: Path,
     progress: Progress,
-) -> Source:
+) -> SourceFolder:
     """Finds a source's folder; downloads what the role reads of it for `hf://` and `s3://`.
 
     Args:
@@ -135,19 +87,19 @@ def locate(
                 f"There is no file {file} (source {uri!r}); {_what_to_check(scheme, 'the uri')}.",
                 reason=Reason.WEIGHTS_UNAVAILABLE,
             )
-        return Source(pipeline=file.parent, single_file=file)
+        return SourceFolder(pipeline=file.parent, single_file=file)
     folder = root / subfolder if subfolder else root
     if folder.is_file():
-        raise names.refusal(str(folder.parent), [folder.name], variant=None)
+        raise weight_names.refusal(str(folder.parent), [folder.name], variant=None)
     if not folder.is_dir():
         raise FailedPreconditionError(
             f"There is no weights folder {folder} (source {uri!r}); {_what_to_check(scheme, 'the uri', 'the subfolder')}.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
-    if role != "LoRAStore" and subfolder is None and (only := _only_file(folder)):
+    if role != "LoRAStore" and subfolder is None and (only := weight_files.only_file(folder)):
         _check_single_file(uri, subfolder=None, variant=variant, role=role)
-        return Source(pipeline=folder, single_file=only)
-    return Source(pipeline=root, component=folder if subfolder else None, variant=variant)
+        return SourceFolder(pipeline=folder, single_file=only)
+    return SourceFolder(pipeline=root, component=folder if subfolder else None, variant=variant)
 
 
 def _what_to_check(scheme: str, *fields: str) -> str:
@@ -165,15 +117,6 @@ def _check_single_file(uri: str, *, subfolder: str | None, variant: str | None, 
         raise FailedPreconditionError(f"Source {uri!r}: {problem}.", reason=Reason.WEIGHTS_UNAVAILABLE)
 
 
-def _only_file(folder: Path) -> Path | None:
-    """The single file of a folder that is neither a pipeline nor a component, if it has exactly one."""
-    found = sorted(folder.glob(f"*{names.SUFFIX}"))
-    # A single file may have the name of a component's weights, but a component has a configuration.
-    is_component = (folder / "config.json").is_file() and any(names.is_component(path.name) for path in found)
-    is_other = (folder / "model_index.json").is_file() or is_component
-    return found[0] if len(found) == 1 and not is_other else None
-
-
 def _bare(root: Path, role: str) -> str | None:
     """The path of a downloaded component folder without weight files; None where every component has some.
 
@@ -184,11 +127,11 @@ def _bare(root: Path, role: str) -> str | None:
     folders = sorted(path.parent for path in root.rglob("config.json"))
     if not folders and not (root / "model_index.json").is_file():
         return "."
-    return next((str(f.relative_to(root)) for f in folders if not any(f.glob(f"*{names.SUFFIX}"))), None)
+    return next((str(f.relative_to(root)) for f in folders if not any(f.glob(f"*{weight_names.SUFFIX}"))), None)
 
 
 def _refusal(uri: str, folder: str, paths: Sequence[str], variant: str | None) -> LatentflowError:
     """Why a component of a remote source came without weights, by the paths of all its files."""
     prefix = "" if folder == "." else f"{folder}/"
     inside = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
-    return names.refusal(f"{uri}/{prefix}".rstrip("/"), inside, variant=variant)
+    return weight_names.refusal(f"{uri}/{prefix}".rstrip("/"), inside, variant=variant)
