@@ -11,6 +11,20 @@ from typing import Literal
 from latentflow.internal import rpc
 
 
+_LEAST = {
+    "max_running": 1,
+    "max_queued": 0,
+    "max_pixels": 1,
+    "max_steps": 1,
+    "max_images": 1,
+    "max_control_image_bytes": 1,
+    "ready_seconds": 0,
+    "request_seconds": 0.1,
+    "checkpoint_interval": 0,
+    "drain": 0,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """The largest values of one request."""
@@ -162,10 +176,10 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
     add("--node-tls-key", type=Path, help="key of --node-tls-cert, PEM")
     add("--log-format", choices=("console", "json"), default="console", help="form of log lines (default: console)")
     args = parser.parse_args(argv)
-    positive = ("max_running", "max_pixels", "max_steps", "max_images", "max_control_image_bytes")
-    for name in positive:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name, least in _LEAST.items():
+        # "not" refuses NaN too.
+        if not getattr(args, name) >= least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
     if args.namespace and not args.kube:
         parser.error("--namespace needs --kube")
     tls = node_tls = None

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from latentflow.api import DiffusionWorkflow, load_workflows
@@ -114,10 +114,12 @@ def up(
     drain: Annotated[
         float, typer.Option("--drain", min=0, help="Seconds that running requests get when a process is ended.")
     ] = 10.0,
-    log_format: Annotated[str, typer.Option("--log-format", help="console or json.")] = "console",
+    log_format: Annotated[
+        Literal["console", "json"], typer.Option("--log-format", help="Form of log lines.")
+    ] = "console",
 ) -> None:
     """Serve workflows on this machine: processes for each distinct model, and a gateway. Ctrl-C stops them."""
-    logs.configure(process="up", form="json" if log_format == "json" else "console")
+    logs.configure(process="up", form=log_format)
     workflows = [workflow for path in files for workflow in load_workflows(path)]
     asyncio.run(
         _serve(

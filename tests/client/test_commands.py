@@ -49,6 +49,15 @@ def test_a_server_without_its_packages_reports_how_to_install_them(program: str,
     assert line.endswith(f"pip install '.[{extra}]'")
 
 
+def test_an_unknown_form_of_log_lines_is_refused() -> None:
+    program = Path(sys.executable).parent / "latentflow"
+    ended = subprocess.run(
+        [program, "up", "workflow.yaml", "--log-format=xml"], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2
+    assert "'xml' is not one of 'console', 'json'" in " ".join(ended.stderr.replace("│", " ").split())
+
+
 def test_the_option_version_prints_what_the_command_prints() -> None:
     program = Path(sys.executable).parent / "latentflow"
     printed = [subprocess.check_output([program, word], text=True) for word in ("--version", "version")]

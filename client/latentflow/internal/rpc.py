@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import secrets
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+
+from latentflow.errors import FailedPreconditionError
 
 PROTOCOL_VERSION = 1
 # Bytes of tensor data in one message; larger tensors travel as several chunks.
@@ -86,6 +89,8 @@ class Tls:
     name: str | None = None
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
+        """FailedPreconditionError for a file that cannot be used."""
+        self._check()
         return grpc.ssl_channel_credentials(
             root_certificates=_read(self.ca), private_key=_read(self.key), certificate_chain=_read(self.certificate)
         )
@@ -94,11 +99,39 @@ class Tls:
         return [("grpc.ssl_target_name_override", self.name)] if self.name else []
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Requires client certificates where `ca` is set. ValueError without key and certificate."""
+        """Requires client certificates where `ca` is set. ValueError without key and certificate.
+
+        FailedPreconditionError for a file that cannot be used.
+        """
+        self._check()
         key, certificate, ca = _read(self.key), _read(self.certificate), _read(self.ca)
         if key is None or certificate is None:
             raise ValueError("A TLS server needs both a certificate and a key.")
         return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
+
+
+    def _check(self) -> None:
+        """gRPC reports a file that it cannot use as an address that it cannot bind, or as a failed handshake."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        files = [path for path in (self.ca, self.certificate, self.key) if path is not None]
+        try:
+            for path in files:
+                path.read_bytes()
+            if self.ca is not None:
+                files = [self.ca]
+                context.load_verify_locations(self.ca)
+            if self.certificate is not None and self.key is not None:
+                files = [self.certificate, self.key]
+                # Without a password, OpenSSL would ask for one on the terminal.
+                context.load_cert_chain(self.certificate, self.key, password="")
+        except ssl.SSLError as error:
+            names = " and ".join(str(path) for path in files)
+            raise FailedPreconditionError(
+                f"{names} cannot be used for TLS: {error.reason or error}. TLS takes PEM files, and a key without a password "
+                "that belongs to its certificate."
+            ) from None
+        except OSError as error:
+            raise FailedPreconditionError(f"{error.filename} cannot be read for TLS: {error.strerror}.") from None
 
 
 def channel_options(*, tls: Tls | None, proxied: bool) -> list[tuple[str, int | str]]:
