@@ -109,14 +109,14 @@ def _useless(unused: Sequence[str], parts: Sequence[AdapterPart], component: str
     owner, _ = _owner(unused[0], parts, component)
     if owner is not None:
         return (
-            f"has keys of the {owner} that are no part of a LoRA layer, such as {unused[0]}. Layers have keys that end with .lora_down.weight, "
-            ".lora_up.weight or .alpha (kohya), or .lora_A.weight or .lora_B.weight (diffusers, PEFT). Remove these keys, or "
-            "use a plain LoRA"
+            f"has keys of the {owner} that are no part of a LoRA layer, such as {unused[0]}. Layers have keys that end with "
+            ".lora_down.weight, .lora_up.weight or .alpha (kohya), or .lora_A.weight or .lora_B.weight (diffusers, PEFT). "
+            "Remove these keys, or use a plain LoRA"
         )
     prefixes = ", ".join(prefix for part in parts for prefix in part.prefixes)
     return (
-        f"has keys of no component that a LoRA can change, such as {unused[0]}. Layers have keys that begin with one of {prefixes}. Remove these "
-        "keys, or use a LoRA for the workflow's base model"
+        f"has keys of no component that a LoRA can change, such as {unused[0]}. Layers have keys that begin with one of "
+        f"{prefixes}. Remove these keys, or use a LoRA for the workflow's base model"
     )
 
 
