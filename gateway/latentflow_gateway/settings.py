@@ -10,7 +10,6 @@ from typing import Literal
 
 from latentflow.internal import rpc
 
-
 _LEAST = {
     "max_running": 1,
     "max_queued": 0,

@@ -35,7 +35,8 @@ def test_a_command_without_its_packages_reports_how_to_install_them(missing: str
 
 
 @pytest.mark.parametrize(
-    ("program", "missing"), [("node", "torch"), ("gateway", "cachetools"), ("operator", "kopf"), ("operator", "aiohttp")]
+    ("program", "missing"),
+    [("node", "torch"), ("gateway", "cachetools"), ("operator", "kopf"), ("operator", "aiohttp")],
 )
 def test_a_server_without_its_packages_reports_how_to_install_them(program: str, missing: str) -> None:
     # The program as it is installed, in a Python that cannot import the package.
@@ -44,7 +45,9 @@ def test_a_server_without_its_packages_reports_how_to_install_them(program: str,
     ended = subprocess.run([sys.executable, "-c", run, path], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"latentflow-{program}: It needs packages that are not installed (import of {missing} halted")
+    assert line.startswith(
+        f"latentflow-{program}: It needs packages that are not installed (import of {missing} halted"
+    )
     extra = {"node": "nodes"}.get(program, program)
     assert line.endswith(f"pip install '.[{extra}]'")
 

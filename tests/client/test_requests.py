@@ -74,7 +74,10 @@ def test_an_impossible_argument_is_named(arguments: dict[str, Any], message: str
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("stepz", "no argument 'stepz'; did you mean 'steps'"), ("xyz", "no argument 'xyz'; they have workflow, negative")],
+    [
+        ("stepz", "no argument 'stepz'; did you mean 'steps'"),
+        ("xyz", "no argument 'xyz'; they have workflow, negative"),
+    ],
 )
 def test_an_unknown_argument_is_named_with_a_suggestion(name: str, message: str) -> None:
     arguments: dict[str, Any] = {name: 3}

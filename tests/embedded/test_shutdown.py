@@ -15,7 +15,6 @@ from latentflow_local import processes
 from latentflow_local.planning import plan_gateway
 from latentflow_local.supervisor import Supervisor
 
-
 # A process of its own, because all runtimes of a process share a fork server. This fork server imports a module that reads a
 # pipe without end.
 PROGRAM = """

@@ -108,7 +108,10 @@ def test_a_file_of_another_method_is_refused_by_its_name(tmp_path: Path, extra: 
         (kohya() | {"lora_unet_b.alpha": torch.tensor(1.0)}, "has only alpha of the layer b"),
         (kohya() | {f"{KOHYA}.scalar": torch.tensor(1.0)}, f"such as {KOHYA}.scalar"),
         (kohya() | {f"{KOHYA}.scalar": torch.tensor(1.0)}, "keys of the unet that are no part of a LoRA layer"),
-        (kohya() | {f"{KOHYA}.scalar": torch.tensor(1.0)}, "keys that end with .lora_down.weight, .lora_up.weight or .alpha"),
+        (
+            kohya() | {f"{KOHYA}.scalar": torch.tensor(1.0)},
+            "keys that end with .lora_down.weight, .lora_up.weight or .alpha",
+        ),
         (kohya() | {"stray": torch.ones(1)}, "keys of no component that a LoRA can change, such as stray."),
         ({f"{KOHYA}.lora_down.weight": torch.ones(2, 8)}, "has only A of the layer"),
         (tensors(DOTTED) | {f"{DOTTED}.lora_A.weight": torch.ones(3, 8)}, "whose ranks differ"),

@@ -160,7 +160,10 @@ def _other_name(path: Path) -> None:
         ),
         (_twins, "The store has several files or folders for the LoRA odd; rename all but one of them."),
         (_twins_in_capitals, "The store has several files or folders for the LoRA odd"),
-        (_named_by_peft, "The folder odd/ has no LoRA, but odd/mine/ has one; move mine/ into the folder of the store."),
+        (
+            _named_by_peft,
+            "The folder odd/ has no LoRA, but odd/mine/ has one; move mine/ into the folder of the store.",
+        ),
         (_checkpoints, "The folder odd/ has no LoRA, but odd/checkpoint-500/ has one; move checkpoint-500/ into"),
         (lambda path: (path / "odd.PT").write_bytes(b"x"), "odd.PT is a pickle"),
         (_several, "The folder odd/ has several LoRAs"),

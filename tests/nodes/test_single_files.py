@@ -125,7 +125,10 @@ async def test_a_file_of_other_sizes_than_the_built_in_ones_is_refused_with_the_
     (file.parent / part / "config.json").unlink()
     error = await refused(file, role)
     assert error.reason == Reason.WEIGHTS_MISMATCH
-    assert f"{part}/config.json beside it, so the built-in configuration of Stable Diffusion 1.5 was assumed" in error.message
+    assert (
+        f"{part}/config.json beside it, so the built-in configuration of Stable Diffusion 1.5 was assumed"
+        in error.message
+    )
     assert f"put its config.json into {file.parent / part}." in error.message
 
 

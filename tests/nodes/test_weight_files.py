@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from latentflow.errors import LatentflowError
+from latentflow.internal import weight_names
 from latentflow.reasons import Reason
 from latentflow_nodes.server import serve
 from latentflow_nodes.settings import NodeSettings
-from latentflow.internal import weight_names
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.packs import SHAPES, tiny_sdxl

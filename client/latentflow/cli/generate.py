@@ -62,11 +62,14 @@ def generate(
     control: Annotated[
         list[str] | None,
         typer.Option(
-            "--control", "-c", help="NAME=FILE[:SCALE]: control image for the ControlNet NAME. May be repeated with other names."
+            "--control",
+            "-c",
+            help="NAME=FILE[:SCALE]: control image for the ControlNet NAME. May be repeated with other names.",
         ),
     ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option("--lora", "-l", help="NAME[:WEIGHT]: apply a LoRA. May be repeated with other names.")
+        list[str] | None,
+        typer.Option("--lora", "-l", help="NAME[:WEIGHT]: apply a LoRA. May be repeated with other names."),
     ] = None,
     like: Annotated[
         Path | None,

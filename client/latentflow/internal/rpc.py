@@ -109,7 +109,6 @@ class Tls:
             raise ValueError("A TLS server needs both a certificate and a key.")
         return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
 
-
     def _check(self) -> None:
         """gRPC reports a file that it cannot use as an address that it cannot bind, or as a failed handshake."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

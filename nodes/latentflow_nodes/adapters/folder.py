@@ -141,7 +141,9 @@ def _files(folder: Path, name: str, inside: list[str], components: Collection[st
 
 def _below(folder: Path, inside: list[str]) -> str | None:
     """The first folder in a folder that has an adapter: a checkpoint of a training, or an adapter that PEFT saved by name."""
-    return next((one for one in inside for file in (DIFFUSERS_FILE, PEFT_FILE) if (folder / one / file).is_file()), None)
+    return next(
+        (one for one in inside for file in (DIFFUSERS_FILE, PEFT_FILE) if (folder / one / file).is_file()), None
+    )
 
 
 def _suffix(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal.weight_files import damage
 from safetensors import SafetensorError, safe_open
 
 from latentflow_nodes import families
@@ -20,7 +21,6 @@ from latentflow_nodes.adapters.config import Config
 from latentflow_nodes.adapters.folder import AdapterFile, Entry
 from latentflow_nodes.adapters.keys import Kind, unusable
 from latentflow_nodes.adapters.layers import Layer
-from latentflow.internal.weight_files import damage
 
 # Where files of diffusers have the configuration of each component, as JSON.
 _HEADER_CONFIG = "lora_adapter_metadata"

@@ -22,7 +22,6 @@ from latentflow.internal.source_folder import SourceFolder
 from latentflow.reasons import Reason
 from PIL import Image
 
-
 NEGATIVE = "negative_"
 # Size of the dimensions that the warm-up request may choose.
 _WARM_UP_TOKENS = 8

@@ -27,10 +27,10 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, ConnectionError, HTTPClientError
 from filelock import FileLock, Timeout
 from latentflow.errors import FailedPreconditionError
+from latentflow.internal.weight_names import SUFFIX
 from latentflow.reasons import Reason
 
 from latentflow_nodes.weights.fetching import Progress, Wanted
-from latentflow.internal.weight_names import SUFFIX
 
 _log = structlog.get_logger()
 _FILES_AT_ONCE, _CONNECT_SECONDS, _SERVER_FAILED = 4, 10, 500

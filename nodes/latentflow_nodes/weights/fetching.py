@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 import structlog
 from latentflow.internal import sizes
 from latentflow.internal.metrics import Instruments
-
 from latentflow.internal.weight_names import SUFFIX
 
 _log = structlog.get_logger()

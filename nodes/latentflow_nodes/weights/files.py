@@ -16,7 +16,6 @@ from latentflow.internal import weight_files, weight_names
 from latentflow.reasons import Reason
 from safetensors import SafetensorError, safe_open
 
-
 _DIFFERENCES = {"missing_keys": "missing", "unexpected_keys": "unexpected"}
 _BLOCK = 1 << 20
 
