@@ -132,9 +132,9 @@ def test_clients_need_a_key_and_images_have_a_limit(tmp_path: Path) -> None:
             assert anna.describe().limits["max_pixels"] == 256 * 256
             with pytest.raises(InvalidRequestError, match="accepts at most 65536 \\(--max-pixels\\)"):
                 anna.generate("a red circle", width=1024, height=1024)
-            with pytest.raises(InvalidRequestError, match="--max-steps"):
+            with pytest.raises(InvalidRequestError, match="The number of steps must be from 1 to 3, not 4"):
                 anna.generate("a red circle", steps=4)
-            with pytest.raises(InvalidRequestError, match="--max-images"):
+            with pytest.raises(InvalidRequestError, match="The number of images must be from 1 to 2, not 3"):
                 anna.generate("a red circle", steps=3, images=3)
         up.terminate()
 
