@@ -173,14 +173,14 @@ def test_it_serves_behind_a_proxy_with_a_long_tmpdir_and_in_a_narrow_terminal(tm
 
 
 def refusal(*arguments: str) -> str:
-    """The last line of a start that fails. The process ends by itself, without a traceback."""
+    """The error at the end of what a start that fails prints. The process ends by itself, without a traceback."""
     up = start(*arguments)
     _, message = up.communicate(timeout=SECONDS)
     assert up.returncode == 1
     assert "Traceback" not in message
-    last = message.splitlines()[-1]
-    assert last.startswith("Error: ")
-    return last
+    _, error, last = message.rpartition("Error: ")
+    assert error
+    return " ".join(last.split())
 
 
 def test_a_typo_in_the_file_is_reported_with_its_line_and_a_suggestion(tmp_path: Path) -> None:
