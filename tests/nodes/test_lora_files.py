@@ -141,7 +141,7 @@ def test_a_file_of_another_method_is_refused_by_its_name(tmp_path: Path, extra: 
         (tensors(DOTTED, a="lora_A.default", b="lora_B.default"), f"such as {DOTTED}.lora_A.default.weight"),
         (tensors("mid_block.attentions.0.proj_in"), "its pipeline, or put unet. before each key."),
         (tensors("text_model.encoder.layers.0.mlp.fc1"), "its pipeline, or put text_encoder. before each key."),
-        (tensors("transformer.blocks.0.proj"), "keys begin with one of unet., lora_unet_, text_encoder."),
+        (tensors("transformer.blocks.0.proj"), "keys that begin with one of unet., lora_unet_, text_encoder."),
         (tensors(f"unet.{PEFT}"), "its adapter_config.json, which has the alpha, is not beside it"),
         (kohya() | kohya("diffusion_model_x"), "such as diffusion_model_x.lora_down.weight"),
         ({"unet:0:up": torch.ones(8, 2), "unet:0:down": torch.ones(2, 8)}, "such as unet:0:down"),
