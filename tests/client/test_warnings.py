@@ -167,6 +167,9 @@ def test_component_folders_and_single_files_are_checked(tmp_path: Path) -> None:
     assert "all.safetensors is damaged or incomplete" in broken
     assert "tokenizer holds no tokenizer" in missing
     assert problems(Role.LORA_STORE, tmp_path / "net") == []
+    (tmp_path / "all.ckpt").write_bytes(b"x")
+    (pickle,) = problems(Role.VAE, tmp_path / "all.ckpt")
+    assert "holds a pickle (all.ckpt)" in pickle
 
 
 @given(st.binary(max_size=200))

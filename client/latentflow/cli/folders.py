@@ -11,7 +11,7 @@ from pathlib import Path
 
 from latentflow.api import Role
 from latentflow.errors import LatentflowError
-from latentflow.internal import weight_files
+from latentflow.internal import weight_files, weight_names
 from latentflow.internal.source_folder import SourceFolder, is_present
 
 # The part of a pipeline that a role serves where its source names no component.
@@ -31,6 +31,8 @@ def problems(role: Role, root: Path, *, subfolder: str | None, variant: str | No
             check()
         except LatentflowError as error:
             found.append(error.message)
+        except OSError as error:
+            found.append(f"{error.filename} cannot be read: {error.strerror}.")
     return found
 
 
@@ -71,8 +73,11 @@ def _checks_of_text(source: SourceFolder) -> Iterator[Callable[[], object]]:
 
 
 def _check_component(path: Path, variant: str | None) -> None:
-    files = [path] if path.is_file() else weight_files.of_component(path, variant=variant)
-    if path.is_dir():
-        weight_files.config(path)
-    for file in files:
+    if path.is_file() and not path.name.endswith(weight_names.SUFFIX):
+        raise weight_names.refusal(str(path.parent), [path.name], variant=variant)
+    if path.is_file():
+        weight_files.check_size(path)
+        return
+    for file in weight_files.of_component(path, variant=variant):
         weight_files.check_size(file)
+    weight_files.config(path)
