@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import IO
 
 import pytest
 from latentflow_nodes.engine.compute_lock import ComputeLock
@@ -21,6 +24,18 @@ def _hold(path: Path, held: Event) -> None:
     with ComputeLock(path):
         held.set()
         signal.pause()
+
+
+def until_locked(file: IO[str]) -> None:
+    """Returns when another one holds the kernel's lock of a file."""
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        fcntl.flock(file, fcntl.LOCK_UN)
+    raise TimeoutError
 
 
 def test_the_lock_of_a_killed_server_is_released(tmp_path: Path) -> None:
@@ -58,6 +73,27 @@ def test_a_server_that_waits_for_another_releases_the_lock(tmp_path: Path) -> No
         with lock.released():
             assert answered.wait(SECONDS)
     peer.join(SECONDS)
+
+
+def test_a_server_that_takes_the_lock_again_at_once_comes_after_the_waiting_one(tmp_path: Path) -> None:
+    order: list[str] = []
+    first, second = ComputeLock(tmp_path / "lock"), ComputeLock(tmp_path / "lock")
+
+    def follow() -> None:
+        with second:
+            order.append("second")
+
+    following = threading.Thread(target=follow, daemon=True)
+    first.take()
+    following.start()
+    with (tmp_path / "lock.next").open() as next_place:
+        until_locked(next_place)
+    with first:
+        order.append("first")
+    with first:
+        order.append("first again")
+    following.join(SECONDS)
+    assert order == ["first", "second", "first again"]
 
 
 def test_without_a_file_the_lock_is_always_free() -> None:

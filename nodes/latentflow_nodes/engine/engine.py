@@ -125,6 +125,7 @@ class Engine:
 
     def step(self) -> bool:
         """One step boundary and one forward pass. False when no sample was there that could take part."""
+        self._runner.reserve()
         with self._changed:
             self._admit()
             running = list(self._running.values())

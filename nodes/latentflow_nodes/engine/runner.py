@@ -58,6 +58,13 @@ class Runner(Protocol):
         """
         ...
 
+    def reserve(self) -> None:
+        """Waits until the device is free for a pass. Samples that arrive meanwhile can still take part in it.
+
+        `run` and `idle` end the reservation.
+        """
+        ...
+
     def idle(self) -> None:
         """The thread is about to wait for samples."""
         ...
@@ -110,6 +117,9 @@ class EagerRunner:
             time=taken,
             residuals_wait_ns=residuals.waited_ns if residuals else 0,
         )
+
+    def reserve(self) -> None:
+        self._lock.take()
 
     def idle(self) -> None:
         self._lock.idle()

@@ -138,21 +138,32 @@ class Worker(Generic[Item, Result]):
                 self._report()
 
     def _next(self) -> list[_Call[Item, Result]]:
-        """Waits for calls; the first of the queue and those of its group. Empty: the worker is closed."""
-        with self._changed:
-            while not (self._queued or self._closed):
-                self._lock.idle()
-                self._changed.wait()
-            if self._closed:
-                return []
+        """Waits for calls and for the lock; the first of the queue and those of its group. Empty: the worker is closed."""
+        while True:
+            with self._changed:
+                while not (self._queued or self._closed):
+                    self._lock.idle()
+                    self._changed.wait()
+                if self._closed:
+                    return []
+            # Calls that arrive while another server holds the lock share the pass.
+            self._lock.take()
+            with self._changed:
+                if batch := self._first_group():
+                    return batch
+
+    def _first_group(self) -> list[_Call[Item, Result]]:
+        """The calls of the next pass; empty if all callers have left."""
+        batch: list[_Call[Item, Result]] = []
+        if self._queued:
             group = self._queued[0].group
             batch = [call for call in self._queued if call.group == group][: self._max_running]
-            for call in batch:
-                self._queued.remove(call)
-            # A caller that leaves from now on gets no result, but its item runs.
-            self._running = [call for call in batch if call.result.set_running_or_notify_cancel()]
-            self._report()
-            return self._running or self._next()
+        for call in batch:
+            self._queued.remove(call)
+        # A caller that leaves from now on gets no result, but its item runs.
+        self._running = [call for call in batch if call.result.set_running_or_notify_cancel()]
+        self._report()
+        return self._running
 
     @torch.inference_mode()
     def _pass(self, batch: Sequence[_Call[Item, Result]]) -> None:
