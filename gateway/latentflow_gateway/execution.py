@@ -83,7 +83,7 @@ class Execution:
         self._metrics = metrics
         self._checkpoint_interval = checkpoint_interval
         self._ready_seconds = ready_seconds
-        self._leases = Leases(self._metadata)
+        self._leases = Leases(request_id, self._metadata)
         self._encoding = asyncio.Lock()
         self._encoded: stage_pb2.EncodeResponse | None = None
         self._timings: list[generation_pb2.StageTiming] = []
@@ -196,9 +196,10 @@ class Execution:
         request.scheduling.deterministic = self._plan.deterministic
         if self._plan.negative_prompt is not None:
             request.negative_prompt = self._plan.negative_prompt
-        response: stage_pb2.EncodeResponse = await stage_pb2_grpc.StageStub(replica.channel).Encode(
-            request, **self._call()
-        )
+        with self._leases.answering(replica):
+            response: stage_pb2.EncodeResponse = await stage_pb2_grpc.StageStub(replica.channel).Encode(
+                request, **self._call()
+            )
         timing.forward_ns += response.forward_ns
         self._leases.hold(response.conditioning.values(), replica)
         return response
@@ -243,7 +244,8 @@ class Execution:
         with self._replicas.borrow(plan.denoiser, beside=replica, latent=plan.latent) as loan:
             if loan is not None:
                 opening.guidance_peer.CopyFrom(self._named(plan.denoiser, loan.replica))
-            return await self._steps(opening, index, progress, timing, replica, loan)
+            with self._leases.answering(replica):
+                return await self._steps(opening, index, progress, timing, replica, loan)
 
     async def _steps(
         self,

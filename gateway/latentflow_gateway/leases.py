@@ -1,10 +1,14 @@
-"""The tensors that a request holds at the model servers: their leases are renewed while it runs, and released when it ends."""
+"""The tensors that a request holds at the model servers: their leases are renewed while it runs, and released when it ends.
+
+A call that is cancelled may have been answered: the handles are then on their way, and only the server knows the tensors.
+It releases those by the id of the request.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import grpc
@@ -20,13 +24,26 @@ class Leases:
     """The leases of one request.
 
     Args:
+        request_id: The id that the calls of the request carry.
         metadata: Makes the metadata of a call.
     """
 
-    def __init__(self, metadata: Callable[[], list[tuple[str, str]]]) -> None:
+    def __init__(self, request_id: str, metadata: Callable[[], list[tuple[str, str]]]) -> None:
+        self._request_id = request_id
         self._metadata = metadata
         # Handles by id, with their owners: a draining owner may no longer be in the directory.
         self._held: dict[bytes, tuple[tensors_pb2.Handle, Replica]] = {}
+        # Replicas that may hold tensors whose handles did not arrive.
+        self._unanswered: set[Replica] = set()
+
+    @contextlib.contextmanager
+    def answering(self, owner: Replica) -> Iterator[None]:
+        """Surrounds a call that makes tensors. Where it raises, `release` frees what the owner made for the request."""
+        try:
+            yield
+        except BaseException:
+            self._unanswered.add(owner)
+            raise
 
     def hold(self, tensors: Iterable[tensors_pb2.Tensor], owner: Replica) -> None:
         """Adds the tensors that are held; small ones travel in the messages."""
@@ -44,16 +61,20 @@ class Leases:
 
     async def release(self) -> None:
         """Releases all tensors."""
-        owners = self._owners()
+        releases = [
+            (owner, tensors_pb2.ReleaseRequest(boot_id=boot_id, ids=ids))
+            for (owner, boot_id), ids in self._owners().items()
+        ]
+        releases += [(owner, tensors_pb2.ReleaseRequest(request_id=self._request_id)) for owner in self._unanswered]
         self._held.clear()
+        self._unanswered.clear()
 
-        async def release_of(owner: Replica, boot_id: str, ids: list[bytes]) -> None:
-            request = tensors_pb2.ReleaseRequest(boot_id=boot_id, ids=ids)
+        async def release_of(owner: Replica, request: tensors_pb2.ReleaseRequest) -> None:
             # Where the owner is unreachable, the leases expire.
             with contextlib.suppress(grpc.RpcError):
                 await tensors_pb2_grpc.TensorsStub(owner.channel).Release(request, **self._call())
 
-        await asyncio.gather(*(release_of(*key, ids) for key, ids in owners.items()))
+        await asyncio.gather(*(release_of(*one) for one in releases))
 
     def _owners(self) -> Mapping[tuple[Replica, str], list[bytes]]:
         """Ids of what is held, by owner and its boot id."""

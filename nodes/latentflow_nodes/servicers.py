@@ -101,7 +101,7 @@ class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
 
     @unary
     async def Release(self, request: tensors_pb2.ReleaseRequest) -> Any:
-        released = self._context.store.release(boot_id=request.boot_id, keys=request.ids)
+        released = self._context.store.release(boot_id=request.boot_id, keys=request.ids, request_id=request.request_id)
         return tensors_pb2.ReleaseResponse(released=released)
 
 

@@ -76,7 +76,6 @@ async def settled(runtime: Runtime) -> None:
 
     remaining: dict[str, float] = {}
     try:
-        # A tensor sent to a gateway whose client had just disconnected is freed when its lease of a minute ends.
         async with asyncio.timeout(90):
             while remaining := await asyncio.to_thread(left):
                 pass

@@ -85,6 +85,14 @@ def test_releasing_twice_is_harmless(store: TensorStore) -> None:
     assert len(store) == 0
 
 
+def test_a_request_releases_its_own_tensors_without_their_handles(store: TensorStore) -> None:
+    for request_id in ("a", "a", "b", ""):
+        store.put(LARGE, request_id=request_id)
+    assert store.release(boot_id="", keys=[], request_id="a") == 2
+    assert store.release(boot_id="", keys=[], request_id="") == 0
+    assert len(store) == 2
+
+
 async def test_a_draining_server_waits_for_release_or_expiry_of_its_tensors(store: TensorStore, clock: Clock) -> None:
     released, expired = store.put(LARGE).handle, store.put(LARGE).handle
     waiting = asyncio.create_task(store.emptied())

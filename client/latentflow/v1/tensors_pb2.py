@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blatentflow/v1/tensors.proto\x12\rlatentflow.v1\x1a\x1egoogle/protobuf/duration.proto\"^\n\x06Handle\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\x0c\x12(\n\x05lease\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x82\x01\n\x06Tensor\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.latentflow.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x10\n\x06inline\x18\x03 \x01(\x0cH\x00\x12\'\n\x06handle\x18\x04 \x01(\x0b\x32\x15.latentflow.v1.HandleH\x00\x42\t\n\x07\x63ontent\"P\n\x0cTensorHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.latentflow.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x84\x01\n\x0bTensorChunk\x12,\n\x07headers\x18\x01 \x03(\x0b\x32\x1b.latentflow.v1.TensorHeader\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12\x0e\n\x04page\x18\x05 \x01(\tH\x00\x12\x0c\n\x04last\x18\x04 \x01(\x08\x42\t\n\x07\x63ontent\"M\n\x0c\x46\x65tchRequest\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x15\n\rshared_memory\x18\x03 \x01(\t\x12\x0b\n\x03ids\x18\x04 \x03(\x0cJ\x04\x08\x01\x10\x02R\x02id\":\n\rFetchResponse\x12)\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1a.latentflow.v1.TensorChunk\",\n\x0cRenewRequest\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\"G\n\rRenewResponse\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04lost\x18\x02 \x03(\x0c\".\n\x0eReleaseRequest\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\r*\x8a\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x0f\n\x0b\x44TYPE_INT64\x10\x04\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x05\x12\x0e\n\nDTYPE_BOOL\x10\x06\x32\xdd\x01\n\x07Tensors\x12\x44\n\x05\x46\x65tch\x12\x1b.latentflow.v1.FetchRequest\x1a\x1c.latentflow.v1.FetchResponse0\x01\x12\x42\n\x05Renew\x12\x1b.latentflow.v1.RenewRequest\x1a\x1c.latentflow.v1.RenewResponse\x12H\n\x07Release\x12\x1d.latentflow.v1.ReleaseRequest\x1a\x1e.latentflow.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blatentflow/v1/tensors.proto\x12\rlatentflow.v1\x1a\x1egoogle/protobuf/duration.proto\"^\n\x06Handle\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\x0c\x12(\n\x05lease\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x82\x01\n\x06Tensor\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.latentflow.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x10\n\x06inline\x18\x03 \x01(\x0cH\x00\x12\'\n\x06handle\x18\x04 \x01(\x0b\x32\x15.latentflow.v1.HandleH\x00\x42\t\n\x07\x63ontent\"P\n\x0cTensorHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.latentflow.v1.Dtype\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x84\x01\n\x0bTensorChunk\x12,\n\x07headers\x18\x01 \x03(\x0b\x32\x1b.latentflow.v1.TensorHeader\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12\x0e\n\x04page\x18\x05 \x01(\tH\x00\x12\x0c\n\x04last\x18\x04 \x01(\x08\x42\t\n\x07\x63ontent\"M\n\x0c\x46\x65tchRequest\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x15\n\rshared_memory\x18\x03 \x01(\t\x12\x0b\n\x03ids\x18\x04 \x03(\x0cJ\x04\x08\x01\x10\x02R\x02id\":\n\rFetchResponse\x12)\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1a.latentflow.v1.TensorChunk\",\n\x0cRenewRequest\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\"G\n\rRenewResponse\x12(\n\x05lease\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04lost\x18\x02 \x03(\x0c\"B\n\x0eReleaseRequest\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\x0c\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\r*\x8a\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x03\x12\x0f\n\x0b\x44TYPE_INT64\x10\x04\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x05\x12\x0e\n\nDTYPE_BOOL\x10\x06\x32\xdd\x01\n\x07Tensors\x12\x44\n\x05\x46\x65tch\x12\x1b.latentflow.v1.FetchRequest\x1a\x1c.latentflow.v1.FetchResponse0\x01\x12\x42\n\x05Renew\x12\x1b.latentflow.v1.RenewRequest\x1a\x1c.latentflow.v1.RenewResponse\x12H\n\x07Release\x12\x1d.latentflow.v1.ReleaseRequest\x1a\x1e.latentflow.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'latentflow.v1.tensors_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=868
-  _globals['_DTYPE']._serialized_end=1006
+  _globals['_DTYPE']._serialized_start=888
+  _globals['_DTYPE']._serialized_end=1026
   _globals['_HANDLE']._serialized_start=78
   _globals['_HANDLE']._serialized_end=172
   _globals['_TENSOR']._serialized_start=175
@@ -51,9 +51,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RENEWRESPONSE']._serialized_start=709
   _globals['_RENEWRESPONSE']._serialized_end=780
   _globals['_RELEASEREQUEST']._serialized_start=782
-  _globals['_RELEASEREQUEST']._serialized_end=828
-  _globals['_RELEASERESPONSE']._serialized_start=830
-  _globals['_RELEASERESPONSE']._serialized_end=865
-  _globals['_TENSORS']._serialized_start=1009
-  _globals['_TENSORS']._serialized_end=1230
+  _globals['_RELEASEREQUEST']._serialized_end=848
+  _globals['_RELEASERESPONSE']._serialized_start=850
+  _globals['_RELEASERESPONSE']._serialized_end=885
+  _globals['_TENSORS']._serialized_start=1029
+  _globals['_TENSORS']._serialized_end=1250
 # @@protoc_insertion_point(module_scope)

@@ -108,12 +108,14 @@ class RenewResponse(_message.Message):
     def __init__(self, lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., lost: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("boot_id", "ids")
+    __slots__ = ("boot_id", "ids", "request_id")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     ids: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, boot_id: _Optional[str] = ..., ids: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, boot_id: _Optional[str] = ..., ids: _Optional[_Iterable[bytes]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
     __slots__ = ("released",)

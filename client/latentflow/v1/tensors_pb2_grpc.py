@@ -74,7 +74,7 @@ class TensorsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Frees tensors. Idempotent: ids that are not held are no error.
+        """Frees tensors, by their handles or by the request that they were made for. Idempotent: ids that are not held are no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -174,7 +174,7 @@ class Denoiser(Role):
             yield stage_pb2.DenoiseResponse(stopped=stage_pb2.DenoiseStopped(checkpoint=mailbox.checkpoint, **took))
         else:
             _check_finite(sample, opening)
-            latents = self._context.store.put(sample.latents)
+            latents = self._context.store.put(sample.latents, request_id=opening.request_id)
             yield stage_pb2.DenoiseResponse(result=stage_pb2.DenoiseResult(latents=latents, **took))
 
     async def _check_sampler(self, name: str, steps: int) -> None:

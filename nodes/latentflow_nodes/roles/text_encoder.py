@@ -118,7 +118,7 @@ class TextEncoder(Role):
         call = _Call(request=request, adapters=adapters, adapter_key=key)
         encoded, response = await self._worker.run(call, group=call.group, size=call.size)
         for name, tensor in encoded.items():
-            response.conditioning[name].CopyFrom(self._context.store.put(tensor))
+            response.conditioning[name].CopyFrom(self._context.store.put(tensor, request_id=request.request_id))
         return response
 
     def _run(

@@ -26,8 +26,9 @@ INLINE_BYTES = 8 << 10
 
 @dataclass(slots=True)
 class Held:
-    """A tensor and its sender."""
+    """A tensor, the request that it was made for, and its sender."""
 
+    request_id: str
     tensor: torch.Tensor
     expires: float
     sender: Sender
@@ -61,13 +62,17 @@ class TensorStore:
     def __len__(self) -> int:
         return len(self._held)
 
-    def put(self, tensor: torch.Tensor) -> tensors_pb2.Tensor:
-        """A message for a tensor: a small one's has its values, another's the handle under which it is held from now on."""
+    def put(self, tensor: torch.Tensor, *, request_id: str = "") -> tensors_pb2.Tensor:
+        """A message for a tensor: a small one's has its values, another's the handle under which it is held from now on.
+
+        Args:
+            request_id: Of the request that it was made for; empty if it is not known.
+        """
         tensor = tensor.detach()
         if codec.total_bytes([tensor]) <= INLINE_BYTES:
             return codec.inline(tensor)
         key = secrets.token_bytes(16)
-        self._held[key] = Held(tensor, self._clock() + self._lease, self._transport.sender(constant=True))
+        self._held[key] = Held(request_id, tensor, self._clock() + self._lease, self._transport.sender(constant=True))
         self._bytes += codec.total_bytes([tensor])
         self._report()
         return codec.described(
@@ -97,9 +102,16 @@ class TensorStore:
                 held.expires = self._clock() + self._lease
         return lost
 
-    def release(self, *, boot_id: str, keys: Iterable[bytes]) -> int:
-        """Frees tensors; returns how many of them were held."""
-        return sum(self._drop(key) for key in keys) if boot_id == self.boot_id else 0
+    def release(self, *, boot_id: str, keys: Iterable[bytes], request_id: str = "") -> int:
+        """Frees tensors; returns how many of them were held.
+
+        Args:
+            request_id: Frees also the tensors that were made for this request; empty: none.
+        """
+        released = list(keys) if boot_id == self.boot_id else []
+        if request_id:
+            released += [key for key, held in self._held.items() if held.request_id == request_id]
+        return sum(self._drop(key) for key in released)
 
     def sweep(self) -> int:
         """Frees the tensors whose lease has expired; returns how many."""
