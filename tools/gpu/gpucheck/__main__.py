@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
+from gpucheck import checks
 from gpucheck.checks import CHECKS
 from gpucheck.report import Entry, read
 from gpucheck.versions import versions
@@ -66,23 +68,19 @@ def _run(name: str, *, device: str, seconds: float) -> list[Entry]:
         return [Entry(name="not run", value=None, passed=False, trouble="The time for all checks was over.")]
     with tempfile.TemporaryDirectory(prefix="gpucheck-") as folder:
         path, log = Path(folder) / "entries.json", Path(folder) / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "gpucheck.checks", name, device, str(path)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            trouble = ""
-            try:
-                code = process.wait(seconds)
-                if code:
-                    trouble = f"It exited with {code}."
-            except subprocess.TimeoutExpired:
+        log.touch()
+        process = checks.processes(device).Process(target=checks.run, args=(name, device, path, log))
+        process.start()
+        trouble = ""
+        try:
+            process.join(seconds)
+            if process.exitcode is None:
                 trouble = f"It was ended after {seconds:.0f} s."
-            finally:
-                # With whatever it started and left behind.
-                _kill(process)
+            elif process.exitcode:
+                trouble = f"It exited with {process.exitcode}."
+        finally:
+            # With whatever it started and left behind.
+            _kill(process)
         entries = read(path)
         if not entries and not trouble:
             trouble = "It found nothing."
@@ -95,12 +93,12 @@ def _run(name: str, *, device: str, seconds: float) -> list[Entry]:
         return entries
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    try:
+def _kill(process: BaseProcess) -> None:
+    process.kill()
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+    process.join()
 
 
 def _print(entries: dict[str, list[Entry]]) -> list[str]:

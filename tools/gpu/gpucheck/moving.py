@@ -55,9 +55,9 @@ class Answering(stage_pb2_grpc.StageServicer):
 def run(report: Report, device: str) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in sizes.residuals(device).values())
     report.figure("size", size / 2**20, "MiB")
-    with private_folder() as folder:
-        for name, memory in (("gRPC", None), ("shared memory", folder)):
-            with report.case(name), _answering(memory, device) as address:
+    with private_folder() as folder, _answering(folder, device) as (plain, shared):
+        for name, memory, address in (("gRPC", None, plain), ("shared memory", folder, shared)):
+            with report.case(name):
                 seconds, kinds = asyncio.run(_measure(address, memory, device))
                 report.figure(f"{name}, a step", seconds * 1e3, "ms")
                 report.figure(f"{name}, rate", size / seconds / 2**30, "GiB/s")
@@ -65,17 +65,17 @@ def run(report: Report, device: str) -> None:
 
 
 @contextlib.contextmanager
-def _answering(memory: Path | None, device: str) -> Iterator[str]:
-    """The address of the answering process."""
+def _answering(folder: Path | None, device: str) -> Iterator[list[str]]:
+    """The addresses of the answering process: without shared memory, with it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "gpucheck.moving", device, str(memory or "")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "gpucheck.moving", device, str(folder or "")], stdout=subprocess.PIPE, text=True
     )
     try:
         # A process that cannot start ends, and with it its output.
-        address = process.stdout.readline().strip() if process.stdout else ""
-        if not address:
+        addresses = process.stdout.readline().split() if process.stdout else []
+        if not addresses:
             raise RuntimeError("The answering process did not start.")
-        yield address
+        yield addresses
     finally:
         process.kill()
         process.wait()
@@ -115,15 +115,18 @@ def _kinds(metrics: Instruments) -> str:
 
 
 async def _answer(device: str, folder: str) -> None:
+    servers, addresses, bundle = [], [], sizes.residuals(device)
     with contextlib.ExitStack() as stack:
-        memory = stack.enter_context(contextlib.closing(Memory(Path(folder)))) if folder else None
-        transport = Transport(memory=memory, metrics=Instruments(NODE, model="m", role="ControlNet"))
-        server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))
-        port = server.add_insecure_port("127.0.0.1:0")
-        stage_pb2_grpc.add_StageServicer_to_server(Answering(transport, sizes.residuals(device)), server)
-        await server.start()
-        print(f"127.0.0.1:{port}", flush=True)
-        await server.wait_for_termination()
+        shared = stack.enter_context(contextlib.closing(Memory(Path(folder)))) if folder else None
+        for memory in (None, shared):
+            transport = Transport(memory=memory, metrics=Instruments(NODE, model="m", role="ControlNet"))
+            server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))
+            addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+            stage_pb2_grpc.add_StageServicer_to_server(Answering(transport, bundle), server)
+            await server.start()
+            servers.append(server)
+        print(*addresses, flush=True)
+        await asyncio.gather(*(server.wait_for_termination() for server in servers))
 
 
 if __name__ == "__main__":
