@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from latentflow import AsyncClient, Client
 from latentflow.api import load_workflows
 from latentflow.errors import AuthenticationError, InvalidRequestError
 from latentflow_local.runtime import run
-from support.packs import MODELS, SHAPES
+from support.packs import MODELS
 from support.scraping import value
 
 EXAMPLES = MODELS.parent / "examples"
@@ -47,9 +46,10 @@ class Up:
     printed: str
 
 
-@pytest.fixture
-def serving() -> Iterator[Up]:
-    up = start(str(MINIMAL), "--model-root", str(MODELS), "--listen", "127.0.0.1:0", "--threads", "1")
+@contextlib.contextmanager
+def ready(*options: str, **environment: str) -> Iterator[Up]:
+    """`latentflow up` from its readiness on; it is ended with the context."""
+    up = start(str(MINIMAL), f"--model-root={MODELS}", "--threads=1", *options, **environment)
     assert up.stderr is not None
     printed = ""
     for line in up.stderr:
@@ -60,7 +60,14 @@ def serving() -> Iterator[Up]:
     # Closes the pipes, too.
     with up:
         yield Up(process=up, children=children, printed=printed)
-        up.kill()
+        up.terminate()
+        up.wait(SECONDS)
+
+
+@pytest.fixture
+def serving() -> Iterator[Up]:
+    with ready("--listen=127.0.0.1:0") as up:
+        yield up
 
 
 def memory_folders(process: int) -> set[Path]:
@@ -108,62 +115,52 @@ def test_ctrl_c_during_the_start_prints_no_traceback() -> None:
     assert "Traceback" not in printed, printed
 
 
-def test_the_address_of_the_http_api_is_printed(serving: Up) -> None:
-    found = re.search(r"^OpenAI API: (http://127\.0\.0\.1:\d+/v1)$", serving.printed, re.MULTILINE)
-    assert found is not None, serving.printed
-    with urllib.request.urlopen(f"{found[1]}/models", timeout=20) as response:
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Up, Path]]:
+    """`latentflow up` with an API key and limits, behind a proxy, with a long TMPDIR, in a narrow terminal; its file for Prometheus."""
+    folder = tmp_path_factory.mktemp("up")
+    temporary, keys, targets = folder / ("x" * 150), folder / "keys", folder / "targets.json"
+    temporary.mkdir()
+    keys.mkdir()
+    (keys / "anna").write_text("key-of-anna\n")
+    options = ("--listen=[::1]:0", f"--api-keys={keys}", f"--prometheus-targets={targets}")
+    limits = ("--max-steps=3", "--max-images=2", "--request-seconds=500")
+    proxies = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    with ready(*options, *limits, TMPDIR=str(temporary), COLUMNS="40", **proxies) as up:
+        yield up, targets
+
+
+def test_the_address_of_the_http_api_is_printed(configured: tuple[Up, Path]) -> None:
+    printed = configured[0].printed
+    found = re.search(r"^OpenAI API: (http://127\.0\.0\.1:\d+/v1)$", printed, re.MULTILINE)
+    assert found is not None, printed
+    request = urllib.request.Request(f"{found[1]}/models", headers={"Authorization": "Bearer key-of-anna"})
+    with urllib.request.urlopen(request, timeout=20) as response:
         assert json.loads(response.read())["data"][0]["id"] == "default/shapes-minimal"
 
 
-def test_clients_need_a_key_and_images_have_a_limit(tmp_path: Path) -> None:
-    (tmp_path / "anna").write_text("key-of-anna\n")
-    limits = ("--max-steps=3", "--max-images=2", "--request-seconds=500")
-    options = (f"--model-root={MODELS}", "--listen=127.0.0.1:0", "--threads=1", f"--api-keys={tmp_path}", *limits)
-    up = start(str(MINIMAL), *options)
-    assert up.stderr is not None
-    with up:
-        line = next(line for line in up.stderr if line.startswith("Try: "))
-        # The program as it was started, because the search path need not contain it.
-        assert line.startswith(f"Try: {PROGRAM} generate")
-        assert " --api-key KEY --target " in line
-        with Client(line.split()[-1], timeout=20) as stranger, pytest.raises(AuthenticationError, match="--api-key"):
-            stranger.workflows()
-        with Client(line.split()[-1], timeout=20, api_key="key-of-anna") as anna:
-            assert anna.describe().limits["max_pixels"] == 256 * 256
-            with pytest.raises(InvalidRequestError, match="accepts at most 65536 \\(--max-pixels\\)"):
-                anna.generate("a red circle", width=1024, height=1024)
-            with pytest.raises(InvalidRequestError, match="The number of steps must be from 1 to 3, not 4"):
-                anna.generate("a red circle", steps=4)
-            with pytest.raises(InvalidRequestError, match="The number of images must be from 1 to 2, not 3"):
-                anna.generate("a red circle", steps=3, images=3)
-        up.terminate()
+def test_clients_need_a_key_and_images_have_a_limit(configured: tuple[Up, Path]) -> None:
+    line = configured[0].printed.splitlines()[-1]
+    # The program as it was started, because the search path need not contain it.
+    assert line.startswith(f"Try: {PROGRAM} generate")
+    assert " --api-key KEY --target " in line
+    with Client(line.split()[-1], timeout=20) as stranger, pytest.raises(AuthenticationError, match="--api-key"):
+        stranger.workflows()
+    with Client(line.split()[-1], timeout=20, api_key="key-of-anna") as anna:
+        assert anna.describe().limits["max_pixels"] == 256 * 256
+        with pytest.raises(InvalidRequestError, match="accepts at most 65536 \\(--max-pixels\\)"):
+            anna.generate("a red circle", width=1024, height=1024)
+        with pytest.raises(InvalidRequestError, match="The number of steps must be from 1 to 3, not 4"):
+            anna.generate("a red circle", steps=4)
+        with pytest.raises(InvalidRequestError, match="The number of images must be from 1 to 2, not 3"):
+            anna.generate("a red circle", steps=3, images=3)
 
 
-def test_it_serves_behind_a_proxy_with_a_long_tmpdir_and_in_a_narrow_terminal(tmp_path: Path) -> None:
-    temporary = tmp_path / ("x" * 150)
-    temporary.mkdir()
-    file = tmp_path / "targets.json"
-    proxies = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    up = start(
-        str(MINIMAL),
-        f"--model-root={MODELS}",
-        "--listen=[::1]:0",
-        "--threads=1",
-        f"--prometheus-targets={file}",
-        TMPDIR=str(temporary),
-        COLUMNS="40",
-        **proxies,
-    )
-    assert up.stderr is not None
-    printed = []
-    with up:
-        for line in up.stderr:
-            printed.append(line)
-            if line.startswith("Try: "):
-                break
-        targets = json.loads(file.read_text())
-        scraped = [value(entry["targets"][0], "python_info") for entry in targets]
-        up.terminate()
+def test_it_serves_behind_a_proxy_with_a_long_tmpdir_and_in_a_narrow_terminal(configured: tuple[Up, Path]) -> None:
+    up, file = configured
+    printed = up.printed.splitlines()
+    targets = json.loads(file.read_text())
+    scraped = [value(entry["targets"][0], "python_info") for entry in targets]
     assert "--target [::1]:" in printed[-1]
     # Each process, the gateway and the command itself.
     assert len(targets) == len(scraped) == 5
@@ -195,22 +192,6 @@ def test_the_error_for_a_missing_weights_folder_names_it() -> None:
     message = refusal(str(MINIMAL), "--model-root", "/nonexistent", "--listen", "127.0.0.1:0")
     assert "There is no weights folder /nonexistent/shapes" in message
     assert "the model root (--model-root)" in message
-
-
-def test_the_error_for_a_truncated_weights_file_names_it(tmp_path: Path) -> None:
-    shutil.copytree(SHAPES, tmp_path / "shapes")
-    broken = next((tmp_path / "shapes/vae").glob("*.safetensors"))
-    broken.write_bytes(broken.read_bytes()[:-100])
-    message = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
-    assert f"{broken.name} is damaged or incomplete" in message
-
-
-def test_weights_in_a_pickle_file_are_refused(tmp_path: Path) -> None:
-    shutil.copytree(SHAPES, tmp_path / "shapes")
-    weights = next((tmp_path / "shapes/unet").glob("*.safetensors"))
-    weights.rename(weights.with_suffix(".bin"))
-    message = refusal(str(MINIMAL), "--model-root", str(tmp_path), "--listen", "127.0.0.1:0")
-    assert "Weights load from safetensors only" in message
 
 
 def test_the_error_for_a_taken_port_names_the_address() -> None:

@@ -72,8 +72,9 @@ async def test_a_peer_is_taken_back_when_it_gets_a_request_of_its_own(tmp_path: 
         collector, running = results.Collector(), 0.0
         async for event in client.stream(PROMPT, seed=7, steps=200, **request):
             collector.take(event)
-            started = counted(servers, "latentflow_requests_started_total", call="PredictNoise")
-            if isinstance(event, Progress) and started == 1 and not running:
+            if running or not isinstance(event, Progress):
+                continue
+            if counted(servers, "latentflow_requests_started_total", call="PredictNoise") == 1:
                 await client.generate(PROMPT, seed=8, steps=2, **request)
                 running = counted(servers, "latentflow_in_flight")
         # The first request, without its guest.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from typing import IO
 
 import pytest
 from latentflow_nodes.engine.compute_lock import ComputeLock
+from support import forked
 
 SECONDS = 30
 
@@ -39,7 +39,7 @@ def until_locked(file: IO[str]) -> None:
 
 
 def test_the_lock_of_a_killed_server_is_released(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = forked.context()
     held = context.Event()
     holder = context.Process(target=_hold, args=(tmp_path / "lock", held))
     holder.start()

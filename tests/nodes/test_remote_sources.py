@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -19,23 +21,11 @@ from latentflow.internal.source_folder import SourceFolder
 from latentflow_nodes import families
 from latentflow_nodes.weights.fetching import Progress, wanted
 from latentflow_nodes.weights.source import locate
+from support import forked
 from support.bucket import BUCKET, Store
 from support.hub import Hub
 from support.packs import SHAPES
 from support.stack import Request, Stack, started
-
-FETCH = """
-import sys
-from pathlib import Path
-from latentflow.internal.metrics import NODE, Instruments
-from latentflow_nodes.weights.source import locate
-from latentflow_nodes.weights.fetching import Progress
-print("begun", flush=True)
-locate(
-    uri=sys.argv[1], subfolder=None, revision=None, role="VAE", parts=["vae"], model_root=Path("."), cache=Path(sys.argv[2]),
-    progress=Progress(Instruments(NODE, model="m", role="VAE"), source="s"),
-)
-"""
 
 
 @dataclass(kw_only=True)
@@ -67,13 +57,11 @@ class Remote:
             progress=progress,
         ).pipeline
 
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> ForkServerProcess:
         """A process that has begun to fetch the VAE."""
-        command = [sys.executable, "-c", FETCH, self.uri, str(self.cache)]
-        child = subprocess.Popen(command, env=os.environ | self.environment, stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        with child.stdout as output:
-            assert output.readline() == b"begun\n"
+        begun = forked.context().Event()
+        child = forked.start(forked.fetch_vae, self.uri, self.cache, begun, environment=self.environment)
+        assert begun.wait(60)
         return child
 
 
@@ -214,7 +202,9 @@ def test_two_servers_that_start_at_once_fetch_each_file_once(remote: Remote) -> 
     one, other = remote.process(), remote.process()
     assert remote.server.paused.wait(60)
     remote.server.flowing.set()
-    assert (one.wait(60), other.wait(60)) == (0, 0)
+    one.join(60)
+    other.join(60)
+    assert (one.exitcode, other.exitcode) == (0, 0)
     assert remote.files == dict.fromkeys(VAE, 1)
 
 
@@ -223,7 +213,8 @@ def test_the_partial_download_of_a_killed_server_is_never_served(remote: Remote)
     child = remote.process()
     assert remote.server.paused.wait(60)
     child.kill()
-    child.wait()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
     remote.server.flowing.set()
     assert content(remote.fetch()) == {name: (SHAPES / name).read_bytes() for name in VAE}
 
@@ -319,7 +310,8 @@ def test_weights_overwritten_during_a_download_are_never_served_as_a_mixture(rem
     size = (SHAPES / "vae/diffusion_pytorch_model.safetensors").stat().st_size
     remote.server.client().put_object(Bucket=BUCKET, Key=name, Body=bytes(size))
     remote.server.flowing.set()
-    assert child.wait(60) != 0
+    child.join(60)
+    assert child.exitcode == 1
     assert not list(remote.cache.rglob("*.safetensors"))
 
 
@@ -365,11 +357,12 @@ def test_a_server_that_cannot_fetch_exits_with_2_and_the_cause(remote: Remote) -
 
 def test_a_server_ends_at_once_at_a_signal_during_a_download(remote: Remote) -> None:
     remote.server.flowing.clear()
-    command = [sys.executable, "-m", "latentflow_nodes.server", "--role=VAE", f"--uri={remote.uri}"]
-    child = subprocess.Popen([*command, f"--cache={remote.cache}"], env=os.environ | remote.environment)
+    options = ("--role=VAE", f"--uri={remote.uri}", f"--cache={remote.cache}")
+    child = forked.server(*options, environment=remote.environment)
     assert remote.server.paused.wait(60)
     child.terminate()
-    assert child.wait(60) == 0
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def test_in_a_store_a_half_precision_file_is_an_adapter_of_its_own() -> None:

@@ -203,6 +203,18 @@ async def test_a_part_that_an_index_names_and_the_folder_lacks_is_named(tmp_path
     assert f"names {lost.name}, which" in error.message
 
 
+async def test_the_error_for_a_truncated_weights_file_names_it(pack: Path) -> None:
+    broken = next((pack / "vae").glob("*.safetensors"))
+    broken.write_bytes(broken.read_bytes()[:-100])
+    assert f"{broken.name} is damaged or incomplete" in (await refused(pack.parent, "VAE")).message
+
+
+async def test_weights_in_a_pickle_file_are_refused(pack: Path) -> None:
+    weights = next((pack / "unet").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    assert "Weights load from safetensors only" in (await refused(pack.parent, "Denoiser")).message
+
+
 async def test_a_damaged_file_of_another_variant_does_not_matter(pack: Path) -> None:
     (pack / "vae/diffusion_pytorch_model.fp16.safetensors").write_bytes(b"half")
     async with serve(NodeSettings(role="VAE", uri="m", model_root=pack.parent, identity="x")) as node:

@@ -10,7 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 def value(address: str, name: str, **labels: str) -> float:
     """The sum of the samples of a metric that have these labels."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as response:
-        text = response.read().decode()
+        lines = response.read().decode().splitlines()
+    # Only its own lines, because to parse them all takes longer than to fetch them.
+    text = "\n".join(line for line in lines if line.startswith(name))
     return sum(
         sample.value
         for family in text_string_to_metric_families(text)
