@@ -139,6 +139,10 @@ bench-merge: setup ## Measure merging and undoing a LoRA, beside PEFT (needs an 
 bench-latent: setup ## Measure two replicas that share a request, beside one (needs an idle machine with two cores)
 	$(PY) bench/parallelism.py
 
+.PHONY: bench-controlnet
+bench-controlnet: setup ## Measure a ControlNet on a server of its own, beside one in line (needs an idle machine with two cores)
+	$(PY) bench/steering.py
+
 .PHONY: bench-operator
 bench-operator: setup ## Measure the cost of the operator on a real API server
 	$(KUBE) $(PY) bench/reconciling.py
