@@ -159,7 +159,9 @@ async def bench(*, rounds: int, console: Console) -> dict[str, float]:
     return figures_of(plain, served, steps, console=console)
 
 
-def figures_of(plain: overhead.Times, served: overhead.Times, steps: list[Step], *, console: Console) -> dict[str, float]:
+def figures_of(
+    plain: overhead.Times, served: overhead.Times, steps: list[Step], *, console: Console
+) -> dict[str, float]:
     """The figures: medians over rounds of ratios within a round."""
     table = Table("milliseconds, medians", "", box=None, title=f"{MODEL.name} with a ControlNet, one thread each")
     table.add_row("request, diffusers", f"{statistics.median(plain.wall):.0f}")

@@ -144,6 +144,9 @@ class Alphabet:
     def image_scale(self, network: torch.nn.Module) -> int:
         return 1
 
+    def embed_control_image(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+        return image[:, :2]
+
     def residuals(
         self,
         network: torch.nn.Module,
@@ -153,7 +156,7 @@ class Alphabet:
         image: torch.Tensor,
         inputs: Mapping[str, Any],
     ) -> Residuals:
-        return Residuals(down=(network(latents),), mid=network(image[:, :2]))
+        return Residuals(down=(network(latents),), mid=network(image))
 
     def vae_geometry(self, vae: torch.nn.Module) -> VaeGeometry:
         return VaeGeometry(scale_factor=1, latent_channels=2)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from latentflow_nodes.engine.samplers import SAMPLERS
+from latentflow_nodes.families.unet import UNetFamily
 from PIL import Image
 from support.packs import SHAPES, tiny_distilled, tiny_sdxl, tiny_v_prediction
 from support.products import combinations
@@ -59,6 +60,21 @@ async def test_the_edges_controlnet_equals_diffusers(
 
 async def test_the_layout_controlnet_equals_diffusers(shapes: Stack, layout_image: Image.Image) -> None:
     await assert_equal(shapes, SHAPES, Request(controls=[("layout", layout_image, 1.0)]))
+
+
+async def test_a_control_image_is_embedded_once_for_all_steps(
+    shapes: Stack, edge_image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    embed = UNetFamily.embed_control_image
+
+    def counted(self: UNetFamily, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+        rows.append(len(image))
+        return embed(self, network, image)
+
+    monkeypatch.setattr(UNetFamily, "embed_control_image", counted)
+    await assert_equal(shapes, SHAPES, Request(controls=[("edges", edge_image, 0.8)]))
+    assert rows == [1]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from latentflow.errors import LatentflowError, UnavailableError
 from latentflow.internal import weight_files
 from latentflow.internal.guidance import Guidance
@@ -29,7 +29,7 @@ from support.packs import SHAPES
 
 FAMILY = families.of_pipeline(SHAPES)
 NETWORK = UNet2DConditionModel.from_pretrained(SHAPES / "unet").eval()
-EDGES = ControlNetModel.from_pretrained(SHAPES / "controlnet-edges").eval()
+EDGES = FAMILY.load_control_net(SHAPES / "controlnet-edges", dtype=torch.float32, variant=None).eval()
 IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 SCHEDULER = weight_files.config(SHAPES / "scheduler", "scheduler_config.json")
 
@@ -82,9 +82,8 @@ class Edges:
         conditioning = inputs(rows)
         if self._negative:
             conditioning = {name: both[:1] for name, both in inputs(2).items()}
-        residuals = FAMILY.residuals(
-            EDGES, sample, torch.tensor([timestep] * rows), image=IMAGE.repeat(rows, 1, 1, 1), inputs=conditioning
-        )
+        image = FAMILY.embed_control_image(EDGES, IMAGE).expand(rows, -1, -1, -1)
+        residuals = FAMILY.residuals(EDGES, sample, torch.tensor([timestep] * rows), image=image, inputs=conditioning)
         future: Future[Residuals] = Future()
         if self._hold:
             self._held.append((future, residuals))

@@ -212,6 +212,18 @@ class Family(Protocol):
         """Pixels of a control image along the side of one latent pixel."""
         ...
 
+    def embed_control_image(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+        """The part of a ControlNet's forward pass that depends on the control image alone, and so is the same at each step.
+
+        Args:
+            network: From `load_control_net`.
+            image: [1, 3, height, width], from 0 to 1.
+
+        Returns:
+            [1, channels, height and width of the latents].
+        """
+        ...
+
     def residuals(
         self,
         network: torch.nn.Module,
@@ -225,7 +237,7 @@ class Family(Protocol):
 
         Args:
             timestep: [rows].
-            image: [rows, 3, height, width], from 0 to 1.
+            image: [rows, ...], each row from `embed_control_image`.
         """
         ...
 

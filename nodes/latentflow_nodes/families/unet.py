@@ -106,7 +106,10 @@ class UNetFamily(ABC):
         return _network(UNet2DConditionModel, folder, "unet", kinds.of_denoiser, dtype, variant)
 
     def load_control_net(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
-        return _network(ControlNetModel, folder, "controlnet", kinds.of_control_net, dtype, variant)
+        network: Any = _network(ControlNetModel, folder, "controlnet", kinds.of_control_net, dtype, variant)
+        flips = network.config.controlnet_conditioning_channel_order == "bgr"
+        network.controlnet_cond_embedding = _ControlImages(network.controlnet_cond_embedding, flips=flips)
+        return network  # type: ignore[no-any-return]
 
     def load_vae(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
         return _network(AutoencoderKL, folder, "vae", kinds.of_vae, dtype, variant)
@@ -164,6 +167,11 @@ class UNetFamily(ABC):
     def image_scale(self, network: torch.nn.Module) -> int:
         return int(2 ** (len(_config(network).conditioning_embedding_out_channels) - 1))
 
+    def embed_control_image(self, network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+        images: Any = network.controlnet_cond_embedding
+        embedded: torch.Tensor = images.embed(image)
+        return embedded
+
     def residuals(
         self,
         network: torch.nn.Module,
@@ -208,6 +216,27 @@ class _Middle:
 
     def __radd__(self, sample: torch.Tensor) -> torch.Tensor:
         return sample + self._residuals.wait().mid
+
+
+class _ControlImages(torch.nn.Module):
+    """In place of the embedding of control images, so that the network takes embedded ones.
+
+    Args:
+        embedding: The module that diffusers runs at each step.
+        flips: The network reverses the channels of what it is given, because it was trained with BGR images.
+    """
+
+    def __init__(self, embedding: torch.nn.Module, *, flips: bool) -> None:
+        super().__init__()
+        self._embedding = embedding
+        self._flips = flips
+
+    def embed(self, image: torch.Tensor) -> torch.Tensor:
+        embedded: torch.Tensor = self._embedding(image.flip(1) if self._flips else image)
+        return embedded
+
+    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
+        return embedded.flip(1) if self._flips else embedded
 
 
 def _network(

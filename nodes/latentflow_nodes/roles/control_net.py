@@ -25,20 +25,33 @@ from latentflow_nodes.weights import files
 _WARM_UP_SIDE = 8
 
 
+@dataclass(kw_only=True)
+class _ControlImage:
+    """The control image of one request.
+
+    Attributes:
+        pixels: [1, 3, height, width], from 0 to 1.
+        embedded: As Family.embed_control_image returns it, from the first step on.
+    """
+
+    pixels: torch.Tensor
+    embedded: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Step:
     """A step of one request.
 
     Attributes:
         latents: [rows, channels, height, width].
-        inputs, image: As Family.residuals takes them, with as many rows.
+        inputs: As Family.residuals takes them, with as many rows.
         scale: Conditioning scale.
     """
 
     latents: torch.Tensor
     timestep: float
     inputs: dict[str, Any]
-    image: torch.Tensor
+    image: _ControlImage
     scale: float
 
     @property
@@ -84,7 +97,7 @@ class ControlNet(Role):
         pixels = side * self._family.image_scale(self._network)
         conditioning = warm_up_conditioning(self._family.conditioning_shapes(self._network), self._context.device)
         inputs = self._inputs(conditioning, rows=2, width=pixels, height=pixels)
-        image = self._on_device(torch.zeros(2, 3, pixels, pixels))
+        image = _ControlImage(pixels=self._on_device(torch.zeros(1, 3, pixels, pixels)))
         latents = self._on_device(torch.zeros(2, self._channels, side, side))
         step = _Step(latents=latents, timestep=1.0, inputs=inputs, image=image, scale=1.0)
         await self._worker.run(step, group=None, size=step.size)
@@ -100,7 +113,7 @@ class ControlNet(Role):
         rows = 1
         resumed = False
         group: Hashable = None
-        image = torch.empty(0)
+        image = _ControlImage(pixels=torch.empty(0))
         with self._context.transport.sender() as sender:
             async for request in requests:
                 if request.WhichOneof("message") == "open":
@@ -108,8 +121,12 @@ class ControlNet(Role):
                     rows = _rows(opening.half)
                     conditioning = await self._conditioning(opening)
                     inputs = self._inputs(conditioning, rows=rows, width=opening.width, height=opening.height)
-                    image = self._image(opening, rows=rows)
-                    group = (_shapes(inputs), image.shape[1:], object() if opening.scheduling.deterministic else None)
+                    image = _ControlImage(pixels=self._pixels(opening))
+                    group = (
+                        _shapes(inputs),
+                        image.pixels.shape,
+                        object() if opening.scheduling.deterministic else None,
+                    )
                     yield stage_pb2.ResidualsResponse(opened=True)
                     continue
                 if inputs is None:
@@ -138,12 +155,12 @@ class ControlNet(Role):
             height=height,
         )
 
-    def _step(self, step: stage_pb2.ResidualsStep, inputs: dict[str, Any], image: torch.Tensor, *, rows: int) -> _Step:
+    def _step(self, step: stage_pb2.ResidualsStep, inputs: dict[str, Any], image: _ControlImage, *, rows: int) -> _Step:
         """Raises InvalidRequestError for a sample or a scale that this ControlNet does not take."""
         scale = strengths.control_scale(step.scale, name=self._context.settings.identity)
         latents = self._on_device(codec.from_inline(step.sample))
         # The image's size fixes that of the latents, as in diffusers.
-        height, width = (side // self._family.image_scale(self._network) for side in image.shape[2:])
+        height, width = (side // self._family.image_scale(self._network) for side in image.pixels.shape[2:])
         if latents.shape != (rows, self._channels, height, width):
             raise InvalidRequestError(
                 f"A sample of shape {list(latents.shape)} does not fit this ControlNet and the request's image; "
@@ -155,11 +172,12 @@ class ControlNet(Role):
         rows = [len(step.latents) for step in steps]
         timesteps = [step.timestep for step in steps for _ in range(len(step.latents))]
         self._stopwatch.start()
+        images = [self._embedded(step.image).expand(n, -1, -1, -1) for step, n in zip(steps, rows, strict=True)]
         residuals = self._family.residuals(
             self._network,
             torch.cat([step.latents for step in steps]),
             torch.tensor(timesteps, device=self._context.device),
-            image=torch.cat([step.image for step in steps]),
+            image=torch.cat(images),
             inputs=stack([step.inputs for step in steps]),
         )
         self._stopwatch.stop()
@@ -172,8 +190,13 @@ class ControlNet(Role):
             for i, step in enumerate(steps)
         ]
 
-    def _image(self, opening: stage_pb2.ResidualsOpen, *, rows: int) -> torch.Tensor:
-        """[rows, 3, height, width] from 0 to 1, as diffusers' ControlNet pipelines prepare it."""
+    def _embedded(self, image: _ControlImage) -> torch.Tensor:
+        if image.embedded is None:
+            image.embedded = self._family.embed_control_image(self._network, image.pixels)
+        return image.embedded
+
+    def _pixels(self, opening: stage_pb2.ResidualsOpen) -> torch.Tensor:
+        """[1, 3, height, width] from 0 to 1, as diffusers' ControlNet pipelines prepare it."""
         picture = images.opened(opening.image, what="The control image")
         if picture.size != (opening.width, opening.height):
             raise InvalidRequestError(
@@ -186,8 +209,7 @@ class ControlNet(Role):
             # Pillow raises many kinds for damaged files; all of them mean this.
             raise InvalidRequestError(f"The control image cannot be read as {picture.format}: {error}") from None
         processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
-        pixels = self._on_device(processor.preprocess(image, height=opening.height, width=opening.width))
-        return torch.cat([pixels] * rows)
+        return self._on_device(processor.preprocess(image, height=opening.height, width=opening.width))
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._context.device, self._context.dtype)
