@@ -66,7 +66,7 @@ class GrpcTransport:
     """
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
-        self._target = target
+        self._target = targets.check(target)
         options = rpc.channel_options(tls=tls, proxied=targets.proxy_variable(target) is not None)
         self._channel = (
             grpc.secure_channel(target, tls.channel_credentials(), options)
@@ -151,7 +151,7 @@ class AsyncGrpcTransport:
     """
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
-        self._target = target
+        self._target = targets.check(target)
         self._tls = tls
         # grpc binds a channel to the event loop in which it was made, and the channel keeps a reference to the loop.
         self._channels: dict[asyncio.AbstractEventLoop, grpc.aio.Channel] = {}

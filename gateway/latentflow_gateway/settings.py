@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from latentflow.internal import rpc
 
+# As browsers send it: without a path, and without a slash at the end.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 _LEAST = {
     "max_running": 1,
     "max_queued": 0,
@@ -179,6 +182,9 @@ def parse(argv: list[str] | None = None) -> GatewaySettings:
         # "not" refuses NaN too.
         if not getattr(args, name) >= least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    for origin in args.http_cors_origin:
+        if not _ORIGIN.fullmatch(origin):
+            parser.error(f"--http-cors-origin: {origin!r} is not an origin, such as https://app.example, or *")
     if args.namespace and not args.kube:
         parser.error("--namespace needs --kube")
     tls = node_tls = None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from latentflow.errors import FailedPreconditionError
 from latentflow.internal import replacing
 
 from latentflow_local.planning import ProcessSpec
@@ -24,10 +25,18 @@ class TargetsFile:
         self._always = [_target(address, process=name) for name, address in always.items()]
 
     def write(self, replicas: Iterable[ProcessSpec]) -> None:
-        """Replaces the file. Prometheus reads it again by itself."""
+        """Replaces the file. Prometheus reads it again by itself.
+
+        FailedPreconditionError where the file cannot be written.
+        """
         models = [_target(one.metrics, process=one.name, model=one.model, role=one.role) for one in replicas]
         # A Prometheus server of another user reads it.
-        replacing.write(self._path, json.dumps([*self._always, *models], indent=2), mode=0o644)
+        try:
+            replacing.write(self._path, json.dumps([*self._always, *models], indent=2), mode=0o644)
+        except OSError as error:
+            raise FailedPreconditionError(
+                f"The targets for Prometheus cannot be written to {self._path}: {error.strerror}. Choose another file."
+            ) from None
 
 
 def _target(address: str, **labels: str) -> Mapping[str, Sequence[str] | Mapping[str, Any]]:

@@ -117,7 +117,7 @@ def test_options_for_every_model_reach_the_roles_that_use_them(role: Role) -> No
         ("LoRAStore", '{"device": "cuda"}', "is an option of TextEncoder, Denoiser, ControlNet, VAE, not of LoRAStore"),
         ("Denoiser", '{"maxRunning": 65}', "maxRunning: Input should be less than or equal to 64"),
         ("Denoiser", '{"max_running": 2}', "maxRunning: Extra inputs are not permitted"),
-        ("Denoiser", '{"device": "tpu"}', "device: String should match pattern"),
+        ("Denoiser", '{"device": "tpu"}', "device: 'tpu' is not a device; devices are cpu, cuda and cuda:N"),
         ("Denoiser", "maxRunning=2", "Invalid JSON"),
         ("Denoiser", "[]", "Input should be an object"),
     ],

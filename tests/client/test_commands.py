@@ -61,6 +61,19 @@ def test_an_unknown_form_of_log_lines_is_refused() -> None:
     assert "'xml' is not one of 'console', 'json'" in " ".join(ended.stderr.replace("│", " ").split())
 
 
+def test_ctrl_c_while_a_command_is_imported_prints_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "latentflow_local").mkdir()
+    (tmp_path / "latentflow_local/command.py").write_text("raise KeyboardInterrupt")
+    ended = subprocess.run(
+        [Path(sys.executable).parent / "latentflow", "version"],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (130, "")
+
+
 def test_the_option_version_prints_what_the_command_prints() -> None:
     program = Path(sys.executable).parent / "latentflow"
     printed = [subprocess.check_output([program, word], text=True) for word in ("--version", "version")]

@@ -9,11 +9,18 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from latentflow import NO_RETRIES, AsyncClient, Client
-from latentflow.errors import UnavailableError
+from latentflow.errors import InvalidRequestError, UnavailableError
 from latentflow.internal import targets
 from latentflow.v1 import generation_pb2, generation_pb2_grpc
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy")
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:8402/v1", "https://gateway.example"])
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_a_url_of_the_http_api_is_refused_as_a_target(client: type[Client] | type[AsyncClient], target: str) -> None:
+    with pytest.raises(InvalidRequestError, match="Pass the address of gRPC as host:port"):
+        client(target)
 
 
 class Proxy(socketserver.ThreadingTCPServer):

@@ -73,6 +73,7 @@ async def test_describe_and_models_list_limits_and_ready_replicas(runtime: Runti
         (["generate", "x", "--lora", "nope"], "LoRA store 'styles' has no LoRA 'nope'; it has neon, outline, pastel"),
         (["generate", "x", "--lora", "nope:v2:0.5"], "has no LoRA 'nope:v2'"),
         (["generate", "x", "--lora", "neon:v2"], "has no LoRA 'neon:v2'"),
+        (["generate", "x", "--lora", ":0.5"], "--lora ':0.5': write NAME or NAME:WEIGHT."),
         (["generate", "x", "--lora", "neon:101"], "The weight of the LoRA 'neon' must be from -100 to 100"),
         (["generate", "x", "-l", "neon", "-l", "neon:0.5"], "--lora 'neon:0.5': the LoRA 'neon' is given twice"),
         (["generate", "x", "-c", "edges=/a.png", "-c", "edges=/b.png"], "the ControlNet 'edges' is given twice"),

@@ -194,6 +194,11 @@ def test_the_error_for_a_missing_weights_folder_names_it() -> None:
     assert "the model root (--model-root)" in message
 
 
+def test_a_file_of_targets_that_cannot_be_written_is_named() -> None:
+    message = refusal(str(MINIMAL), "--listen=127.0.0.1:0", "--prometheus-targets=/nonexistent/targets.json")
+    assert "cannot be written to /nonexistent/targets.json: No such file or directory" in message
+
+
 def test_the_error_for_a_taken_port_names_the_address() -> None:
     import socket
 

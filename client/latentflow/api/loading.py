@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from latentflow.api.parts import API_VERSION, PATTERNS
+from latentflow.api.parts import API_VERSION, explained
 from latentflow.api.workflow import DiffusionWorkflow
 from latentflow.errors import InvalidRequestError
 from latentflow.reasons import Reason
@@ -158,8 +158,8 @@ def _message(detail: ErrorDetails, document: CommentedMap, origin: str) -> str:
         text += f"; did you mean {close[0]!r}?" if close else "; remove it"
     elif detail["type"] == "missing":
         text = "this field is required"
-    elif detail["type"] == "string_pattern_mismatch":
-        text = f"{detail['input']!r} is not {PATTERNS[detail['ctx']['pattern']]}"
+    elif pattern := explained(detail):
+        text = pattern
     elif detail["type"] not in ("value_error", "missing") and not isinstance(detail.get("input"), dict | list):
         text = f"{text[:1].lower()}{text[1:]}, not {detail.get('input')!r}"
     return f"{_position(document, location, origin)}: {field + ': ' if field else ''}{text}"

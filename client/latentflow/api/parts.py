@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic.alias_generators import to_camel
+from pydantic_core import ErrorDetails
 
 from latentflow.api.fields import Limits, field, limits_of, unserved
 from latentflow.internal import source_uri
@@ -76,9 +77,16 @@ class Typed(BaseModel):
 def problems(error: ValidationError) -> str:
     """The problems of a value, in one line that names the fields as in files."""
     return "; ".join(
-        f"{'.'.join(to_camel(str(part)) for part in one['loc']) or 'value'}: {one['msg']}"
+        f"{'.'.join(to_camel(str(part)) for part in one['loc']) or 'value'}: {explained(one) or one['msg']}"
         for one in error.errors(include_url=False)
     )
+
+
+def explained(detail: ErrorDetails) -> str | None:
+    """In words, that a value does not match the pattern of its field; None for another problem."""
+    if detail["type"] != "string_pattern_mismatch":
+        return None
+    return f"{detail['input']!r} is not {PATTERNS[detail['ctx']['pattern']]}"
 
 
 class Source(Typed):

@@ -75,8 +75,8 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             # An error or a table may have characters that the terminal's encoding lacks.
             stream.reconfigure(errors="backslashreplace")
-    _add_commands()
     try:
+        _add_commands()
         app()
     except LatentflowError as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(error.message)}", soft_wrap=True, highlight=False)

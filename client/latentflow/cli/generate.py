@@ -172,6 +172,8 @@ def _loras(texts: list[str]) -> dict[str, float]:
     loras: dict[str, float] = {}
     for text in texts:
         name, weight = _lora(text)
+        if not name:
+            raise InvalidRequestError(f"--lora {text!r}: write NAME or NAME:WEIGHT.")
         if name in loras:
             raise InvalidRequestError(f"--lora {text!r}: the LoRA {name!r} is given twice; give it once.")
         loras[name] = weight

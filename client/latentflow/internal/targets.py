@@ -9,12 +9,22 @@ import ipaddress
 import os
 import urllib.parse
 
+from latentflow.errors import InvalidRequestError
 from latentflow.internal import hosts
 
 _SOCKET_SCHEMES = ("unix", "unix-abstract", "vsock")
 # The first that is set counts, even if it is empty.
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _EXEMPTION_VARIABLES = ("no_grpc_proxy", "no_proxy")
+
+
+def check(target: str) -> str:
+    """The target. InvalidRequestError for the URL of an HTTP API, which gRPC would resolve as a name of a host."""
+    if target.lower().startswith(("http://", "https://")):
+        raise InvalidRequestError(
+            f"The target {target} is a URL of the HTTP API. Pass the address of gRPC as host:port, whose port is 8400 by default."
+        )
+    return target
 
 
 def is_local(target: str) -> bool:
