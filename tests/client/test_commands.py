@@ -63,6 +63,7 @@ def test_an_unknown_form_of_log_lines_is_refused() -> None:
 
 def test_ctrl_c_while_a_command_is_imported_prints_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "latentflow_local").mkdir()
+    (tmp_path / "latentflow_local/__init__.py").touch()
     (tmp_path / "latentflow_local/command.py").write_text("raise KeyboardInterrupt")
     ended = subprocess.run(
         [Path(sys.executable).parent / "latentflow", "version"],
