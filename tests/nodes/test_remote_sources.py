@@ -365,10 +365,10 @@ def test_a_server_ends_at_once_at_a_signal_during_a_download(remote: Remote) -> 
     assert child.exitcode == 0
 
 
-def test_in_a_store_a_half_precision_file_is_an_adapter_of_its_own() -> None:
+def test_in_a_store_each_file_is_an_adapter_whatever_its_name() -> None:
     assert wanted("LoRAStore", "loras", parts=()).of(
-        ["loras/a.fp16.safetensors", "loras/a.bin", "vae/config.json"]
-    ) == ["loras/a.fp16.safetensors"]
+        ["loras/a.fp16.safetensors", "loras/B.SAFETENSORS", "loras/a.bin", "vae/config.json"]
+    ) == ["loras/a.fp16.safetensors", "loras/B.SAFETENSORS"]
 
 
 def test_a_controlnet_repository_may_be_the_component_itself() -> None:
