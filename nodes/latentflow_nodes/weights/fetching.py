@@ -62,7 +62,9 @@ def wanted(role: str, subfolder: str | None, *, parts: Sequence[str], variant: s
     if role == "LoRAStore":
         # Every file of a store is an adapter of its own, whatever its name.
         folders = f"{glob.escape(subfolder)}/*" if subfolder else "*"
-        return Wanted(allow=(_INDEX, *(folders + suffix for suffix in (*_DESCRIPTIONS, SUFFIX, SUFFIX.upper()))), ignore=())
+        return Wanted(
+            allow=(_INDEX, *(folders + suffix for suffix in (*_DESCRIPTIONS, SUFFIX, SUFFIX.upper()))), ignore=()
+        )
     if subfolder:
         # A text encoder reads all its parts, whichever of them the source names.
         beside = parts if role == "TextEncoder" else _BESIDE.get(role, ())
