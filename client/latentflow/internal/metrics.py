@@ -6,6 +6,9 @@ tables. Names follow the conventions of Prometheus: base units, `_total` for cou
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 from wsgiref.simple_server import WSGIServer
@@ -279,5 +282,13 @@ class Instruments:
     def close(self) -> None:
         """Ends serving."""
         if self._server is not None:
-            self._server.shutdown()
+            ending = threading.Thread(target=self._server.shutdown)
+            ending.start()
+            # The server looks whether it has to end when a connection arrives, otherwise only every half second.
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(self._server.socket.getsockname()[:2], timeout=1.0),
+            ):
+                pass
+            ending.join()
             self._server.server_close()
