@@ -131,6 +131,10 @@ bench: setup ## Measure the overhead of serving compared with plain diffusers (n
 bench-batching: setup ## Measure what sharing forward passes is worth (needs an idle machine)
 	$(PY) bench/batching.py
 
+.PHONY: bench-arrivals
+bench-arrivals: setup ## Measure joining at step boundaries, beside static batches (needs an idle machine)
+	$(PY) bench/arrivals.py
+
 .PHONY: bench-merge
 bench-merge: setup ## Measure merging and undoing a LoRA, beside PEFT (needs an idle machine and 16 GB of memory)
 	$(PY) bench/merging.py
