@@ -26,11 +26,6 @@ def start(target: Callable[..., None], *arguments: Any, environment: Mapping[str
     return process
 
 
-def server(*argv: str, environment: Mapping[str, str]) -> ForkServerProcess:
-    """The program `latentflow-node`."""
-    return start(_serve, argv, environment=environment)
-
-
 def fetch_vae(uri: str, cache: Path, begun: Event) -> None:
     """Fetches a remote pack's VAE as its server does."""
     from latentflow.internal.metrics import NODE, Instruments
@@ -57,9 +52,3 @@ def _run(target: Callable[..., None], arguments: tuple[Any, ...], environment: d
     # Read when the library was imported, which the fork server has done.
     constants.HF_HUB_CACHE = environment.get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
     target(*arguments)
-
-
-def _serve(argv: tuple[str, ...]) -> None:
-    from latentflow_nodes.server import main
-
-    main(list(argv))
