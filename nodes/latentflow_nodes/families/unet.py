@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -152,9 +153,10 @@ class UNetFamily(ABC):
     ) -> torch.Tensor:
         added: dict[str, Any] = {}
         if residuals is not None:
+            skips = _Skips()
             added = {
-                "down_block_additional_residuals": _Down(residuals),
-                "mid_block_additional_residual": _Middle(residuals),
+                "down_block_additional_residuals": skips,
+                "mid_block_additional_residual": _Middle(residuals, skips),
             }
         noise: torch.Tensor = network(latents, timestep, **inputs, **added, return_dict=False)[0]
         return noise
@@ -198,24 +200,48 @@ class UNetFamily(ABC):
         return layer_names.of_clip(module) if component in self.encoders else layer_names.of_unet(module)
 
 
-class _Down:
-    """Stands for the residuals of the skip connections; the UNet iterates over it after its down blocks."""
+class _Skips:
+    """Stands for the residuals of the skip connections, which the UNet adds after its down blocks.
 
-    def __init__(self, residuals: LazyResiduals) -> None:
-        self._residuals = residuals
+    Only the up blocks read the sums. So this one notes the tensors, and `_Middle` adds the residuals to them: the ControlNet
+    can compute until the middle block has ended.
+    """
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(self._residuals.wait().down)
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+
+    def __iter__(self) -> Iterator[_Skips]:
+        # One for each tensor of the UNet.
+        return itertools.repeat(self)
+
+    def __radd__(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._tensors.append(tensor)
+        return tensor
+
+    def add(self, residuals: tuple[torch.Tensor, ...]) -> None:
+        if len(residuals) != len(self._tensors):
+            raise FailedPreconditionError(
+                f"A ControlNet sent residuals for {len(residuals)} skip connections, this denoiser has {len(self._tensors)}; "
+                "it was trained for another base model.",
+                reason=Reason.CONTROLNET_MISMATCH,
+            )
+        for tensor, residual in zip(self._tensors, residuals, strict=True):
+            tensor.add_(residual)
 
 
 class _Middle:
     """Stands for the residual of the middle block, which the UNet adds after that block."""
 
-    def __init__(self, residuals: LazyResiduals) -> None:
+    def __init__(self, residuals: LazyResiduals, skips: _Skips) -> None:
         self._residuals = residuals
+        self._skips = skips
 
     def __radd__(self, sample: torch.Tensor) -> torch.Tensor:
-        return sample + self._residuals.wait().mid
+        residuals = self._residuals.wait()
+        summed = sample + residuals.mid
+        # After the sum: in a UNet without a middle block the sample is a skip connection too.
+        self._skips.add(residuals.down)
+        return summed
 
 
 class _ControlImages(torch.nn.Module):
