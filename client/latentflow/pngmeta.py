@@ -26,6 +26,7 @@ class Recipe(BaseModel):
 
     Attributes:
         loras: Weights by LoRA name.
+        steps_without_loras: Steps that ran before they were loaded.
         control_images: SHA-256 of each control image's bytes, by ControlNet name; the images themselves are not kept.
         control_settings: Scale, start and end, by ControlNet name.
         models: Identities by the models' names in the workflow.
@@ -44,6 +45,7 @@ class Recipe(BaseModel):
     guidance_scale: float
     sampler: str
     loras: dict[str, float] = Field(default_factory=dict)
+    steps_without_loras: int = 0
     control_images: dict[str, str] = Field(default_factory=dict)
     control_settings: dict[str, tuple[float, float, float]] = Field(default_factory=dict)
     models: dict[str, str] = Field(default_factory=dict)
@@ -78,6 +80,7 @@ def recipe(request: generation_pb2.GenerateRequest, result: Result, ready: Image
         guidance_scale=done.guidance_scale,
         sampler=done.sampler,
         loras={lora.name: lora.weight for lora in request.loras},
+        steps_without_loras=ready.steps_without_loras,
         control_images={c.model: hashlib.sha256(c.image.data).hexdigest() for c in request.control_images},
         control_settings={c.model: (c.scale, c.start, c.end) for c in request.control_images},
         models={used.name: used.model for used in done.models},
@@ -116,7 +119,8 @@ def read(path: Path) -> Recipe:
 def _parameters(contents: Recipe) -> str:
     loras = "".join(f" <lora:{name}:{weight:g}>" for name, weight in contents.loras.items())
     negative = f"\nNegative prompt: {contents.negative_prompt}" if contents.negative_prompt else ""
+    late = f", Steps without LoRAs: {contents.steps_without_loras}" if contents.steps_without_loras else ""
     return (
         f"{contents.prompt}{loras}{negative}\nSteps: {contents.steps}, Sampler: {contents.sampler}, CFG scale: "
-        f"{contents.guidance_scale:g}, Seed: {contents.seed}, Size: {contents.width}x{contents.height}, Workflow: {contents.workflow}"
+        f"{contents.guidance_scale:g}, Seed: {contents.seed}, Size: {contents.width}x{contents.height}, Workflow: {contents.workflow}{late}"
     )

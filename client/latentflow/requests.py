@@ -57,6 +57,8 @@ class Arguments(TypedDict, total=False):
         images: Number of images.
         control_images: Control images by ControlNet name.
         loras: Weights by LoRA name, from -100 to 100 and not 0, applied in this order.
+        lora_async_steps: Steps that the denoiser may do before the LoRAs are loaded; 0: it waits for them, so that the
+            image is exact. Counts as 0 for deterministic requests, and for those of fewer than twice as many steps.
         strict_prompt: Refuse a prompt that is too long, instead of cutting it.
         deterministic: Make images that are bit-identical whatever else the servers run; it costs throughput.
         preview_interval: Steps between previews; 0: no previews.
@@ -74,6 +76,7 @@ class Arguments(TypedDict, total=False):
     images: int
     control_images: Mapping[str, ControlImage | ImageLike] | None
     loras: Mapping[str, float] | None
+    lora_async_steps: int | None
     strict_prompt: bool
     deterministic: bool
     preview_interval: int
@@ -94,6 +97,7 @@ def build(
     images: int = 1,
     control_images: Mapping[str, ControlImage | ImageLike] | None = None,
     loras: Mapping[str, float] | None = None,
+    lora_async_steps: int | None = None,
     strict_prompt: bool = False,
     deterministic: bool = False,
     preview_interval: int = 0,
@@ -149,7 +153,9 @@ def build(
             end=_finite(f"The end of {name!r}", control.end),
         )
     for name, weight in loras.items():
-        request.loras.add(name=name, weight=strengths.lora_weight(weight, name=name))
+        lora = request.loras.add(name=name, weight=strengths.lora_weight(weight, name=name))
+        if lora_async_steps is not None:
+            lora.async_steps = _whole("lora_async_steps", lora_async_steps, 0, _MAX_UINT32)
     return request
 
 

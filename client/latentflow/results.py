@@ -41,11 +41,19 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReady:
-    """An image is finished: its index in the request, its PNG, and the seed that generates it by itself."""
+    """An image is finished.
+
+    Attributes:
+        image: Its index in the request.
+        png: The file.
+        seed: The seed that generates it by itself.
+        steps_without_loras: Steps that ran before its LoRAs were loaded; 0 unless the request allowed it.
+    """
 
     image: int
     png: bytes = field(repr=False)
     seed: int
+    steps_without_loras: int = 0
 
     @property
     def pil(self) -> Image.Image:
@@ -172,7 +180,12 @@ def event(response: generation_pb2.GenerateResponse) -> Event | None:
         p = response.progress
         return Progress(image=p.image, step=p.step, total=p.total, preview=p.preview.data)
     if kind == "image":
-        return ImageReady(image=response.image.image, png=response.image.content.data, seed=response.image.seed)
+        return ImageReady(
+            image=response.image.image,
+            png=response.image.content.data,
+            seed=response.image.seed,
+            steps_without_loras=response.image.steps_without_loras,
+        )
     if kind == "done":
         return _done(response.done)
     return None

@@ -38,7 +38,7 @@ Emit = Callable[[generation_pb2.GenerateResponse], None]
 
 @dataclass(kw_only=True)
 class _Timing:
-    """The timing of one stage of one image."""
+    """The timing of one stage of one image, and how many of its steps ran without the request's LoRAs."""
 
     stage: str
     image: int
@@ -48,6 +48,7 @@ class _Timing:
     replica: str = ""
     forward_ns: int = 0
     wait_ns: int = 0
+    steps_without_loras: int = 0
 
 
 class Execution:
@@ -138,7 +139,12 @@ class Execution:
         self._report(timing, self._plan.denoiser)
         self._report(decoding, self._plan.vae)
         self._metrics.of("latentflow_gateway_images_total", workflow=self._plan.workflow).inc()
-        image = generation_pb2.Image(image=index, content=decoded.image, seed=self._plan.seed + index)
+        image = generation_pb2.Image(
+            image=index,
+            content=decoded.image,
+            seed=self._plan.seed + index,
+            steps_without_loras=timing.steps_without_loras,
+        )
         self._emit(generation_pb2.GenerateResponse(image=image))
 
     async def _conditioning(self, lost: stage_pb2.EncodeResponse | None) -> stage_pb2.EncodeResponse:
@@ -266,6 +272,7 @@ class Execution:
                 result = event.result
                 timing.forward_ns += result.forward_ns
                 timing.wait_ns += result.wait_ns
+                timing.steps_without_loras = result.steps_without_adapters
                 latents: tensors_pb2.Tensor = result.latents
                 self._leases.hold([latents], replica)
                 return latents
@@ -301,7 +308,10 @@ class Execution:
         if not chosen or self._plan.store is None:
             return []
         store = await self._peer(self._plan.store, near=near)
-        return [stage_pb2.AdapterRef(name=a.name, weight=a.weight, store=store, digest=a.digest) for a in chosen]
+        return [
+            stage_pb2.AdapterRef(name=a.name, weight=a.weight, store=store, digest=a.digest, async_steps=a.async_steps)
+            for a in chosen
+        ]
 
     async def _peer(self, model: str, *, near: str) -> stage_pb2.Peer:
         replica = await self._replicas.pick(model, seconds=min(self._remaining(), self._ready_seconds), near=near)

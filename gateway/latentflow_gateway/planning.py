@@ -6,9 +6,8 @@ depends on the weights comes from the descriptions that the model servers return
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from latentflow.api import DiffusionWorkflow, Role, identity
@@ -19,11 +18,11 @@ from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, generation_pb2
 
-from latentflow_gateway import conditioning
+from latentflow_gateway import conditioning, loras
+from latentflow_gateway.fields import FIELD, naming, wrong
+from latentflow_gateway.loras import AdapterPlan
 from latentflow_gateway.settings import Limits
 
-# The key of an error's details for the field of the request that is wrong.
-FIELD = "field"
 _MAX_SEED = (1 << 64) - 1
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
@@ -40,16 +39,6 @@ class ControlPlan:
     scale: float
     start: float
     end: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterPlan:
-    """A LoRA that the request uses."""
-
-    name: str
-    weight: float
-    digest: str
-    components: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,18 +152,18 @@ def plan(
     _between("images", "The number of images", count, 1, limits.max_images)
     _between("priority", "The priority", request.priority, 0, _MAX_PRIORITY)
     if request.HasField("deadline") and request.deadline.ToNanoseconds() <= 0:
-        raise _wrong("deadline", "The deadline must be a positive duration, counted from the request's arrival.")
+        raise wrong("deadline", "The deadline must be a positive duration, counted from the request's arrival.")
     if not (math.isfinite(guidance_scale) and 0 <= guidance_scale <= 100):
-        raise _wrong("guidance_scale", f"The guidance scale must be from 0 to 100, not {guidance_scale}.")
+        raise wrong("guidance_scale", f"The guidance scale must be from 0 to 100, not {guidance_scale}.")
     if seed + count - 1 > _MAX_SEED:
-        raise _wrong(
+        raise wrong(
             "seed",
             f"The seed {seed} is too large for {count} images, whose seeds must be below 2^64; choose a smaller one.",
         )
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         if len(text) > limits.max_prompt_chars:
             what, most = name.replace("_", " "), limits.max_prompt_chars
-            raise _wrong(name, f"The {what} has {len(text)} characters; this gateway accepts at most {most}.")
+            raise wrong(name, f"The {what} has {len(text)} characters; this gateway accepts at most {most}.")
     if len(request.idempotency_key) > _MAX_KEY:
         raise InvalidRequestError(f"The idempotency key has more than {_MAX_KEY} characters; use a UUID.")
     sampler = request.sampler if request.HasField("sampler") else (defaults.sampler or "")
@@ -212,7 +201,7 @@ def plan(
         seed=seed,
         images=count,
         controls=_controls(workflow, request, denoiser, descriptions, size=(width, height), limits=limits),
-        adapters=_adapters(workflow, request, descriptions),
+        adapters=loras.plan(workflow, request, descriptions, steps=steps),
         preview_interval=request.preview_interval,
     )
 
@@ -236,7 +225,7 @@ def _controls(
                 details={FIELD: "control_images"},
             )
         if any(plan.name == given.model for plan in plans):
-            raise _wrong("control_images", f"ControlNet {given.model!r} has two control images; pass one.")
+            raise wrong("control_images", f"ControlNet {given.model!r} has two control images; pass one.")
         net = descriptions[known[given.model]].control_net
         if net.latent_channels != denoiser.latent_channels:
             raise FailedPreconditionError(
@@ -250,12 +239,12 @@ def _controls(
                 "was made for another base model; correct its source in the workflow.",
                 reason=Reason.CONTROLNET_MISMATCH,
             )
-        with _naming("control_images"):
+        with naming("control_images"):
             scale = strengths.control_scale(given.scale if given.HasField("scale") else 1.0, name=given.model)
         start = given.start if given.HasField("start") else 0.0
         end = given.end if given.HasField("end") else 1.0
         if not 0 <= start < end <= 1:
-            raise _wrong(
+            raise wrong(
                 "control_images",
                 f"ControlNet {given.model!r}: 0 <= start < end <= 1 must hold; got start {start}, end {end}.",
             )
@@ -270,55 +259,6 @@ def _controls(
                 start=start,
                 end=end,
             )
-        )
-    return tuple(plans)
-
-
-def _adapters(
-    workflow: DiffusionWorkflow,
-    request: generation_pb2.GenerateRequest,
-    descriptions: Mapping[str, control_pb2.DescribeResponse],
-) -> tuple[AdapterPlan, ...]:
-    if not request.loras:
-        return ()
-    stores = workflow.of_role(Role.LORA_STORE)
-    if not stores:
-        raise NotFoundError(
-            f"Workflow {workflow.full_name} has no LoRA store.",
-            reason=Reason.UNKNOWN_ADAPTER,
-            details={FIELD: "loras"},
-        )
-    known = {adapter.name: adapter for adapter in descriptions[identity(stores[0])].lora_store.adapters}
-    applied = {
-        *descriptions[identity(workflow.of_role(Role.TEXT_ENCODER)[0])].text_encoder.adapter_components,
-        *descriptions[identity(workflow.of_role(Role.DENOISER)[0])].denoiser.adapter_components,
-    }
-    plans: list[AdapterPlan] = []
-    for lora in request.loras:
-        adapter = known.get(lora.name)
-        if adapter is None:
-            raise NotFoundError(
-                f"LoRA store {stores[0].name!r} has no LoRA {lora.name!r}; it has "
-                f"{', '.join(name for name, one in known.items() if not one.problem) or 'none'}.",
-                reason=Reason.UNKNOWN_ADAPTER,
-                details={FIELD: "loras"},
-            )
-        if adapter.problem:
-            raise FailedPreconditionError(
-                f"LoRA {lora.name!r} cannot be used: {adapter.problem}", reason=Reason.ADAPTER_UNREADABLE
-            )
-        with _naming("loras"):
-            strengths.lora_weight(lora.weight, name=lora.name)
-        if unused := sorted(set(adapter.components) - applied):
-            raise FailedPreconditionError(
-                f"LoRA {lora.name!r} changes the {' and '.join(unused)}, which no model of workflow {workflow.full_name} "
-                "has; it was trained for another base model.",
-                reason=Reason.ADAPTER_MISMATCH,
-            )
-        if any(plan.name == lora.name for plan in plans):
-            raise _wrong("loras", f"LoRA {lora.name!r} occurs twice; pass it once, with the sum of the weights.")
-        plans.append(
-            AdapterPlan(name=lora.name, weight=lora.weight, digest=adapter.digest, components=tuple(adapter.components))
         )
     return tuple(plans)
 
@@ -367,9 +307,9 @@ def _check_size(width: int, height: int, *, factor: int, limits: Limits) -> None
     for name, value in (("width", width), ("height", height)):
         if value < factor or value % factor:
             near = max(factor, round(value / factor) * factor)
-            raise _wrong(name, f"The {name} must be a multiple of {factor}, such as {near}, not {value}.")
+            raise wrong(name, f"The {name} must be a multiple of {factor}, such as {near}, not {value}.")
     if width * height > limits.max_pixels:
-        raise _wrong(
+        raise wrong(
             "width",
             f"{width}x{height} is {width * height} pixels; this gateway accepts at most {limits.max_pixels} (--max-pixels).",
         )
@@ -379,15 +319,15 @@ def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], l
     what = f"The control image of {given.model!r}"
     data = given.image.data
     if len(data) > limits.max_control_image_bytes:
-        raise _wrong(
+        raise wrong(
             "control_images",
             f"{what} has {len(data)} bytes; this gateway accepts at most {limits.max_control_image_bytes}.",
         )
     # The header only: the ControlNet decodes the image, once, and a size that is refused is never decoded.
-    with _naming("control_images"):
+    with naming("control_images"):
         found = images.opened(given.image, what=what).size
     if found != size:
-        raise _wrong(
+        raise wrong(
             "control_images",
             f"{what} is {found[0]}x{found[1]}, the request {size[0]}x{size[1]}; resize one to the other.",
         )
@@ -395,17 +335,4 @@ def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], l
 
 def _between(field: str, what: str, value: int, least: int, most: int) -> None:
     if not least <= value <= most:
-        raise _wrong(field, f"{what} must be from {least} to {most}, not {value}.")
-
-
-@contextlib.contextmanager
-def _naming(field: str) -> Iterator[None]:
-    """Adds the field of the request to an InvalidRequestError of a check that client and model servers share."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        raise _wrong(field, error.message) from None
-
-
-def _wrong(field: str, message: str) -> InvalidRequestError:
-    return InvalidRequestError(message, details={FIELD: field})
+        raise wrong(field, f"{what} must be from {least} to {most}, not {value}.")

@@ -29,7 +29,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "max_waiting": st.integers(0, 4096),
     "compile": st.just(False),
     "step_cache": st.just("None"),
-    "async_steps": st.just(0),
+    "async_steps": st.integers(0, 1000),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def test_a_recipe_is_read_as_it_was_written_and_the_pixels_are_unchanged(tmp_pat
         assert image.tobytes() == ready.pil.tobytes()
         assert "Seed: 4" in image.info["parameters"]
     assert recipe.arguments()["loras"] == {"neon": 0.5}
+
+
+def test_a_png_tells_how_many_steps_ran_without_its_loras() -> None:
+    request = requests.build("a", loras={"neon": 0.5}, lora_async_steps=4)
+    with Client(transport=MockTransport()) as client:
+        result = client.generate("a", seed=4)
+    ready = replace(result.ready[0], steps_without_loras=3)
+    written = pngmeta.written(ready.png, pngmeta.recipe(request, result, ready))
+    with Image.open(io.BytesIO(written)) as image:
+        assert "Steps without LoRAs: 3" in image.info["parameters"]
 
 
 def test_a_png_without_a_recipe_is_refused(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_a_control_image_may_be_a_pil_image_bytes_or_a_path(tmp_path: Path) -> N
         ({"loras": ["neon"]}, r"loras must be a mapping, such as \{\"NAME\": 0\.8\}, not \['neon'\]"),
         ({"loras": "neon"}, "loras must be a mapping"),
         ({"control_images": [b"x"]}, "control_images must be a mapping"),
+        ({"loras": {"neon": 1}, "lora_async_steps": -1}, "lora_async_steps must be from 0"),
         ({"loras": {"neon": "1"}}, "The weight of the LoRA 'neon' must be from -100 to 100"),
         (
             {"control_images": {"edges": ControlImage(image=Image.new("RGB", (8, 8)), scale=100.5)}},

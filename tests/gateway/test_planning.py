@@ -24,7 +24,7 @@ from latentflow.errors import (
 from latentflow.internal import images
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, generation_pb2, images_pb2
-from latentflow_gateway import planning
+from latentflow_gateway import fields, planning
 from latentflow_gateway.settings import Limits
 from PIL import Image
 from support.paths import EXAMPLES
@@ -142,11 +142,6 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
         ({"media_type": "image/webp"}, UnimplementedError, "as image/png only"),
         ({"control_images": [control(net="canny")]}, UnimplementedError, "does not serve ControlImage.net"),
         ({"control_images": [control(guess_mode=True)]}, UnimplementedError, "does not serve ControlImage.guess_mode"),
-        (
-            {"loras": [generation_pb2.Lora(name="neon", weight=1, async_steps=2)]},
-            UnimplementedError,
-            "does not serve Lora.async_steps",
-        ),
         ({"control_images": [control(model="nets")]}, NotFoundError, "has no ControlNet 'nets'; it has edges, layout"),
         ({"control_images": [control(), control()]}, InvalidRequestError, "has two control images"),
         ({"control_images": [control(image=picture((32, 64)))]}, InvalidRequestError, "is 32x64, the request 64x64"),
@@ -226,7 +221,7 @@ def test_the_gateway_refuses_what_an_image_file_holds_besides_pixels() -> None:
 def test_a_wrong_lora_or_control_image_is_reported_with_its_field(field: str, values: list[Any]) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         plan(**{field: values})
-    assert caught.value.details == {planning.FIELD: field}
+    assert caught.value.details == {fields.FIELD: field}
 
 
 def test_a_vae_of_other_latents_is_refused() -> None:
@@ -367,3 +362,32 @@ def test_any_request_is_planned_or_refused_with_a_latentflow_error(request: gene
         assert made.width * made.height <= LIMITS.max_pixels
         assert 1 <= made.steps <= LIMITS.max_steps
         assert made.seed + made.images <= 1 << 64
+
+
+@pytest.mark.parametrize(
+    ("workflows", "requests", "steps", "deterministic", "expected"),
+    [
+        (0, None, 20, False, 0),
+        (4, None, 20, False, 4),
+        (4, 0, 20, False, 0),
+        (0, 6, 20, False, 6),
+        (0, 10, 20, False, 10),
+        (0, 11, 20, False, 0),
+        (4, 6, 20, True, 0),
+    ],
+)
+def test_the_steps_without_loras_are_those_of_the_request_or_of_the_workflow(
+    workflows: int, requests: int | None, steps: int, deterministic: bool, expected: int
+) -> None:
+    document = SHAPES.model_dump(mode="json", by_alias=True, exclude_none=True)
+    store = next(model for model in document["spec"]["models"] if model["role"] == "LoRAStore")
+    store["engine"] = {"asyncSteps": workflows}
+    workflow = DiffusionWorkflow.model_validate(document)
+    request = generation_pb2.GenerateRequest(
+        prompt="x",
+        steps=steps,
+        deterministic=deterministic,
+        loras=[generation_pb2.Lora(name="neon", weight=1, async_steps=requests)],
+    )
+    made = planning.plan(workflow=workflow, request=request, descriptions=descriptions(workflow), limits=LIMITS, seed=1)
+    assert [adapter.async_steps for adapter in made.adapters] == [expected]

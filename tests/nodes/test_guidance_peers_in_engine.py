@@ -17,7 +17,7 @@ from latentflow_nodes.engine import engine as engine_module
 from latentflow_nodes.engine.guest import Guest
 from latentflow_nodes.engine.load import Load
 from latentflow_nodes.engine.member import Control
-from latentflow_nodes.engine.sample import Assignment, GuidancePeer, Sample
+from latentflow_nodes.engine.sample import Assignment, GuidancePeer, LateAdapters, Sample
 from support.step_loop import Edges, Listener, Recording, alone, engine_of, finish, inputs, sample
 
 STEPS = 4
@@ -40,8 +40,12 @@ class Replica:
         self.engine.submit(self.guest)
         self._hold = hold
         self.given_up: LatentflowError | None = None
+        self.with_adapters: list[bool] = []
 
-    def request(self, *, step: int, timestep: float, sample: torch.Tensor) -> Future[torch.Tensor]:
+    def request(
+        self, *, step: int, timestep: float, sample: torch.Tensor, with_adapters: bool = True
+    ) -> Future[torch.Tensor]:
+        self.with_adapters.append(with_adapters)
         future = self.guest.begin(step=step, timestep=timestep, sample=sample, adapters=(), adapter_key=())
         if not self._hold:
             finish(self.engine)
@@ -308,3 +312,19 @@ def test_a_guest_of_a_stopping_server_fails_the_step_and_every_later_one() -> No
 def test_a_step_of_another_request_is_refused(step: int, shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidRequestError):
         Replica().request(step=step, timestep=1.0, sample=torch.zeros(shape))
+
+
+def test_both_halves_use_late_adapters_from_the_same_step_on() -> None:
+    peer = Replica()
+    peer.guest.steps = STEPS
+    loaded: Future[Any] = Future()
+    one, received = sample(1, steps=STEPS, assignment=Assignment(peer=GuidancePeer(source=peer)))
+    one.late_adapters = LateAdapters(loaded=loaded, key="neon", steps=STEPS)
+    engine = engine_of(Recording())
+    engine.submit(one)
+    engine.step()
+    loaded.set_result(())
+    finish(engine)
+    assert received.done.is_set()
+    assert one.steps_without_adapters == 1
+    assert peer.with_adapters == [False] + [True] * (STEPS - 1)

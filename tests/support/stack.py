@@ -39,6 +39,7 @@ class Request:
     side: int = 64
     controls: list[tuple[str, Image.Image, float]] = field(default_factory=list)
     loras: list[tuple[str, float]] = field(default_factory=list)
+    lora_async_steps: int = 0
 
 
 class Stack:
@@ -73,12 +74,20 @@ class Stack:
     def peer(self, name: str) -> stage_pb2.Peer:
         return stage_pb2.Peer(address=self.nodes[name].address, model=name)
 
-    async def adapters(self, loras: Sequence[tuple[str, float]], component: str) -> list[stage_pb2.AdapterRef]:
+    async def adapters(
+        self, loras: Sequence[tuple[str, float]], component: str, *, async_steps: int = 0
+    ) -> list[stage_pb2.AdapterRef]:
         if not loras:
             return []
         known = {a.name: a for a in (await self.describe("styles")).lora_store.adapters}
         return [
-            stage_pb2.AdapterRef(name=name, weight=weight, store=self.peer("styles"), digest=known[name].digest)
+            stage_pb2.AdapterRef(
+                name=name,
+                weight=weight,
+                store=self.peer("styles"),
+                digest=known[name].digest,
+                async_steps=async_steps,
+            )
             for name, weight in loras
             if component in known[name].components
         ]
@@ -109,7 +118,7 @@ class Stack:
                 stage_pb2.ControlNetRef(peer=self.peer(name), image=images.png(png(image)), scale=scale, start=0, end=1)
                 for name, image, scale in request.controls
             ],
-            adapters=await self.adapters(request.loras, "unet"),
+            adapters=await self.adapters(request.loras, "unet", async_steps=request.lora_async_steps),
         )
 
     def denoising(self, opening: stage_pb2.DenoiseOpen) -> Any:

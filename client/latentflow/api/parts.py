@@ -209,7 +209,7 @@ class Engine(Typed):
         ge=0,
         le=1000,
         description="Steps that a request may take before its LoRAs are loaded; 0: LoRAs apply from the first step.",
-        limits=Limits(roles=[Role.LORA_STORE], only=[0]),
+        limits=Limits(roles=[Role.LORA_STORE]),
     )
 
     def options(self) -> dict[str, Any]:

@@ -71,6 +71,14 @@ def generate(
         list[str] | None,
         typer.Option("--lora", "-l", help="NAME[:WEIGHT]: apply a LoRA. May be repeated with other names."),
     ] = None,
+    lora_async_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--lora-async-steps",
+            min=0,
+            help="Steps that may run before the LoRAs are loaded; 0: the image is exact. Default: the workflow's.",
+        ),
+    ] = None,
     like: Annotated[
         Path | None,
         typer.Option(
@@ -111,6 +119,7 @@ def generate(
         "sampler": sampler,
         "seed": seed,
         "loras": _loras(lora) if lora else None,
+        "lora_async_steps": lora_async_steps,
     }
     arguments |= {name: value for name, value in given.items() if value is not None}
     arguments["control_images"] = _controls(control or [], recipe)

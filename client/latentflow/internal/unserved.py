@@ -13,13 +13,11 @@ from latentflow.errors import UnimplementedError
 _PACKAGE = "latentflow.v1."
 FIELDS = frozenset(
     {
-        "AdapterRef.async_steps",
         "ControlImage.guess_mode",
         "ControlImage.net",
         "ControlNetRef.guess_mode",
         "ControlNetRef.net",
         "ControlNetRef.stale",
-        "Lora.async_steps",
         "ResidualsOpen.guess_mode",
         "ResidualsOpen.net",
     }

@@ -105,14 +105,16 @@ class Progress(_message.Message):
     def __init__(self, image: _Optional[int] = ..., step: _Optional[int] = ..., total: _Optional[int] = ..., preview: _Optional[_Union[_images_pb2.EncodedImage, _Mapping]] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("image", "content", "seed")
+    __slots__ = ("image", "content", "seed", "steps_without_loras")
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    STEPS_WITHOUT_LORAS_FIELD_NUMBER: _ClassVar[int]
     image: int
     content: _images_pb2.EncodedImage
     seed: int
-    def __init__(self, image: _Optional[int] = ..., content: _Optional[_Union[_images_pb2.EncodedImage, _Mapping]] = ..., seed: _Optional[int] = ...) -> None: ...
+    steps_without_loras: int
+    def __init__(self, image: _Optional[int] = ..., content: _Optional[_Union[_images_pb2.EncodedImage, _Mapping]] = ..., seed: _Optional[int] = ..., steps_without_loras: _Optional[int] = ...) -> None: ...
 
 class StageTiming(_message.Message):
     __slots__ = ("stage", "image", "replica", "wall", "forward", "wait", "attempts")

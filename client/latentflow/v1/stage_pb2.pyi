@@ -208,16 +208,18 @@ class DenoiseGuidanceChanged(_message.Message):
     def __init__(self, address: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class DenoiseResult(_message.Message):
-    __slots__ = ("latents", "forward_ns", "wait_ns", "residuals_wait_ns")
+    __slots__ = ("latents", "forward_ns", "wait_ns", "residuals_wait_ns", "steps_without_adapters")
     LATENTS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_NS_FIELD_NUMBER: _ClassVar[int]
     WAIT_NS_FIELD_NUMBER: _ClassVar[int]
     RESIDUALS_WAIT_NS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_WITHOUT_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     latents: _tensors_pb2.Tensor
     forward_ns: int
     wait_ns: int
     residuals_wait_ns: int
-    def __init__(self, latents: _Optional[_Union[_tensors_pb2.Tensor, _Mapping]] = ..., forward_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ..., residuals_wait_ns: _Optional[int] = ...) -> None: ...
+    steps_without_adapters: int
+    def __init__(self, latents: _Optional[_Union[_tensors_pb2.Tensor, _Mapping]] = ..., forward_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ..., residuals_wait_ns: _Optional[int] = ..., steps_without_adapters: _Optional[int] = ...) -> None: ...
 
 class DenoiseStopped(_message.Message):
     __slots__ = ("checkpoint", "forward_ns", "wait_ns", "residuals_wait_ns")

@@ -24,7 +24,7 @@ from latentflow.errors import (
 from latentflow.reasons import Reason
 from pydantic import BaseModel, Field
 
-from latentflow_gateway.planning import FIELD
+from latentflow_gateway.fields import FIELD
 
 STATUS: Mapping[type[LatentflowError], int] = {
     InvalidRequestError: 400,

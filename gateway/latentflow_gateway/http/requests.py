@@ -13,7 +13,7 @@ from latentflow.internal import images
 from latentflow.v1 import generation_pb2, images_pb2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from latentflow_gateway.planning import FIELD
+from latentflow_gateway.fields import FIELD
 
 _MAX_UINT32 = (1 << 32) - 1
 _MAX_SEED = (1 << 64) - 1
@@ -89,6 +89,10 @@ class ImageRequest(_Body):
     loras: dict[str, float] | None = Field(
         default=None, description="Weights by LoRA name, from -100 to 100 and not 0, applied in this order."
     )
+    lora_async_steps: Annotated[int, Field(ge=0, le=_MAX_UINT32)] | None = Field(
+        default=None,
+        description="Steps that may run before the LoRAs are loaded; 0: the image is exact. Absent: the setting of the workflow.",
+    )
     control_images: dict[str, ControlImage] | None = Field(default=None, description="Control images by ControlNet.")
     user: str | None = Field(default=None, description="Accepted without effect.")
     safety_identifier: str | None = Field(default=None, description="Accepted without effect.")
@@ -159,7 +163,10 @@ def to_wire(request: ImageRequest, *, idempotency_key: str) -> generation_pb2.Ge
         strict_prompt=bool(request.strict_prompt),
         deterministic=bool(request.deterministic),
         idempotency_key=idempotency_key,
-        loras=[generation_pb2.Lora(name=name, weight=weight) for name, weight in (request.loras or {}).items()],
+        loras=[
+            generation_pb2.Lora(name=name, weight=weight, async_steps=request.lora_async_steps)
+            for name, weight in (request.loras or {}).items()
+        ],
         control_images=[
             generation_pb2.ControlImage(
                 model=name,

@@ -256,7 +256,8 @@ class Engine:
 
     def _seconds_left(self, sample: Member) -> float:
         """Until the sample has to do without what it awaits; infinite where it awaits nothing."""
-        if not (sample.sits_out and sample.awaited()):
+        # Loading adapters has a limit of its own.
+        if sample.lacks_adapters or not (sample.sits_out and sample.awaited()):
             return math.inf
         limit = _RESIDUAL_SECONDS
         if sample.own_half is not None:

@@ -125,6 +125,11 @@ class Member(ABC):
         """The ControlNets of the rows that are computed here."""
         return self.controls
 
+    @property
+    def lacks_adapters(self) -> bool:
+        """The present step needs adapters that are not loaded yet."""
+        return False
+
     def awaited(self) -> tuple[Future[Any], ...]:
         """What has to be there before the member can take part in a pass or finish its step."""
         return self.residuals() if self.is_late else ()

@@ -6,6 +6,7 @@ which another replica resumes with a bit-identical result.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from latentflow.errors import DataLossError, LatentflowError, UnavailableError
 from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 
+from latentflow_nodes.adapters.layers import Layers
 from latentflow_nodes.engine import checkpoint
 from latentflow_nodes.engine.member import Control, Member
 from latentflow_nodes.engine.samplers import Sampler
@@ -25,11 +27,12 @@ from latentflow_nodes.families.base import Residuals, last_row
 class NoiseSource(Protocol):
     """A request's exchange with its guidance peer."""
 
-    def request(self, *, step: int, timestep: float, sample: torch.Tensor) -> Future[torch.Tensor]:
+    def request(self, *, step: int, timestep: float, sample: torch.Tensor, with_adapters: bool) -> Future[torch.Tensor]:
         """Requests the negative half of a step. Called from the engine's thread; never blocks.
 
         Args:
             sample: Model input of one half, [1, channels, height, width].
+            with_adapters: Whether the adapters of the request are in effect at this step.
 
         Returns:
             The prediction, of the sample's shape. A LatentflowError where the peer is lost.
@@ -61,6 +64,21 @@ class Assignment:
     """
 
     peer: GuidancePeer | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateAdapters:
+    """Adapters of a sample that begins without them.
+
+    Attributes:
+        loaded: Their layers, with their weights.
+        key: As `Member.adapter_key`.
+        steps: The most steps that the sample does without them.
+    """
+
+    loaded: Future[tuple[tuple[Layers, float], ...]]
+    key: Hashable
+    steps: int
 
 
 class Listener(Protocol):
@@ -100,6 +118,8 @@ class Sample(Member):
 
     Attributes:
         guidance: Who computes the negative half.
+        late_adapters: Adapters that take effect at the first step boundary at which they are loaded.
+        steps_without_adapters: Steps that were done before that.
     """
 
     settings: Settings
@@ -107,6 +127,8 @@ class Sample(Member):
     generator: torch.Generator
     listener: Listener
     guidance: Assignment = field(default_factory=Assignment)
+    late_adapters: LateAdapters | None = None
+    steps_without_adapters: int = 0
     # The guidance peer of the present step, and what it computes.
     _peer: GuidancePeer | None = None
     _negative: Future[torch.Tensor] | None = None
@@ -130,15 +152,36 @@ class Sample(Member):
         return self._peer.controls if self._peer else self.controls
 
     def residuals(self) -> tuple[Future[Residuals], ...]:
+        if self._residuals is None:
+            self._use_loaded_adapters()
+            if self.lacks_adapters:
+                return ()
         if self._residuals is None and (peer := self.guidance.peer) is not None:
             self._peer = peer
             # Before the residuals, which this step needs later.
             self._negative = peer.source.request(
-                step=self.index, timestep=float(self.timestep), sample=self.model_input()
+                step=self.index,
+                timestep=float(self.timestep),
+                sample=self.model_input(),
+                with_adapters=self.late_adapters is None,
             )
         return super().residuals()
 
+    @property
+    def lacks_adapters(self) -> bool:
+        return self.late_adapters is not None and self.index >= self.late_adapters.steps
+
+    def _use_loaded_adapters(self) -> None:
+        """At a step boundary, before anything of the step is requested. Raises the error with which loading failed."""
+        late = self.late_adapters
+        if late is not None and late.loaded.done():
+            self.adapters, self.adapter_key = late.loaded.result(), late.key
+            self.late_adapters = None
+            self.steps_without_adapters = self.index
+
     def awaited(self) -> tuple[Future[Any], ...]:
+        if self.late_adapters is not None and self.lacks_adapters:
+            return (self.late_adapters.loaded,)
         return (self._negative,) if self.own_half is not None and self._negative else super().awaited()
 
     def model_input(self) -> torch.Tensor:
@@ -198,6 +241,7 @@ class Sample(Member):
             {
                 "settings": asdict(self.settings),
                 "index": self.index,
+                "without_adapters": self.steps_without_adapters if self.late_adapters is None else self.index,
                 "latents": self.latents,
                 "sampler": self.sampler.snapshot(),
                 "generator": self.generator.get_state(),
@@ -210,6 +254,7 @@ class Sample(Member):
         try:
             same = state["settings"] == asdict(self.settings)
             index, latents, sampler, generator = (state[k] for k in ("index", "latents", "sampler", "generator"))
+            without_adapters = state["without_adapters"]
         except (KeyError, TypeError):
             raise DataLossError("A checkpoint lacks part of its state; start the request again.") from None
         if not same or latents.shape != self.latents.shape or not 0 <= index < self.total:
@@ -218,6 +263,7 @@ class Sample(Member):
         self.generator.set_state(generator)
         self.latents = latents.to(self.latents)
         self.index = index
+        self.steps_without_adapters = without_adapters
 
 
 def initial_noise(

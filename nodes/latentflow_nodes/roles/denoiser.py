@@ -17,7 +17,6 @@ from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
 
 from latentflow_nodes import families
-from latentflow_nodes.adapters.layers import Layers
 from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine import samplers
@@ -30,6 +29,7 @@ from latentflow_nodes.roles import guidance_peers
 from latentflow_nodes.roles.conditioning import check_conditioning
 from latentflow_nodes.roles.guests import Guests, adapter_key
 from latentflow_nodes.roles.guidance_peers import GuidancePeers, open_controls
+from latentflow_nodes.roles.loading_adapters import Adapters, LoadingAdapters
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.weights import files
 
@@ -103,7 +103,7 @@ class Denoiser(Role):
         )
         conditioning = warm_up_conditioning(self._conditioning, self._context.device)
         mailbox = _Mailbox(checkpoint_interval=0)
-        sample = self._sample(opening, self._sampler(opening), conditioning, [], mailbox, Assignment())
+        sample = self._sample(opening, self._sampler(opening), conditioning, (), mailbox, Assignment())
         self._engine.start()
         self._engine.submit(sample)
         await mailbox.get()
@@ -126,15 +126,23 @@ class Denoiser(Role):
             guidance_peers.check(opening, is_embedded=self._embeds_guidance)
         await self._check_sampler(opening.sampler, opening.steps)
         peers = self._context.peers
+        loading = LoadingAdapters(
+            peers,
+            opening.adapters,
+            component=self._component,
+            merger=self._merger,
+            # A request that is resumed may have used them already.
+            may_be_late=not opening.checkpoint,
+        )
         pulling = asyncio.gather(
-            peers.conditioning(opening.conditioning, self._context.device),
-            peers.adapters(opening.adapters, self._component),
+            peers.conditioning(opening.conditioning, self._context.device), loading.before_first_step()
         )
         # The calls to the peers leave before the sampler is made, which takes about as long as their answers.
         await asyncio.sleep(0)
         sampler = self._sampler(opening)
         mailbox = _Mailbox(checkpoint_interval=opening.checkpoint_interval)
         async with AsyncExitStack() as stack:
+            stack.callback(loading.cancel)
             guidance = await stack.enter_async_context(
                 GuidancePeers(
                     peers,
@@ -148,9 +156,10 @@ class Denoiser(Role):
             )
             guidance.assign(opening.guidance_peer)
             conditioning, adapters = await pulling
-            for ref, (layers, _) in zip(opening.adapters, adapters, strict=True):
-                self._merger.check(ref.name, layers)
             sample = self._sample(opening, sampler, conditioning, adapters, mailbox, guidance.assignment)
+            if late := loading.late():
+                sample.late_adapters = late
+                late.loaded.add_done_callback(self._engine.wake)
             half = stage_pb2.GUIDANCE_HALF_BOTH if sample.rows == 2 else stage_pb2.GUIDANCE_HALF_POSITIVE
             sample.controls = await open_controls(stack, peers, opening, half=half)
             if opening.checkpoint:
@@ -175,7 +184,10 @@ class Denoiser(Role):
         else:
             _check_finite(sample, opening)
             latents = self._context.store.put(sample.latents, request_id=opening.request_id)
-            yield stage_pb2.DenoiseResponse(result=stage_pb2.DenoiseResult(latents=latents, **took))
+            result = stage_pb2.DenoiseResult(
+                latents=latents, steps_without_adapters=sample.steps_without_adapters, **took
+            )
+            yield stage_pb2.DenoiseResponse(result=result)
 
     async def _check_sampler(self, name: str, steps: int) -> None:
         if (name, steps) not in self._runnable:
@@ -199,7 +211,7 @@ class Denoiser(Role):
         opening: stage_pb2.DenoiseOpen,
         sampler: Sampler,
         conditioning: Conditioning,
-        adapters: list[tuple[Layers, float]],
+        adapters: Adapters,
         mailbox: _Mailbox,
         assignment: Assignment,
     ) -> Sample:
@@ -236,8 +248,8 @@ class Denoiser(Role):
             latents=noise * sampler.initial_sigma,
             listener=mailbox,
             guidance=assignment,
-            adapters=tuple(adapters),
-            adapter_key=adapter_key(opening.adapters),
+            adapters=adapters,
+            adapter_key=adapter_key(opening.adapters) if adapters else (),
             is_deterministic=opening.scheduling.deterministic,
         )
 
@@ -344,6 +356,11 @@ def _check(opening: stage_pb2.DenoiseOpen) -> None:
         )
     for adapter in opening.adapters:
         strengths.lora_weight(adapter.weight, name=adapter.name)
+        if adapter.async_steps and opening.scheduling.deterministic:
+            raise InvalidRequestError(
+                f"A deterministic request cannot begin without its LoRA {adapter.name!r}: the result would depend on how long "
+                "it takes to load it."
+            )
     for net in opening.control_nets:
         strengths.control_scale(net.scale, name=net.peer.model)
     numbers = [opening.guidance_scale, opening.eta]

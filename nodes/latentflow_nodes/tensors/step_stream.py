@@ -196,10 +196,13 @@ class NoiseStream(StepStream[stage_pb2.PredictNoiseRequest, torch.Tensor]):
         super().__init__(peers, peer, stage_pb2.PredictNoiseRequest(open=opening))
         self._adapters = range(len(opening.adapters))
 
-    def request(self, *, step: int, timestep: float, sample: torch.Tensor) -> Future[torch.Tensor]:
-        """Requests a step's prediction, with all adapters in effect. May be called from any thread."""
+    def request(self, *, step: int, timestep: float, sample: torch.Tensor, with_adapters: bool) -> Future[torch.Tensor]:
+        """Requests a step's prediction, with all adapters in effect or none. May be called from any thread."""
         message = stage_pb2.PredictNoiseStep(
-            step=step, timestep=timestep, sample=codec.inline(sample), adapters=self._adapters
+            step=step,
+            timestep=timestep,
+            sample=codec.inline(sample),
+            adapters=self._adapters if with_adapters else (),
         )
         return self._request(stage_pb2.PredictNoiseRequest(step=message))
 
