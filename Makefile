@@ -127,6 +127,10 @@ lock: setup ## Resolve requirements.lock from pyproject.toml again, and the lock
 bench: setup ## Measure the overhead of serving compared with plain diffusers (needs an idle machine)
 	$(PY) bench/overhead.py
 
+.PHONY: bench-engine
+bench-engine: setup ## Run all benches of the engine: the next five and `make bench` (half an hour, on an idle machine)
+	$(PY) bench/engine.py
+
 .PHONY: bench-batching
 bench-batching: setup ## Measure what sharing forward passes is worth (needs an idle machine)
 	$(PY) bench/batching.py
