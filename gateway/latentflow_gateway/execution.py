@@ -85,6 +85,7 @@ class Execution:
         self._checkpoint_interval = checkpoint_interval
         self._ready_seconds = ready_seconds
         self._leases = Leases(request_id, self._metadata)
+        self._adapter_set = tuple((a.name, a.digest, a.weight) for a in plan.adapters)
         self._encoding = asyncio.Lock()
         self._encoded: stage_pb2.EncodeResponse | None = None
         self._timings: list[generation_pb2.StageTiming] = []
@@ -167,7 +168,8 @@ class Execution:
         failures = 0
         while True:
             wait = min(self._remaining(), self._ready_seconds)
-            async with self._replicas.acquire(model, seconds=wait, near=near) as replica:
+            adapters = self._adapter_set
+            async with self._replicas.acquire(model, seconds=wait, near=near, adapters=adapters) as replica:
                 timing.attempts += 1
                 timing.replica = replica.address
                 try:

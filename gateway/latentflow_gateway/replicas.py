@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
@@ -27,6 +27,9 @@ from latentflow.v1 import control_pb2, control_pb2_grpc
 
 from latentflow_gateway.loans import Loan
 
+# Name, digest and weight of each adapter, in the order of a request.
+AdapterSet: TypeAlias = tuple[tuple[str, str, float], ...]
+
 _log = structlog.get_logger()
 _RECONNECT_SECONDS = 0.1
 _DESCRIBE_SECONDS = 10.0
@@ -39,6 +42,7 @@ class Replica:
     Attributes:
         outstanding: Its own requests.
         loans: Requests of other replicas that it is lent to.
+        adapters: The adapter set of the last request that it got from this gateway; empty: none.
     """
 
     def __init__(self, *, identity: str, address: str, channel: grpc.aio.Channel) -> None:
@@ -48,6 +52,7 @@ class Replica:
         self.ready = False
         self.outstanding = 0
         self.loans: set[Loan] = set()
+        self.adapters: AdapterSet = ()
         self._watch: Any = None
 
     @property
@@ -127,23 +132,24 @@ class Replicas:
         """The replica at an address."""
         return next((r for r in self._replicas.values() if r.address == address), None)
 
-    async def pick(self, identity: str, *, seconds: float, near: str | None = None) -> Replica:
-        """The ready replica with the fewest outstanding requests; waits for one.
+    async def pick(
+        self, identity: str, *, seconds: float, near: str | None = None, adapters: AdapterSet = ()
+    ) -> Replica:
+        """The ready replica that is `preferred`; waits for one.
 
         UnavailableError, reason MODEL_NOT_READY, when none is ready within `seconds`.
-
-        Args:
-            near: Address of a server that will exchange tensors with it. A replica on the same host, which in a cluster is
-                the same pod, is preferred to all others.
         """
         await self.wait_ready([identity], seconds=seconds)
-        return min(self.ready(identity), key=lambda replica: near is None or _host(replica.address) != _host(near))
+        return preferred(self.ready(identity), near=near, adapters=adapters)
 
     @contextlib.asynccontextmanager
-    async def acquire(self, identity: str, *, seconds: float, near: str | None = None) -> AsyncIterator[Replica]:
+    async def acquire(
+        self, identity: str, *, seconds: float, near: str | None = None, adapters: AdapterSet = ()
+    ) -> AsyncIterator[Replica]:
         """As `pick`; the request counts as outstanding while entered. The replica is taken back from others' requests."""
-        replica = await self.pick(identity, seconds=seconds, near=near)
+        replica = await self.pick(identity, seconds=seconds, near=near, adapters=adapters)
         replica.outstanding += 1
+        replica.adapters = adapters
         replica.take_back()
         try:
             yield replica
@@ -264,6 +270,26 @@ class Replicas:
 
     def _count(self, identity: str) -> None:
         self._metrics.of("latentflow_gateway_replicas_ready", model=identity).set(len(self.ready(identity)))
+
+
+def preferred(ready: Sequence[Replica], *, near: str | None, adapters: AdapterSet) -> Replica:
+    """The replica that gets the next request.
+
+    Of the replicas with the least demand, one that had the same adapter set before is preferred, because it may hold it
+    merged; then one that had no adapters, so that other sets stay where they are.
+
+    Args:
+        ready: At least one.
+        near: Address of a server that will exchange tensors with it. A replica on the same host, which in a cluster is the
+            same pod, is preferred to all others.
+        adapters: The adapter set of the request.
+    """
+
+    def order(replica: Replica) -> tuple[object, ...]:
+        is_elsewhere = near is None or _host(replica.address) != _host(near)
+        return is_elsewhere, replica.demand, replica.adapters != adapters, bool(replica.adapters)
+
+    return min(ready, key=order)
 
 
 def spare(ready: Sequence[Replica], *, beside: Replica, latent: Latent) -> Replica | None:
