@@ -79,7 +79,7 @@ async def test_the_programs_in_a_document_work(runtime: Runtime, tmp_path: Path,
 @pytest.mark.asyncio(loop_scope="session")
 async def test_the_steps_of_the_page_on_loras_work(tmp_path: Path) -> None:
     shutil.copytree(MODELS / "shapes", tmp_path / "models/shapes")
-    (workflow,), (prepare, serve, _) = (blocks("docs/loras.md", language) for language in ("yaml", "bash"))
+    (workflow,), (prepare, serve, *_) = (blocks("docs/loras.md", language) for language in ("yaml", "bash"))
     (tmp_path / "painter.yaml").write_text(workflow)
     await succeeds("bash", "-euc", prepare, cwd=tmp_path)
     assert serve.strip() == ".venv/bin/latentflow up painter.yaml"

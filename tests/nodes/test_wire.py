@@ -112,7 +112,6 @@ async def test_a_denoise_stream_out_of_order_is_refused(
 
 
 UNSERVED: list[tuple[str, str, Any]] = [
-    ("base", "AdapterRef.async_steps", stage_pb2.DenoiseOpen(adapters=[stage_pb2.AdapterRef(async_steps=1)])),
     ("base", "ControlNetRef.net", stage_pb2.DenoiseOpen(control_nets=[stage_pb2.ControlNetRef(net="a")])),
     (
         "base",
@@ -122,7 +121,6 @@ UNSERVED: list[tuple[str, str, Any]] = [
     ("base", "ControlNetRef.stale", stage_pb2.DenoiseOpen(control_nets=[stage_pb2.ControlNetRef(stale=True)])),
     ("edges", "ResidualsOpen.net", stage_pb2.ResidualsOpen(net="a")),
     ("edges", "ResidualsOpen.guess_mode", stage_pb2.ResidualsOpen(guess_mode=True)),
-    ("text", "AdapterRef.async_steps", stage_pb2.EncodeRequest(adapters=[stage_pb2.AdapterRef(async_steps=1)])),
 ]
 
 
