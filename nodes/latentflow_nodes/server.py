@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
-import signal
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -141,8 +139,7 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
 async def run(node: NodeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains."""
     # A server that still downloads or loads has nothing to drain, and the next one resumes its download.
-    for signum in serving.SIGNALS:
-        signal.signal(signum, lambda *_: os._exit(0))
+    serving.exit_at_signals()
     threads.compute_alone_in_executor()
     async with serve(node) as running:
         # The garbage collector need not walk the objects of the imported modules during a request.

@@ -85,3 +85,21 @@ def test_a_signal_drains_a_gateway_and_ends_it_without_an_error(signum: signal.S
         rest = process.stderr.read()
         assert process.wait(20) == 0
     assert [json.loads(line)["event"] for line in rest.splitlines()] == ["draining"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_loads_exits_at_a_signal_though_its_main_thread_waits(signum: signal.Signals) -> None:
+    # A blocked signal reaches another thread, as one that arrives just before the main thread waits has no effect on it.
+    program = (
+        "import signal, threading; from latentflow.internal import serving; serving.exit_at_signals();"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, serving.SIGNALS); print('waiting', flush=True);"
+        "threading.Event().wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signum)
+        try:
+            assert process.wait(20) == 0
+        finally:
+            process.kill()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
+import threading
 from collections.abc import Coroutine
 from typing import NoReturn
 
@@ -57,6 +59,26 @@ def port_taken(listen: str, problem: object) -> FailedPreconditionError:
         "another address.",
         reason=Reason.PORT_TAKEN,
     )
+
+
+def exit_at_signals() -> None:
+    """Ends the process at once, with exit code 0, at SIGTERM and SIGINT, until `stop_signal` takes them over.
+
+    Only the main thread runs Python's signal handlers, and only between two instructions: a signal that arrives just before
+    it waits for another thread is handled after the wait. Python writes to a pipe as soon as a signal arrives, whatever
+    its threads do, so a thread that reads the pipe misses none.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def exit_at_first() -> None:
+        os.read(reading, 1)
+        os._exit(0)
+
+    threading.Thread(target=exit_at_first, name="exit-at-signals", daemon=True).start()
+    signal.set_wakeup_fd(writing)
+    for signum in SIGNALS:
+        signal.signal(signum, lambda *_: None)
 
 
 def stop_signal() -> asyncio.Event:
