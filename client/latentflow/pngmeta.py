@@ -29,6 +29,7 @@ class Recipe(BaseModel):
         steps_without_loras: Steps that ran before they were loaded.
         control_images: SHA-256 of each control image's bytes, by ControlNet name; the images themselves are not kept.
         control_settings: Scale, start and end, by ControlNet name.
+        guess_mode: Names of the ControlNets that ran in guess mode.
         models: Identities by the models' names in the workflow.
         digests: Digests of the weights by the models' names in the workflow.
     """
@@ -48,6 +49,7 @@ class Recipe(BaseModel):
     steps_without_loras: int = 0
     control_images: dict[str, str] = Field(default_factory=dict)
     control_settings: dict[str, tuple[float, float, float]] = Field(default_factory=dict)
+    guess_mode: list[str] = Field(default_factory=list)
     models: dict[str, str] = Field(default_factory=dict)
     digests: dict[str, str] = Field(default_factory=dict)
 
@@ -83,6 +85,7 @@ def recipe(request: generation_pb2.GenerateRequest, result: Result, ready: Image
         steps_without_loras=ready.steps_without_loras,
         control_images={c.model: hashlib.sha256(c.image.data).hexdigest() for c in request.control_images},
         control_settings={c.model: (c.scale, c.start, c.end) for c in request.control_images},
+        guess_mode=[c.model for c in request.control_images if c.guess_mode],
         models={used.name: used.model for used in done.models},
         digests={used.name: used.content_digest for used in done.models},
     )

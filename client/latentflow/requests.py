@@ -35,12 +35,15 @@ class ControlImage:
             request's size.
         scale: Conditioning scale, from -100 to 100; 1 is the strength of the ControlNet's training.
         start, end: The range of steps in which it acts, as fractions from 0 to 1.
+        guess_mode: As in diffusers: it acts on the positive half of guidance only, and less on fine detail than on
+            composition, so that the image follows the control image without a prompt.
     """
 
     image: ImageLike
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    guess_mode: bool = False
 
 
 class Arguments(TypedDict, total=False):
@@ -151,6 +154,7 @@ def build(
             scale=strengths.control_scale(control.scale, name=name),
             start=_finite(f"The start of {name!r}", control.start),
             end=_finite(f"The end of {name!r}", control.end),
+            guess_mode=control.guess_mode,
         )
     for name, weight in loras.items():
         lora = request.loras.add(name=name, weight=strengths.lora_weight(weight, name=name))

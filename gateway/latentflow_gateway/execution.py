@@ -238,6 +238,7 @@ class Execution:
                     scale=control.scale,
                     start=control.start,
                     end=control.end,
+                    guess_mode=control.guess_mode,
                 )
                 for control in plan.controls
             ],

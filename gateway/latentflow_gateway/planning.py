@@ -39,6 +39,7 @@ class ControlPlan:
     scale: float
     start: float
     end: float
+    guess_mode: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +259,7 @@ def _controls(
                 scale=scale,
                 start=start,
                 end=end,
+                guess_mode=given.guess_mode,
             )
         )
     return tuple(plans)

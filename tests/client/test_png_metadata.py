@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from latentflow import Client, MockTransport, pngmeta, requests
+from latentflow import Client, ControlImage, MockTransport, pngmeta, requests
 from latentflow.errors import InvalidRequestError
 from PIL import Image
 
@@ -25,6 +25,22 @@ def test_a_recipe_is_read_as_it_was_written_and_the_pixels_are_unchanged(tmp_pat
         assert image.tobytes() == ready.pil.tobytes()
         assert "Seed: 4" in image.info["parameters"]
     assert recipe.arguments()["loras"] == {"neon": 0.5}
+
+
+def test_a_recipe_has_the_settings_of_the_controlnets() -> None:
+    picture = Image.new("RGB", (64, 64))
+    request = requests.build(
+        "a",
+        control_images={
+            "edges": ControlImage(image=picture, scale=0.5, end=0.75, guess_mode=True),
+            "layout": ControlImage(image=picture),
+        },
+    )
+    with Client(transport=MockTransport()) as client:
+        result = client.generate("a", seed=4)
+    recipe = pngmeta.recipe(request, result, result.ready[0])
+    assert recipe.control_settings == {"edges": (0.5, 0.0, 0.75), "layout": (1.0, 0.0, 1.0)}
+    assert recipe.guess_mode == ["edges"]
 
 
 def test_a_png_tells_how_many_steps_ran_without_its_loras() -> None:

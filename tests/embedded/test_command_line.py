@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from latentflow_local.runtime import Runtime
 from PIL import Image
+from support.paths import EXAMPLES
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 PROGRAM = str(Path(sys.executable).parent / "latentflow")
@@ -38,6 +39,21 @@ async def test_an_image_is_reproduced_from_the_metadata_of_its_png(runtime: Runt
     assert code == 0
     with Image.open(first) as a, Image.open(second) as b:
         assert a.tobytes() == b.tobytes()
+
+
+async def test_a_control_image_in_guess_mode_is_reproduced_from_a_png(runtime: Runtime, tmp_path: Path) -> None:
+    star = f"edges={EXAMPLES / 'star.png'}"
+    for name, *options in (
+        ("a", "--seed", "4", "-c", f"{star}:0.9", "--guess-mode"),
+        ("plain", "--seed", "4", "-c", f"{star}:0.9"),
+        ("again", "--like", str(tmp_path / "a.png"), "-c", star),
+    ):
+        arguments = [*options, "--steps", "4", "-o", str(tmp_path / f"{name}.png")]
+        assert (await run(runtime, "generate", "a star", *arguments))[0] == 0
+    made, plain, again = ((tmp_path / f"{name}.png") for name in ("a", "plain", "again"))
+    with Image.open(made) as a, Image.open(plain) as b, Image.open(again) as c:
+        assert a.tobytes() == c.tobytes()
+        assert a.tobytes() != b.tobytes()
 
 
 async def test_with_json_output_a_command_prints_one_document(runtime: Runtime, tmp_path: Path) -> None:

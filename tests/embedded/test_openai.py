@@ -76,7 +76,9 @@ async def test_control_images_and_loras_act_as_over_grpc(runtime: Runtime, clien
             "negative_prompt": "blue",
             "sampler": "euler",
             "loras": {"neon": 0.7},
-            "control_images": {"edges": {"image": base64.b64encode(STAR).decode(), "scale": 0.9, "end": 0.8}},
+            "control_images": {
+                "edges": {"image": base64.b64encode(STAR).decode(), "scale": 0.9, "end": 0.8, "guess_mode": True}
+            },
         },
     )
     async with AsyncClient(runtime.target) as own:
@@ -88,7 +90,7 @@ async def test_control_images_and_loras_act_as_over_grpc(runtime: Runtime, clien
             negative_prompt="blue",
             sampler="euler",
             loras={"neon": 0.7},
-            control_images={"edges": ControlImage(image=STAR, scale=0.9, end=0.8)},
+            control_images={"edges": ControlImage(image=STAR, scale=0.9, end=0.8, guess_mode=True)},
         )
     assert made.data is not None
     assert picture(made.data[0]).tobytes() == expected.image.tobytes()

@@ -49,7 +49,7 @@ def test_every_field_reaches_the_request_that_the_gateway_runs() -> None:
         strict_prompt=True,
         loras={"outline": 0.5, "neon": -1},
         lora_async_steps=3,
-        control_images={"edges": {"image": ENCODED, "scale": 0.5, "end": 0.75}},
+        control_images={"edges": {"image": ENCODED, "scale": 0.5, "end": 0.75, "guess_mode": True}},
     )
     expected = generation_pb2.GenerateRequest(
         workflow="art/shapes",
@@ -66,7 +66,7 @@ def test_every_field_reaches_the_request_that_the_gateway_runs() -> None:
     )
     expected.loras.add(name="outline", weight=0.5, async_steps=3)
     expected.loras.add(name="neon", weight=-1, async_steps=3)
-    control = expected.control_images.add(model="edges", scale=0.5, start=0, end=0.75)
+    control = expected.control_images.add(model="edges", scale=0.5, start=0, end=0.75, guess_mode=True)
     control.image.data, control.image.media_type = PNG, "image/png"
     assert found == expected
 

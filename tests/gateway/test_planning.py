@@ -112,8 +112,11 @@ def test_only_the_models_that_a_request_uses_are_needed() -> None:
 
 
 def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> None:
-    made = plan(control_images=[control(scale=0.5)], loras=[generation_pb2.Lora(name="neon", weight=0.7)])
-    assert [(one.name, one.scale, one.end) for one in made.controls] == [("edges", 0.5, 1.0)]
+    made = plan(
+        control_images=[control(scale=0.5, guess_mode=True)], loras=[generation_pb2.Lora(name="neon", weight=0.7)]
+    )
+    (planned,) = made.controls
+    assert (planned.name, planned.scale, planned.end, planned.guess_mode) == ("edges", 0.5, 1.0, True)
     assert [(one.name, one.digest, one.components) for one in made.adapters] == [
         ("neon", "d", ("unet", "text_encoder"))
     ]
@@ -141,7 +144,6 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
         ({"deadline": Duration()}, InvalidRequestError, "deadline must be a positive duration"),
         ({"media_type": "image/webp"}, UnimplementedError, "as image/png only"),
         ({"control_images": [control(net="canny")]}, UnimplementedError, "does not serve ControlImage.net"),
-        ({"control_images": [control(guess_mode=True)]}, UnimplementedError, "does not serve ControlImage.guess_mode"),
         ({"control_images": [control(model="nets")]}, NotFoundError, "has no ControlNet 'nets'; it has edges, layout"),
         ({"control_images": [control(), control()]}, InvalidRequestError, "has two control images"),
         ({"control_images": [control(image=picture((32, 64)))]}, InvalidRequestError, "is 32x64, the request 64x64"),

@@ -113,14 +113,8 @@ async def test_a_denoise_stream_out_of_order_is_refused(
 
 UNSERVED: list[tuple[str, str, Any]] = [
     ("base", "ControlNetRef.net", stage_pb2.DenoiseOpen(control_nets=[stage_pb2.ControlNetRef(net="a")])),
-    (
-        "base",
-        "ControlNetRef.guess_mode",
-        stage_pb2.DenoiseOpen(control_nets=[stage_pb2.ControlNetRef(guess_mode=True)]),
-    ),
     ("base", "ControlNetRef.stale", stage_pb2.DenoiseOpen(control_nets=[stage_pb2.ControlNetRef(stale=True)])),
     ("edges", "ResidualsOpen.net", stage_pb2.ResidualsOpen(net="a")),
-    ("edges", "ResidualsOpen.guess_mode", stage_pb2.ResidualsOpen(guess_mode=True)),
 ]
 
 

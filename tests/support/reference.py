@@ -36,7 +36,11 @@ def reference(
         pipe = with_nets.from_pretrained(root, controlnet=nets if len(nets) > 1 else nets[0], dtype=dtype)
         images = [image for _, image, _ in request.controls]
         scales = [scale for _, _, scale in request.controls]
+        starts, ends = zip(*map(request.control_range, names), strict=True)
         extra = {
+            "guess_mode": request.guess_mode,
+            "control_guidance_start": list(starts),
+            "control_guidance_end": list(ends),
             "image": images if len(nets) > 1 else images[0],
             "controlnet_conditioning_scale": scales if len(nets) > 1 else scales[0],
         }

@@ -38,8 +38,14 @@ class Request:
     sampler: str = ""
     side: int = 64
     controls: list[tuple[str, Image.Image, float]] = field(default_factory=list)
+    control_ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    guess_mode: bool = False
     loras: list[tuple[str, float]] = field(default_factory=list)
     lora_async_steps: int = 0
+
+    def control_range(self, name: str) -> tuple[float, float]:
+        """The part of the steps in which a ControlNet acts."""
+        return self.control_ranges.get(name, (0.0, 1.0))
 
 
 class Stack:
@@ -115,7 +121,14 @@ class Stack:
             sampler=request.sampler,
             seed=request.seed,
             control_nets=[
-                stage_pb2.ControlNetRef(peer=self.peer(name), image=images.png(png(image)), scale=scale, start=0, end=1)
+                stage_pb2.ControlNetRef(
+                    peer=self.peer(name),
+                    image=images.png(png(image)),
+                    scale=scale,
+                    start=request.control_range(name)[0],
+                    end=request.control_range(name)[1],
+                    guess_mode=request.guess_mode,
+                )
                 for name, image, scale in request.controls
             ],
             adapters=await self.adapters(request.loras, "unet", async_steps=request.lora_async_steps),

@@ -67,6 +67,13 @@ def generate(
             help="NAME=FILE[:SCALE]: control image for the ControlNet NAME. May be repeated with other names.",
         ),
     ] = None,
+    guess_mode: Annotated[
+        bool,
+        typer.Option(
+            "--guess-mode",
+            help="The ControlNets act as in diffusers' guess mode: the image follows the control images without a prompt.",
+        ),
+    ] = False,
     lora: Annotated[
         list[str] | None,
         typer.Option("--lora", "-l", help="NAME[:WEIGHT]: apply a LoRA. May be repeated with other names."),
@@ -122,7 +129,7 @@ def generate(
         "lora_async_steps": lora_async_steps,
     }
     arguments |= {name: value for name, value in given.items() if value is not None}
-    arguments["control_images"] = _controls(control or [], recipe)
+    arguments["control_images"] = _controls(control or [], recipe, guess_mode=guess_mode)
     text = prompt if prompt is not None else (recipe.prompt if recipe else None)
     if text is None:
         raise InvalidRequestError(
@@ -198,7 +205,7 @@ def _lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _controls(texts: list[str], recipe: Recipe | None) -> dict[str, ControlImage]:
+def _controls(texts: list[str], recipe: Recipe | None, *, guess_mode: bool) -> dict[str, ControlImage]:
     controls: dict[str, ControlImage] = {}
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -212,7 +219,8 @@ def _controls(texts: list[str], recipe: Recipe | None) -> dict[str, ControlImage
             strength, path = (float(scale), path) if colon and not Path(rest).exists() else (strength, rest)
         except ValueError:
             raise InvalidRequestError(f"--control {text!r}: the file {rest!r} does not exist.") from None
-        controls[name] = ControlImage(image=path, scale=strength, start=start, end=end)
+        guesses = guess_mode or (recipe is not None and name in recipe.guess_mode)
+        controls[name] = ControlImage(image=path, scale=strength, start=start, end=end, guess_mode=guesses)
     missing = sorted(set(recipe.control_images) - controls.keys()) if recipe else []
     if missing:
         raise InvalidRequestError(

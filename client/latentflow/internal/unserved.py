@@ -13,12 +13,9 @@ from latentflow.errors import UnimplementedError
 _PACKAGE = "latentflow.v1."
 FIELDS = frozenset(
     {
-        "ControlImage.guess_mode",
         "ControlImage.net",
-        "ControlNetRef.guess_mode",
         "ControlNetRef.net",
         "ControlNetRef.stale",
-        "ResidualsOpen.guess_mode",
         "ResidualsOpen.net",
     }
 )

@@ -50,6 +50,11 @@ class ControlImage(_Body):
     )
     start: float = Field(default=0.0, description="First part of the steps in which it acts, from 0 to 1.")
     end: float = Field(default=1.0, description="Last part of the steps in which it acts, from 0 to 1.")
+    guess_mode: bool = Field(
+        default=False,
+        description="As in diffusers: it acts on the positive half of guidance only, and less on fine detail than on "
+        "composition, so that the image follows the control image without a prompt.",
+    )
 
 
 class ImageRequest(_Body):
@@ -174,6 +179,7 @@ def to_wire(request: ImageRequest, *, idempotency_key: str) -> generation_pb2.Ge
                 scale=control.scale,
                 start=control.start,
                 end=control.end,
+                guess_mode=control.guess_mode,
             )
             for name, control in (request.control_images or {}).items()
         ],

@@ -35,12 +35,18 @@ class Control:
 
     Attributes:
         start, end: Fractions of all steps, 0 to 1.
+        positive_only: It acts on the positive half, so its residuals are those of the last row.
     """
 
     source: ResidualSource
     scale: float
     start: float = 0.0
     end: float = 1.0
+    positive_only: bool = False
+
+    def rows(self, rows: int) -> int:
+        """How many of a step's rows it acts on, the last ones."""
+        return 1 if self.positive_only else rows
 
     def is_active(self, *, step: int, total: int) -> bool:
         """As diffusers' `control_guidance_start` and `_end`."""
@@ -125,6 +131,10 @@ class Member(ABC):
         """The ControlNets of the rows that are computed here."""
         return self.controls
 
+    def active_controls(self) -> tuple[Control, ...]:
+        """Those of `step_controls` that are active in the present step."""
+        return tuple(c for c in self.step_controls() if c.is_active(step=self.index, total=self.total))
+
     @property
     def lacks_adapters(self) -> bool:
         """The present step needs adapters that are not loaded yet."""
@@ -139,14 +149,17 @@ class Member(ABC):
         return False
 
     def residuals(self) -> tuple[Future[Residuals], ...]:
-        """What the active ControlNets send for the present step; the first call of a step requests it."""
+        """What `active_controls` send for the present step, in their order; the first call of a step requests it."""
         if self._residuals is None:
-            active = [c for c in self.step_controls() if c.is_active(step=self.index, total=self.total)]
+            active = self.active_controls()
             latents = self.model_input() if active else self.latents
             self.requested_at = time.monotonic()
             self._residuals = tuple(
                 control.source.request(
-                    step=self.index, timestep=float(self.timestep), sample=latents, scale=control.scale
+                    step=self.index,
+                    timestep=float(self.timestep),
+                    sample=latents[-control.rows(len(latents)) :],
+                    scale=control.scale,
                 )
                 for control in active
             )

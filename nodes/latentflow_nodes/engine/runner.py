@@ -182,17 +182,20 @@ class BatchResiduals:
 
     def _sum(self, sample: Member, rows: int, futures: Sequence[Future[Residuals]]) -> Residuals | None:
         total: Residuals | None = None
-        for future in futures:
+        for control, future in zip(sample.active_controls(), futures, strict=True):
+            expected = control.rows(rows)
             try:
                 one = future.result()
             except LatentflowError as error:
                 raise SampleError(sample, error) from None
-            if any(len(tensor) != rows for tensor in (*one.down, one.mid)):
+            if any(len(tensor) != expected for tensor in (*one.down, one.mid)):
                 raise SampleError(
                     sample,
-                    InternalError(f"A ControlNet sent residuals of other than {rows} rows; its server is defective."),
+                    InternalError(
+                        f"A ControlNet sent residuals of other than {expected} rows; its server is defective."
+                    ),
                 )
-            one = Residuals(down=tuple(self._on_device(t) for t in one.down), mid=self._on_device(one.mid))
+            one = Residuals(down=tuple(self._of_rows(t, rows) for t in one.down), mid=self._of_rows(one.mid, rows))
             if total is None:
                 total = one
             else:
@@ -209,8 +212,12 @@ class BatchResiduals:
         mid = [_tensors(one, some, n)[-1] for one, n in zip(summed, rows, strict=True)]
         return Residuals(down=tuple(torch.cat(parts) for parts in down), mid=torch.cat(mid))
 
-    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device=self._latents[0].device, dtype=self._latents[0].dtype)
+    def _of_rows(self, tensor: torch.Tensor, rows: int) -> torch.Tensor:
+        """On the device; with zeros for the rows on which a ControlNet does not act."""
+        there = tensor.to(device=self._latents[0].device, dtype=self._latents[0].dtype)
+        if len(there) == rows:
+            return there
+        return torch.cat([there.new_zeros((rows - len(there), *there.shape[1:])), there])
 
 
 def _tensors(residuals: Residuals | None, like: Residuals, rows: int) -> tuple[torch.Tensor, ...]:

@@ -241,6 +241,10 @@ class Family(Protocol):
         """
         ...
 
+    def guess_factors(self, count: int) -> torch.Tensor:
+        """By what residuals are multiplied in guess mode: [count], for the skip connections in order, then the middle block."""
+        ...
+
     # Decoding
 
     def vae_geometry(self, vae: torch.nn.Module) -> VaeGeometry: ...

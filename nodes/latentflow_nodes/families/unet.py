@@ -186,6 +186,9 @@ class UNetFamily(ABC):
         down, mid = network(latents, timestep, controlnet_cond=image, return_dict=False, **inputs)
         return Residuals(down=tuple(down), mid=mid)
 
+    def guess_factors(self, count: int) -> torch.Tensor:
+        return torch.logspace(-1, 0, count)
+
     def vae_geometry(self, vae: torch.nn.Module) -> VaeGeometry:
         config = _config(vae)
         return VaeGeometry(

@@ -46,6 +46,7 @@ class _Step:
         latents: [rows, channels, height, width].
         inputs: As Family.residuals takes them, with as many rows.
         scale: Conditioning scale.
+        guess_mode: As ControlNetRef.guess_mode.
     """
 
     latents: torch.Tensor
@@ -53,6 +54,7 @@ class _Step:
     inputs: dict[str, Any]
     image: _ControlImage
     scale: float
+    guess_mode: bool
 
     @property
     def size(self) -> PassSize:
@@ -99,7 +101,7 @@ class ControlNet(Role):
         inputs = self._inputs(conditioning, rows=2, width=pixels, height=pixels)
         image = _ControlImage(pixels=self._on_device(torch.zeros(1, 3, pixels, pixels)))
         latents = self._on_device(torch.zeros(2, self._channels, side, side))
-        step = _Step(latents=latents, timestep=1.0, inputs=inputs, image=image, scale=1.0)
+        step = _Step(latents=latents, timestep=1.0, inputs=inputs, image=image, scale=1.0, guess_mode=False)
         await self._worker.run(step, group=None, size=step.size)
 
     def close(self) -> None:
@@ -111,6 +113,7 @@ class ControlNet(Role):
         """Answers a request's steps in their order."""
         inputs: dict[str, Any] | None = None
         rows = 1
+        guess_mode = False
         resumed = False
         group: Hashable = None
         image = _ControlImage(pixels=torch.empty(0))
@@ -118,7 +121,8 @@ class ControlNet(Role):
             async for request in requests:
                 if request.WhichOneof("message") == "open":
                     opening = request.open
-                    rows = _rows(opening.half)
+                    rows = _rows(opening)
+                    guess_mode = opening.guess_mode
                     conditioning = await self._conditioning(opening)
                     inputs = self._inputs(conditioning, rows=rows, width=opening.width, height=opening.height)
                     image = _ControlImage(pixels=self._pixels(opening))
@@ -131,7 +135,7 @@ class ControlNet(Role):
                     continue
                 if inputs is None:
                     raise InvalidRequestError("The first message of a Residuals stream must be `open`.")
-                step = self._step(request.step, inputs, image, rows=rows)
+                step = self._step(request.step, inputs, image, rows=rows, guess_mode=guess_mode)
                 bundle, forward_ns = await self._worker.run(step, group=group, size=step.size, resumed=resumed)
                 for chunk in sender.pieces(bundle, memory=request.step.shared_memory):
                     yield stage_pb2.ResidualsResponse(
@@ -155,7 +159,15 @@ class ControlNet(Role):
             height=height,
         )
 
-    def _step(self, step: stage_pb2.ResidualsStep, inputs: dict[str, Any], image: _ControlImage, *, rows: int) -> _Step:
+    def _step(
+        self,
+        step: stage_pb2.ResidualsStep,
+        inputs: dict[str, Any],
+        image: _ControlImage,
+        *,
+        rows: int,
+        guess_mode: bool,
+    ) -> _Step:
         """Raises InvalidRequestError for a sample or a scale that this ControlNet does not take."""
         scale = strengths.control_scale(step.scale, name=self._context.settings.identity)
         latents = self._on_device(codec.from_inline(step.sample))
@@ -166,7 +178,9 @@ class ControlNet(Role):
                 f"A sample of shape {list(latents.shape)} does not fit this ControlNet and the request's image; "
                 f"{[rows, self._channels, height, width]} does."
             )
-        return _Step(latents=latents, timestep=step.timestep, inputs=inputs, image=image, scale=scale)
+        return _Step(
+            latents=latents, timestep=step.timestep, inputs=inputs, image=image, scale=scale, guess_mode=guess_mode
+        )
 
     def _run(self, steps: Sequence[_Step]) -> list[tuple[dict[str, torch.Tensor], int]]:
         rows = [len(step.latents) for step in steps]
@@ -184,11 +198,16 @@ class ControlNet(Role):
         forward_ns = self._stopwatch.take().nanoseconds()
         named = {f"down.{i}": tensor for i, tensor in enumerate(residuals.down)} | {"mid": residuals.mid}
         parts = {name: tensor.split(rows) for name, tensor in named.items()}
-        return [
+        guessing = self._family.guess_factors(len(named)).to(self._context.device)
+        results = []
+        for i, step in enumerate(steps):
             # Each with its own factor, in the precision in which diffusers multiplies.
-            ({name: of_steps[i] * step.scale for name, of_steps in parts.items()}, forward_ns)
-            for i, step in enumerate(steps)
-        ]
+            factors = (guessing * step.scale).unbind() if step.guess_mode else [step.scale] * len(named)
+            scaled = {
+                name: of_steps[i] * factor for (name, of_steps), factor in zip(parts.items(), factors, strict=True)
+            }
+            results.append((scaled, forward_ns))
+        return results
 
     def _embedded(self, image: _ControlImage) -> torch.Tensor:
         if image.embedded is None:
@@ -223,8 +242,11 @@ def _shapes(inputs: Mapping[str, Any]) -> Hashable:
     )
 
 
-def _rows(half: stage_pb2.GuidanceHalf) -> int:
+def _rows(opening: stage_pb2.ResidualsOpen) -> int:
     """Rows of the samples of a stream."""
+    half = opening.half
+    if opening.guess_mode and half != stage_pb2.GUIDANCE_HALF_POSITIVE:
+        raise InvalidRequestError("In guess mode a ControlNet computes the positive half only.")
     if half == stage_pb2.GUIDANCE_HALF_BOTH:
         return 2
     if half in (stage_pb2.GUIDANCE_HALF_POSITIVE, stage_pb2.GUIDANCE_HALF_NEGATIVE):

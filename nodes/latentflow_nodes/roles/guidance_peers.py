@@ -151,12 +151,17 @@ async def open_controls(
     *,
     half: stage_pb2.GuidanceHalf,
 ) -> tuple[Control, ...]:
-    """The ControlNets of a request, their streams open for these rows until the stack is closed."""
+    """The ControlNets that act on these rows of a request, their streams open until the stack is closed."""
     controls = []
     for net in opening.control_nets:
-        residuals = _residuals_opening(opening, net, half)
+        if net.guess_mode and half == stage_pb2.GUIDANCE_HALF_NEGATIVE:
+            continue
+        rows = stage_pb2.GUIDANCE_HALF_POSITIVE if net.guess_mode else half
+        residuals = _residuals_opening(opening, net, rows)
         stream = await stack.enter_async_context(ResidualStream(peers, net, residuals))
-        controls.append(Control(source=stream, scale=net.scale, start=net.start, end=net.end))
+        controls.append(
+            Control(source=stream, scale=net.scale, start=net.start, end=net.end, positive_only=net.guess_mode)
+        )
     return tuple(controls)
 
 
@@ -171,6 +176,7 @@ def _residuals_opening(
         conditioning=conditioning,
         half=half,
         image=ref.image,
+        guess_mode=ref.guess_mode,
         width=opening.width,
         height=opening.height,
         content_digest=ref.peer.content_digest,
