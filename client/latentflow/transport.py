@@ -67,6 +67,7 @@ class GrpcTransport:
 
     def __init__(self, target: str, *, tls: rpc.Tls | None) -> None:
         self._target = targets.check(target)
+        self._has_tls = tls is not None
         options = rpc.channel_options(tls=tls, proxied=targets.proxy_variable(target) is not None)
         self._channel = (
             grpc.secure_channel(target, tls.channel_credentials(), options)
@@ -93,7 +94,7 @@ class GrpcTransport:
             is_late = late.finished.is_set()
             late.cancel()
             if self._responded and is_late:
-                raise _unreachable(self._target, f"no response within {_SILENT_SECONDS:g} s", responded=True)
+                raise self._silent(f"no response within {_SILENT_SECONDS:g} s")
             for response in call:
                 self._responded = True
                 yield response
@@ -140,8 +141,13 @@ class GrpcTransport:
                 raise _closed() from None
             raise
 
+    def _silent(self, problem: str) -> UnavailableError:
+        return _unreachable(self._target, problem, has_tls=self._has_tls, responded=True)
+
     def _explained(self, error: grpc.RpcError) -> LatentflowError:
-        return _closed() if self._closed else _explained(error, self._target, responded=self._responded)
+        if self._closed:
+            return _closed()
+        return _explained(error, self._target, has_tls=self._has_tls, responded=self._responded)
 
 
 class AsyncGrpcTransport:
@@ -168,7 +174,12 @@ class AsyncGrpcTransport:
         try:
             with self._errors():
                 if self._responded and not await _is_connected(call, channel):
-                    raise _unreachable(self._target, f"no connection within {_RECONNECT_SECONDS:g} s", responded=True)
+                    raise _unreachable(
+                        self._target,
+                        f"no connection within {_RECONNECT_SECONDS:g} s",
+                        has_tls=self._tls is not None,
+                        responded=True,
+                    )
                 async for response in call:
                     self._responded = True
                     yield response
@@ -225,7 +236,10 @@ class AsyncGrpcTransport:
         try:
             yield
         except grpc.RpcError as error:
-            raise _closed() if self._closed else _explained(error, self._target, responded=self._responded) from None
+            if self._closed:
+                raise _closed() from None
+            has_tls = self._tls is not None
+            raise _explained(error, self._target, has_tls=has_tls, responded=self._responded) from None
         except asyncio.CancelledError:
             # grpc raises it where `close` cancelled the call, although nothing cancelled the task.
             task = asyncio.current_task()
@@ -246,15 +260,15 @@ def _closed() -> InvalidRequestError:
     return InvalidRequestError("This client is closed; create another one.")
 
 
-def _explained(rpc_error: grpc.RpcError, target: str, *, responded: bool) -> LatentflowError:
+def _explained(rpc_error: grpc.RpcError, target: str, *, has_tls: bool, responded: bool) -> LatentflowError:
     """The error of a call; where no gateway responded, it names the target and what to do."""
     error = status.error_from(rpc_error)
     if isinstance(error, UnavailableError) and error.reason == UnavailableError.default_reason:
-        return _unreachable(target, error.message, responded=responded)
+        return _unreachable(target, error.message, has_tls=has_tls, responded=responded)
     return error
 
 
-def _unreachable(target: str, problem: str, *, responded: bool) -> UnavailableError:
+def _unreachable(target: str, problem: str, *, has_tls: bool, responded: bool) -> UnavailableError:
     """The error where no gateway responds.
 
     On this machine a refusal is final if none ever responded. Elsewhere one of several gateways may just be restarting.
@@ -262,16 +276,28 @@ def _unreachable(target: str, problem: str, *, responded: bool) -> UnavailableEr
     variable = targets.proxy_variable(target)
     remedy = f"add the gateway to {targets.exemption_variable()}"
     proxy = f" gRPC uses the HTTP proxy of {variable}; {remedy}." if variable else ""
-    # What gRPC reports of a server that answers in HTTP/1.1.
-    speaks_http = "SETTINGS frame" in problem or "HTTP/1." in problem
-    advice = (
-        "That port speaks HTTP/1.1; pass the address of gRPC, whose port is 8400 by default."
-        if speaks_http
-        else "Start one with `latentflow up FILE`, or pass another target."
-    )
     error = UnavailableError(
-        f"No gateway responds at {target}. {advice}{proxy} ({problem})",
+        f"No gateway responds at {target}. {_advice(problem, has_tls=has_tls)}{proxy} ({problem})",
         reason=Reason.GATEWAY_UNREACHABLE,
     )
     error.retryable = responded or not targets.is_local(target)
     return error
+
+
+def _advice(problem: str, *, has_tls: bool) -> str:
+    """What to do about a connection that failed, by the words of gRPC and of its TLS library."""
+    if any(words in problem for words in ("SETTINGS frame", "HTTP/1.", "ALPN")):
+        return "That port speaks HTTP/1.1; pass the address of gRPC, whose port is 8400 by default."
+    if "WRONG_VERSION_NUMBER" in problem:
+        return "That port serves without TLS; leave out Client(tls=…) and --tls-ca, or pass the address of a gateway with TLS."
+    if any(words in problem for words in ("CERTIFICATE_VERIFY_FAILED", "Hostname", "peer certificate")):
+        return (
+            "The certificate of the gateway is not valid for this client. Pass the CA that has signed it, as "
+            "Client(tls=Tls(ca=…)) or --tls-ca, and a target whose host the certificate contains."
+        )
+    if "Socket closed" in problem and not has_tls:
+        return (
+            "The server closed the connection at once, as a gateway with TLS does: pass its CA, as Client(tls=Tls(ca=…)) or "
+            "--tls-ca."
+        )
+    return "Start one with `latentflow up FILE`, or pass another target."

@@ -92,6 +92,7 @@ async def serve(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         for service in ("", SERVICE):
             await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
+        metrics.of("latentflow_gateway_ready").set(1)
         gateway = Gateway(
             address=address,
             metrics_port=metrics_port,

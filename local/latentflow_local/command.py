@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 
 import typer
 from latentflow.api import DiffusionWorkflow, load_workflows
+from latentflow.errors import InvalidRequestError
 from latentflow.internal import logs, serving
+from latentflow.internal.rpc import Tls
 from latentflow.internal.tables import print_whole
 from latentflow_gateway.settings import GatewaySettings, Limits
 from rich.console import Console
@@ -63,6 +65,15 @@ def up(
             show_default="clients need no key",
         ),
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            help="Certificate shown to clients, PEM; turns TLS on, for gRPC and HTTP.",
+            show_default="without TLS",
+        ),
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Key of --tls-cert, PEM.")] = None,
     max_pixels: Annotated[
         int | None,
         typer.Option(
@@ -129,6 +140,7 @@ def up(
             http=None if http == "none" else http or addresses.first_choice(_HTTP),
             cors_origins=cors_origins or [],
             api_keys=api_keys,
+            tls=_tls(tls_cert, tls_key),
             limits={
                 "max-pixels": max_pixels or planning.max_pixels(workflows),
                 "max-steps": max_steps,
@@ -153,6 +165,7 @@ async def _serve(
     http: str | None,
     cors_origins: list[str],
     api_keys: Path | None,
+    tls: Tls | None,
     limits: Mapping[str, float | None],
     metrics: str,
     targets: Path | None,
@@ -169,6 +182,7 @@ async def _serve(
         http=http,
         cors_origins=cors_origins,
         api_keys=api_keys,
+        tls=tls,
         limits=limits,
         metrics=metrics,
         targets=targets,
@@ -185,9 +199,11 @@ async def _serve(
             ready.result()
             print_whole(_table(runtime), console=_console)
             if runtime.http is not None:
-                _console.print(f"\nOpenAI API: http://{runtime.http}/v1", highlight=False, soft_wrap=True)
+                scheme = "https" if tls else "http"
+                _console.print(f"\nOpenAI API: {scheme}://{runtime.http}/v1", highlight=False, soft_wrap=True)
             name = workflows[0].name if len(workflows) > 1 else None
-            _console.print(_hint(runtime.target, name, has_keys=api_keys is not None), highlight=False, soft_wrap=True)
+            hint = _hint(runtime.target, name, has_keys=api_keys is not None, has_tls=tls is not None)
+            _console.print(hint, highlight=False, soft_wrap=True)
             failed = asyncio.create_task(runtime.supervisor.wait_failed())
             await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if failed.done():
@@ -223,13 +239,23 @@ def _ready_seconds(one: Supervised) -> str:
     return f"{one.ready_seconds:.1f} s" if one.ready_seconds is not None else "-"
 
 
-def _hint(target: str, workflow: str | None, *, has_keys: bool) -> str:
+def _tls(certificate: Path | None, key: Path | None) -> Tls | None:
+    """InvalidRequestError for one of the files without the other."""
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise InvalidRequestError("TLS needs both --tls-cert and --tls-key.")
+    return Tls(certificate=certificate, key=key)
+
+
+def _hint(target: str, workflow: str | None, *, has_keys: bool, has_tls: bool) -> str:
     workflow_option = f" -w {workflow}" if workflow else ""
     key_option = " --api-key KEY" if has_keys else ""
+    tls_option = " --tls-ca CA" if has_tls else ""
     target_option = "" if target == "127.0.0.1:8400" else f" --target {target}"
     return (
         f"\nTry: {_program(sys.argv[0])} generate 'a large red circle on the left, white background'"
-        f"{workflow_option}{key_option}{target_option}"
+        f"{workflow_option}{key_option}{tls_option}{target_option}"
     )
 
 

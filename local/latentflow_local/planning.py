@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 from latentflow.api import DiffusionWorkflow, Model, distinct_models, identity
 from latentflow.api.types import Engine, problems
 from latentflow.errors import InvalidRequestError, UnimplementedError
+from latentflow.internal.rpc import Tls
 from latentflow_scheduler.policy import Bounds
 from pydantic import ValidationError
 
@@ -156,6 +157,7 @@ def plan_gateway(
     http: str | None,
     cors_origins: Sequence[str],
     api_keys: Path | None,
+    tls: Tls | None,
     limits: Mapping[str, float | None],
     metrics: str,
     log_format: str,
@@ -166,6 +168,7 @@ def plan_gateway(
         http: host:port of the HTTP API; None: it is not served.
         cors_origins: Origins of web pages that may use the HTTP API.
         api_keys: Folder of the clients' API keys; None: clients need no key.
+        tls: Certificate and key for gRPC and HTTP; None: without TLS.
         limits: The largest values of a request by the gateway's options for them, such as "max-pixels"; None: its default.
     """
     return ProcessSpec(
@@ -180,6 +183,7 @@ def plan_gateway(
             f"--http-listen={http or 'none'}",
             *(f"--http-cors-origin={origin}" for origin in cors_origins),
             *_argv({"api-keys": api_keys} | dict(limits)),
+            *(_argv({"tls-cert": tls.certificate, "tls-key": tls.key}) if tls else ()),
             f"--log-format={log_format}",
         ),
     )

@@ -15,6 +15,7 @@ import structlog
 from latentflow.api import DiffusionWorkflow, Model
 from latentflow.internal import serving
 from latentflow.internal.metrics import LOCAL, SCHEDULER, Instruments
+from latentflow.internal.rpc import Tls
 from latentflow_nodes.settings import usable_cores
 from latentflow_nodes.tensors.shared_memory import private_folder
 from latentflow_scheduler.policy import Bounds
@@ -71,6 +72,7 @@ async def run(
     http: str | None = None,
     cors_origins: Sequence[str] = (),
     api_keys: Path | None = None,
+    tls: Tls | None = None,
     limits: Mapping[str, float | None] = MappingProxyType({}),
     metrics: str = "127.0.0.1:0",
     targets: Path | None = None,
@@ -92,6 +94,7 @@ async def run(
         http: host:port of the gateway's HTTP API; port 0 selects a free port. None: it is not served.
         cors_origins: Origins of web pages that may use the HTTP API; "*": all.
         api_keys: Folder with one file for each client, which holds its API key; None: clients need no key.
+        tls: Certificate and key of the gateway, for gRPC and HTTP; None: without TLS.
         limits: The largest values of a request by the gateway's options for them, such as "max-pixels"; None: its default.
         metrics: host:port of this process's own `/metrics`; port 0 selects a free port.
         targets: File to write that lists the `/metrics` of all processes for Prometheus (`file_sd_configs`).
@@ -102,6 +105,8 @@ async def run(
         log_level: Least level that the processes log.
         on_change: Called after every change of a process's state.
     """
+    if tls is not None:
+        tls.check()
     instruments = Instruments((*LOCAL, *SCHEDULER))
     with (
         Addresses() as addresses,
@@ -139,6 +144,7 @@ async def run(
             http=http,
             cors_origins=cors_origins,
             api_keys=api_keys.absolute() if api_keys else None,
+            tls=tls,
             limits=limits,
             metrics=free[-1],
             log_format=log_format,

@@ -10,22 +10,17 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException
-from typing import TypeVar
 
 import structlog
-from latentflow.internal import hosts
 from latentflow.internal.metrics import Instruments
 from latentflow_scheduler import policy, scrapes
 from latentflow_scheduler.policy import Bounds, Load, Settings, State
 from latentflow_scheduler.scrapes import History, Scrape
 
 from latentflow_local.replicas import Replicas
+from latentflow_local.scraping import read
 
 _log = structlog.get_logger()
-_TIMEOUT_SECONDS = 2.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +92,7 @@ class Scaler:
             return scrapes.parse_replica(text, time=now)
 
         held, answers = await asyncio.gather(
-            _read(self._gateway, scrapes.parse_held), asyncio.gather(*(_read(spec.metrics, parse) for spec in servers))
+            read(self._gateway, scrapes.parse_held), asyncio.gather(*(read(spec.metrics, parse) for spec in servers))
         )
         histories = {spec.name: self._histories.get(spec.name, ()) for spec in servers}
         for spec, scrape in zip(servers, answers, strict=True):
@@ -128,19 +123,3 @@ class Scaler:
             self._metrics.of("latentflow_scheduler_decisions_total", direction=direction, **labels).inc()
             _log.info("scaling", model=model, before=current, after=decision.replicas, reason=decision.reason)
             self._replicas.scale(model, decision.replicas)
-
-
-async def _read(address: str, parse: Callable[[str], T]) -> T | None:
-    """The parsed `/metrics` of a process; None if it does not answer."""
-
-    def read() -> T | None:
-        connection = HTTPConnection(*hosts.split(address), timeout=_TIMEOUT_SECONDS)
-        try:
-            connection.request("GET", "/metrics")
-            return parse(connection.getresponse().read().decode())
-        except (OSError, HTTPException, ValueError):
-            return None
-        finally:
-            connection.close()
-
-    return await asyncio.to_thread(read)

@@ -17,16 +17,13 @@ from enum import StrEnum
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-import grpc
-import grpc.aio
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from latentflow.errors import FailedPreconditionError
-from latentflow.internal import rpc, serving
+from latentflow.internal import serving
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 
-from latentflow_local import processes
+from latentflow_local import processes, scraping
 from latentflow_local.planning import ProcessSpec
 
 _log = structlog.get_logger()
@@ -187,10 +184,10 @@ class Supervisor:
             one.process = await self._start(one.spec, failure=sent)
             if one.removed.is_set() or self._stopping:
                 _signal(one, signal.SIGTERM)
-            health = asyncio.create_task(self._watch_health(one))
+            readiness = asyncio.create_task(self._watch_readiness(one))
             await _wait_exit(one)
-            health.cancel()
-            await asyncio.gather(health, return_exceptions=True)
+            readiness.cancel()
+            await asyncio.gather(readiness, return_exceptions=True)
             one.failure = processes.message(failure)
             if self._stopping:
                 await self._set_state(one, State.STOPPED)
@@ -239,17 +236,11 @@ class Supervisor:
         del self.supervised[name], self._supervising[name], self._removing[name]
         await self._set_state(one, State.STOPPED)
 
-    async def _watch_health(self, one: Supervised) -> None:
+    async def _watch_readiness(self, one: Supervised) -> None:
         """Waits until the process accepts requests and records that."""
-        request = health_pb2.HealthCheckRequest(service="")
-        async with rpc.channel(one.spec.address, tls=None) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            while True:
-                with contextlib.suppress(grpc.RpcError):
-                    response = await stub.Check(request, timeout=1.0)
-                    if response.status == health_pb2.HealthCheckResponse.SERVING:
-                        break
-                await asyncio.sleep(_CHECK_SECONDS)
+        # Not by a call: a gateway with TLS may have a certificate that is not valid for its address.
+        while not await scraping.read(one.spec.metrics, scraping.is_ready):
+            await asyncio.sleep(_CHECK_SECONDS)
         one.ready_seconds = time.monotonic() - one.started
         if not one.removed.is_set():
             await self._set_state(one, State.READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from latentflow import Client
 from latentflow.errors import FailedPreconditionError
 from latentflow.internal import rpc, serving
 from latentflow.internal.rpc import Tls
+from structlog.testing import capture_logs
 
 
 @pytest.fixture
@@ -56,3 +58,29 @@ async def test_a_server_with_a_broken_certificate_does_not_report_a_taken_port(f
     server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))
     with pytest.raises(FailedPreconditionError, match="cannot be used for TLS"):
         serving.bind(server, "127.0.0.1:0", tls=files)
+
+
+def dated(folder: Path, *, begins: int, ends: int) -> Tls:
+    """The files of a server whose certificate is valid between two days, counted from today."""
+    now = datetime.datetime.now(datetime.UTC)
+    days = {"not_before": begins, "not_after": ends}
+    certificate = trustme.CA().issue_cert(
+        "127.0.0.1", **{name: now + datetime.timedelta(days=day) for name, day in days.items()}
+    )
+    certificate.private_key_pem.write_to_path(folder / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    return Tls(certificate=folder / "cert.pem", key=folder / "key.pem")
+
+
+@pytest.mark.parametrize(
+    ("begins", "ends", "problem"),
+    [(-2, 2, None), (-2, -1, "certificate has expired"), (1, 2, "certificate is not yet valid")],
+)
+async def test_a_server_warns_of_a_certificate_that_its_dates_make_invalid(
+    tmp_path: Path, begins: int, ends: int, problem: str | None
+) -> None:
+    server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))
+    with capture_logs() as logs:
+        serving.bind(server, "127.0.0.1:0", tls=dated(tmp_path, begins=begins, ends=ends))
+    found = [(one["certificate"], one["problem"]) for one in logs if one["log_level"] == "warning"]
+    assert found == ([(str(tmp_path / "cert.pem"), problem)] if problem else [])

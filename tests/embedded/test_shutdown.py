@@ -71,6 +71,7 @@ async def test_a_process_still_starting_ends_with_the_runtime(tmp_path: Path, mo
         http=None,
         cors_origins=(),
         api_keys=None,
+        tls=None,
         limits={},
         metrics="127.0.0.1:2",
         log_format="console",

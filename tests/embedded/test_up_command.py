@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import urllib.request
@@ -15,11 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
-from latentflow import AsyncClient, Client
+import trustme
+from latentflow import AsyncClient, Client, Tls
 from latentflow.api import load_workflows
-from latentflow.errors import AuthenticationError, InvalidRequestError
+from latentflow.errors import AuthenticationError, InvalidRequestError, UnavailableError
 from latentflow_local.runtime import run
 from support.packs import MODELS
 from support.scraping import value
@@ -169,6 +173,89 @@ def test_it_serves_behind_a_proxy_with_a_long_tmpdir_and_in_a_narrow_terminal(co
         assert entry["targets"][0] in line
 
 
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """A certificate for 127.0.0.1 and localhost, its key, and the CA that has signed it, as files."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+    @property
+    def options(self) -> tuple[str, str]:
+        return f"--tls-cert={self.certificate}", f"--tls-key={self.key}"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
+    issued = authority.issue_cert("127.0.0.1", "localhost")
+    made = Certificate(ca=folder / "ca.pem", certificate=folder / "cert.pem", key=folder / "key.pem")
+    authority.cert_pem.write_to_path(made.ca)
+    issued.private_key_pem.write_to_path(made.key)
+    issued.cert_chain_pems[0].write_to_path(made.certificate)
+    return made
+
+
+@pytest.fixture(scope="module")
+def secured(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """`latentflow up` with TLS and an API key."""
+    keys = tmp_path_factory.mktemp("keys")
+    (keys / "anna").write_text("key-of-anna\n")
+    with ready("--listen=127.0.0.1:0", f"--api-keys={keys}", *certificate.options) as up:
+        yield up
+
+
+def secured_api(up: Up) -> str:
+    found = re.search(r"^OpenAI API: (https://127\.0\.0\.1:\d+/v1)$", up.printed, re.MULTILINE)
+    assert found is not None, up.printed
+    return found[1]
+
+
+def test_the_printed_command_works_with_tls_once_ca_and_key_are_set(
+    secured: Up, certificate: Certificate, tmp_path: Path
+) -> None:
+    line = secured.printed.splitlines()[-1].removeprefix("Try: ")
+    assert " --api-key KEY --tls-ca CA --target " in line
+    command = line.replace("KEY", "key-of-anna").replace("--tls-ca CA", f"--tls-ca {certificate.ca}") + " --steps 2"
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True, timeout=SECONDS)
+    assert (tmp_path / "out.png").stat().st_size
+
+
+def test_the_client_of_openai_makes_an_image_over_https(secured: Up, certificate: Certificate) -> None:
+    trusted = openai.DefaultHttpxClient(verify=ssl.create_default_context(cafile=str(certificate.ca)))
+    url = secured_api(secured)
+    with openai.OpenAI(base_url=url, api_key="key-of-anna", http_client=trusted, timeout=SECONDS) as client:
+        made = client.images.generate(prompt="a red circle", extra_body={"seed": 3, "steps": 2})
+    assert made.data is not None
+    assert made.data[0].b64_json
+    with (
+        openai.OpenAI(base_url=url, api_key="key-of-anna", max_retries=0) as stranger,
+        pytest.raises(openai.APIConnectionError) as caught,
+    ):
+        stranger.models.list()
+    assert "CERTIFICATE_VERIFY_FAILED" in str(caught.value.__cause__)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed; on Debian: tools/debian")
+def test_curl_lists_the_models_over_https(secured: Up, certificate: Certificate) -> None:
+    options = ["--silent", "--fail", "--cacert", str(certificate.ca), "--header", "Authorization: Bearer key-of-anna"]
+    command = ["curl", *options, f"{secured_api(secured)}/models"]
+    listed = subprocess.run(command, capture_output=True, check=True, timeout=20)
+    assert json.loads(listed.stdout)["data"][0]["id"] == "default/shapes-minimal"
+
+
+def test_a_client_without_tls_is_advised_to_use_it(secured: Up, certificate: Certificate) -> None:
+    target = secured.printed.split()[-1]
+    with (
+        Client(target, api_key="key-of-anna", timeout=20) as plain,
+        pytest.raises(UnavailableError, match="as a gateway with TLS does: pass its CA"),
+    ):
+        plain.workflows()
+    with Client(target, api_key="key-of-anna", timeout=20, tls=Tls(ca=certificate.ca)) as anna:
+        assert anna.workflows() == ["default/shapes-minimal"]
+
+
 def refusal(*arguments: str) -> str:
     """The error at the end of what a start that fails prints. The process ends by itself, without a traceback."""
     up = start(*arguments)
@@ -192,6 +279,27 @@ def test_the_error_for_a_missing_weights_folder_names_it() -> None:
     message = refusal(str(MINIMAL), "--model-root", "/nonexistent", "--listen", "127.0.0.1:0")
     assert "There is no weights folder /nonexistent/shapes" in message
     assert "the model root (--model-root)" in message
+
+
+@pytest.mark.parametrize(
+    ("of_certificate", "of_key", "words"),
+    [
+        ("absent", None, "TLS needs both --tls-cert and --tls-key."),
+        (None, "key", "TLS needs both --tls-cert and --tls-key."),
+        ("absent", "key", "absent cannot be read for TLS: No such file or directory."),
+        ("certificate", "absent", "absent cannot be read for TLS: No such file or directory."),
+        ("certificate", "other", "cannot be used for TLS: KEY_VALUES_MISMATCH."),
+    ],
+)
+def test_tls_files_that_cannot_be_used_are_named_before_a_process_starts(
+    certificate: Certificate, tmp_path: Path, of_certificate: str | None, of_key: str | None, words: str
+) -> None:
+    trustme.CA().issue_cert("127.0.0.1").private_key_pem.write_to_path(tmp_path / "other")
+    files = {"certificate": certificate.certificate, "key": certificate.key}
+    named = {"--tls-cert": of_certificate, "--tls-key": of_key}
+    options = [f"{option}={files.get(name, tmp_path / name)}" for option, name in named.items() if name]
+    # A process would report first that there are no weights.
+    assert words in refusal(str(MINIMAL), "--listen=127.0.0.1:0", "--model-root=/nonexistent", *options)
 
 
 def test_a_file_of_targets_that_cannot_be_written_is_named() -> None:

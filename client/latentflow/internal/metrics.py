@@ -197,6 +197,7 @@ GATEWAY: tuple[Metric, ...] = (
         labels=("model",),
         help="Requests that wait because a model has no ready replica.",
     ),
+    Metric(name="latentflow_gateway_ready", kind="gauge", help="1 when the gateway accepts requests."),
 )
 
 # The scheduler, which the operator and the embedded runtime run.

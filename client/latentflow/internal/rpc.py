@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import ssl
@@ -90,7 +91,7 @@ class Tls:
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """FailedPreconditionError for a file that cannot be used."""
-        self._check()
+        self.check()
         return grpc.ssl_channel_credentials(
             root_certificates=_read(self.ca), private_key=_read(self.key), certificate_chain=_read(self.certificate)
         )
@@ -103,14 +104,17 @@ class Tls:
 
         FailedPreconditionError for a file that cannot be used.
         """
-        self._check()
+        self.check()
         key, certificate, ca = _read(self.key), _read(self.certificate), _read(self.ca)
         if key is None or certificate is None:
             raise ValueError("A TLS server needs both a certificate and a key.")
         return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
 
-    def _check(self) -> None:
-        """gRPC reports a file that it cannot use as an address that it cannot bind, or as a failed handshake."""
+    def check(self) -> None:
+        """FailedPreconditionError for a file that cannot be used.
+
+        gRPC reports it as an address that it cannot bind, or as a failed handshake.
+        """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         files = [path for path in (self.ca, self.certificate, self.key) if path is not None]
         try:
@@ -131,6 +135,31 @@ class Tls:
             ) from None
         except OSError as error:
             raise FailedPreconditionError(f"{error.filename} cannot be read for TLS: {error.strerror}.") from None
+
+    def refusal(self) -> str | None:
+        """Why every client refuses the certificate of this server, such as its expiry; None if its CA decides.
+
+        ValueError without key and certificate. FailedPreconditionError for a file that cannot be used.
+        """
+        self.check()
+        if self.key is None or self.certificate is None:
+            raise ValueError("A TLS server needs both a certificate and a key.")
+        serving, asking = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        serving.load_cert_chain(self.certificate, self.key)
+        # This client trusts the certificate itself, for any name, so that only its dates can be wrong.
+        asking.check_hostname = False
+        asking.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        asking.load_verify_locations(self.certificate)
+        to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        server = serving.wrap_bio(to_server, to_client, server_side=True)
+        client = asking.wrap_bio(to_client, to_server)
+        try:
+            for side in (client, server, client):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+        except ssl.SSLCertVerificationError as error:
+            return error.verify_message
+        return None
 
 
 def channel_options(*, tls: Tls | None, proxied: bool) -> list[tuple[str, int | str]]:

@@ -11,12 +11,14 @@ from collections.abc import Coroutine
 from typing import NoReturn
 
 import grpc.aio
+import structlog
 
 from latentflow.errors import FailedPreconditionError, LatentflowError
 from latentflow.internal import hosts, rpc
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 
+_log = structlog.get_logger()
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # The exit code of a process that cannot serve with its settings: starting it again would change nothing.
 CANNOT_SERVE = 2
@@ -27,6 +29,8 @@ def bind(server: grpc.aio.Server, listen: str, *, tls: rpc.Tls | None) -> str:
 
     FailedPreconditionError, reason PORT_TAKEN, where it cannot be bound.
     """
+    if tls is not None and (refusal := tls.refusal()):
+        _log.warning("clients refuse the TLS certificate", certificate=str(tls.certificate), problem=refusal)
     host, wanted = hosts.split(listen)
     where = hosts.join(host, wanted)
     try:
