@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,96 @@ def test_weights_of_pipelines_of_different_classes_are_reported(tmp_path: Path) 
         (tmp_path / folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
     (found,) = warnings.of(workflow(source={"uri": "large"}), model_root=tmp_path)
     assert "text, pixels of a StableDiffusionPipeline and base of a StableDiffusionXLPipeline" in found
+
+
+@pytest.mark.parametrize(
+    ("file", "warning"),
+    [
+        ("shapes", None),
+        ("shapes/unet/absent.safetensors", "source.uri: {root}/shapes/unet/absent.safetensors does not exist"),
+        ("shape", "source.uri: {root}/shape does not exist; did you mean {root}/shapes?"),
+        ("absent/shapes", "source.uri: this machine has no {root}/absent, so {root}/absent/shapes was not checked; the machine or"),
+    ],
+)
+def test_a_file_source_is_checked_where_this_machine_has_its_folder(
+    tmp_path: Path, file: str, warning: str | None
+) -> None:
+    (tmp_path / "shapes").symlink_to(SHAPES)
+    one = workflow(source={"uri": f"file://{tmp_path}/{file}"})
+    found = warnings.of(one, model_root=None)
+    assert len(found) == (warning is not None)
+    for text in found:
+        assert text.startswith(f"models[base].{warning}".format(root=tmp_path))
+    assert all("file://" not in clause for clause in warnings.unchecked(one, model_root=None))
+
+
+def test_what_a_folder_of_a_file_source_lacks_is_reported(tmp_path: Path) -> None:
+    shutil.copytree(SHAPES, tmp_path / "my shapes")
+    remove(tmp_path / "my shapes/scheduler/scheduler_config.json")
+    (found,) = warnings.of(workflow(source={"uri": f"file://{tmp_path}/my%20shapes"}), model_root=None)
+    assert found.startswith(f"models[base].source: {tmp_path}/my shapes/scheduler/scheduler_config.json is missing")
+
+
+def test_a_file_source_in_a_volume_of_the_pod_is_listed_as_not_checked() -> None:
+    pod = {"volumeMounts": [{"name": "weights", "mountPath": "/absent/weights"}]}
+    one = workflow(source={"uri": "file:///absent/weights/castle"}, pod=pod)
+    assert warnings.of(one, model_root=None) == []
+    assert "whether file:///absent/weights/castle can be read" in warnings.unchecked(one, model_root=None)
+
+
+def test_the_nearest_name_is_suggested_for_a_missing_subfolder() -> None:
+    (found,) = warnings.of(workflow(source={"uri": "shapes", "subfolder": "unnet"}), model_root=MODELS)
+    assert found == f"models[base].source.subfolder: {SHAPES}/unnet does not exist; did you mean {SHAPES}/unet?"
+
+
+def test_a_link_out_of_the_model_root_is_reported_as_servers_refuse_it(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    shutil.copytree(SHAPES, tmp_path / "elsewhere")
+    (tmp_path / "root/shapes").symlink_to(tmp_path / "elsewhere")
+    found = warnings.of(workflow(), model_root=tmp_path / "root")
+    assert len(found) == 3
+    assert f"{tmp_path}/root/shapes is a link to {tmp_path}/elsewhere, outside the model root" in found[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_this_user_may_not_read_is_no_missing_folder(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    (found,) = warnings.of(workflow(source={"uri": f"file://{tmp_path}/closed/castle"}), model_root=None)
+    assert "castle was not checked" in found
+
+
+@pytest.mark.parametrize(
+    ("uri", "warning"),
+    [
+        ("hf://org/repo", None),
+        ("hf://org/SD_1.5-repo.v2", None),
+        ("hf://org/repo/blob.safetensors", None),
+        ("hf://huggingface.co/repo", "huggingface.co is the address of the hub; write hf://ORGANISATION/repo"),
+        ("hf://org/repo.git", "'repo.git' in hf://org/repo.git is no name on a hub"),
+        ("hf://org/a--b", "'a--b' in hf://org/a--b is no name on a hub"),
+        ("hf://org/.repo", "'.repo' in hf://org/.repo is no name on a hub"),
+        (
+            "hf://org/repo/blob/main/a/b.safetensors",
+            "blob/main is part of the address of a web page; write hf://org/repo/a/b.safetensors and revision: main",
+        ),
+        (
+            "hf://org/repo/resolve/v2/b.safetensors",
+            "resolve/v2 is part of the address of a web page; write hf://org/repo/b.safetensors and revision: v2",
+        ),
+    ],
+)
+def test_a_hub_source_that_is_probably_mistyped_is_reported(uri: str, warning: str | None) -> None:
+    found = warnings.of(workflow(source={"uri": uri}), model_root=None)
+    assert [text.startswith(f"models[base].source.uri: {warning}") for text in found] == ([True] if warning else [])
+
+
+@pytest.mark.parametrize("uri", ["shapes/loras/neon/pytorch_lora_weights.safetensors", "hf://org/repo/neon.safetensors"])
+def test_a_lora_store_whose_source_is_a_file_is_reported(uri: str) -> None:
+    (one,) = load_workflows(EXAMPLES / "shapes-minimal.yaml")
+    body = one.model_dump(mode="json", by_alias=True, exclude_none=True)
+    body["spec"]["models"].append({"name": "styles", "role": "LoRAStore", "attachTo": "base", "source": {"uri": uri}})
+    (found,) = warnings.of(DiffusionWorkflow.model_validate(body), model_root=MODELS)
+    assert found == f"models[styles].source.uri: {uri} is a file, and a LoRA store reads a folder; name the folder of the file"
 
 
 def remove(path: Path) -> None:
@@ -170,6 +261,40 @@ def test_component_folders_and_single_files_are_checked(tmp_path: Path) -> None:
     (tmp_path / "all.ckpt").write_bytes(b"x")
     (pickle,) = problems(Role.VAE, tmp_path / "all.ckpt")
     assert "holds a pickle (all.ckpt)" in pickle
+
+
+def test_damaged_files_of_a_lora_store_are_reported(tmp_path: Path) -> None:
+    neon = SHAPES / "loras/neon/pytorch_lora_weights.safetensors"
+    for name in ("good.safetensors", "short.SAFETENSORS", "saved/adapter_model.safetensors", ".hidden.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(neon, tmp_path / name)
+    for name in ("short.SAFETENSORS", ".hidden.safetensors"):
+        truncate(tmp_path / name)
+    pointer(tmp_path / "saved/adapter_model.safetensors")
+    (tmp_path / "notes.txt").write_text("x")
+    saved, short = folders.problems(Role.LORA_STORE, tmp_path, subfolder=None, variant=None)
+    assert saved.startswith(f"{tmp_path}/saved/adapter_model.safetensors is a pointer of Git LFS")
+    assert short.startswith(f"{tmp_path}/short.SAFETENSORS is damaged or incomplete")
+
+
+@pytest.mark.parametrize(
+    ("role", "subfolder", "words"),
+    [
+        (Role.VAE, "unet", "shapes/unet is of the class UNet2DConditionModel, which this role does not serve"),
+        (Role.DENOISER, "vae", "shapes/vae is of the class AutoencoderKL, which this role does not serve"),
+        (Role.CONTROL_NET, "unet", "shapes/unet is of the class UNet2DConditionModel, which this role does not serve"),
+        (Role.TEXT_ENCODER, "unet", "shapes/unet is no text encoder of its pipeline"),
+    ],
+)
+def test_a_subfolder_that_another_role_serves_is_reported(role: Role, subfolder: str, words: str) -> None:
+    (found,) = folders.problems(role, SHAPES, subfolder=subfolder, variant=None)
+    assert words in found
+
+
+def test_a_single_file_has_no_variant_also_where_the_folder_is_named(tmp_path: Path) -> None:
+    shutil.copy(SHAPES / f"vae/{NETWORK}", tmp_path / "all.safetensors")
+    (found,) = folders.problems(Role.VAE, tmp_path, subfolder=None, variant="fp16")
+    assert found == f"{tmp_path}/all.safetensors is a single file and has no variant. Remove source.variant."
 
 
 @given(st.binary(max_size=200))

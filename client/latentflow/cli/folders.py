@@ -5,17 +5,21 @@ A server finds the same problems when it starts, one at a time, and more: whethe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import os
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
 from latentflow.api import Role
-from latentflow.errors import LatentflowError
+from latentflow.errors import FailedPreconditionError, LatentflowError
 from latentflow.internal import weight_files, weight_names
 from latentflow.internal.source_folder import SourceFolder, is_present
 
 # The part of a pipeline that a role serves where its source names no component.
 _NETWORKS = {Role.DENOISER: "unet", Role.CONTROL_NET: "controlnet", Role.VAE: "vae"}
+# Parts of the class names of what a role serves.
+_CLASSES = {Role.DENOISER: ("UNet", "Transformer"), Role.CONTROL_NET: ("ControlNet",), Role.VAE: ("Autoencoder",)}
 
 
 def problems(role: Role, root: Path, *, subfolder: str | None, variant: str | None) -> list[str]:
@@ -26,7 +30,10 @@ def problems(role: Role, root: Path, *, subfolder: str | None, variant: str | No
         subfolder, variant: As in the source.
     """
     found = []
-    for check in _checks(role, _source(root, subfolder, variant)):
+    source = _source(role, root, subfolder, variant)
+    if source.single_file is not None and variant is not None:
+        found.append(f"{source.single_file} is a single file and has no variant. Remove source.variant.")
+    for check in _checks(role, source):
         try:
             check()
         except LatentflowError as error:
@@ -36,8 +43,9 @@ def problems(role: Role, root: Path, *, subfolder: str | None, variant: str | No
     return found
 
 
-def _source(root: Path, subfolder: str | None, variant: str | None) -> SourceFolder:
-    file = root if root.is_file() else None if subfolder else weight_files.only_file(root)
+def _source(role: Role, root: Path, subfolder: str | None, variant: str | None) -> SourceFolder:
+    has_file = subfolder is None and role is not Role.LORA_STORE
+    file = root if root.is_file() else weight_files.only_file(root) if has_file else None
     if file is not None:
         return SourceFolder(pipeline=file.parent, single_file=file)
     return SourceFolder(pipeline=root, component=root / subfolder if subfolder else None, variant=variant)
@@ -46,11 +54,14 @@ def _source(root: Path, subfolder: str | None, variant: str | None) -> SourceFol
 def _checks(role: Role, source: SourceFolder) -> Iterator[Callable[[], object]]:
     if role is Role.LORA_STORE:
         # A store starts without files, and lists those that it cannot use.
+        yield partial(os.listdir, source.alone)
+        for file in _loras(source.alone):
+            yield partial(weight_files.check_size, file)
         return
     if role is Role.TEXT_ENCODER:
         yield from _checks_of_text(source)
         return
-    yield partial(_check_component, source.part(_NETWORKS[role]), source.variant)
+    yield partial(_check_component, source.part(_NETWORKS[role]), source.variant, _CLASSES[role])
     if role is Role.DENOISER and source.single_file is None:
         yield partial(weight_files.config, source.beside("scheduler"), "scheduler_config.json")
 
@@ -60,6 +71,8 @@ def _checks_of_text(source: SourceFolder) -> Iterator[Callable[[], object]]:
         yield partial(_check_component, source.single_file or source.alone, source.variant)
         yield partial(weight_files.check_tokenizer, source.beside("tokenizer"))
         return
+    if source.component is not None:
+        yield partial(_check_encoder, source.component)
     try:
         index = weight_files.config(source.pipeline, "model_index.json")
     except LatentflowError:
@@ -72,7 +85,12 @@ def _checks_of_text(source: SourceFolder) -> Iterator[Callable[[], object]]:
             yield partial(weight_files.check_tokenizer, source.pipeline / name)
 
 
-def _check_component(path: Path, variant: str | None) -> None:
+def _check_component(path: Path, variant: str | None, classes: Collection[str] = ()) -> None:
+    """Raises the error of a component's files.
+
+    Args:
+        classes: Parts of the class names of what the role serves; empty: any class.
+    """
     if path.is_file() and not path.name.endswith(weight_names.SUFFIX):
         raise weight_names.refusal(str(path.parent), [path.name], variant=variant)
     if path.is_file():
@@ -80,4 +98,22 @@ def _check_component(path: Path, variant: str | None) -> None:
         return
     for file in weight_files.of_component(path, variant=variant):
         weight_files.check_size(file)
-    weight_files.config(path)
+    name = weight_files.config(path).get("_class_name")
+    if isinstance(name, str) and classes and not any(word in name for word in classes):
+        raise FailedPreconditionError(f"{path} is of the class {name}, which this role does not serve. Correct the source.")
+
+
+def _loras(folder: Path) -> list[Path]:
+    """The files of a store's folder that are LoRAs by their names, except those of folders with several parts."""
+    named = (weight_names.DIFFUSERS_LORA, weight_names.PEFT_LORA)
+    found: list[Path] = []
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            files = [path / name for name in named] if path.is_dir() else [path]
+            found += [file for file in files if file.is_file() and not path.name.startswith(".")]
+    return [file for file in found if file.suffix.lower() == weight_names.SUFFIX]
+
+
+def _check_encoder(component: Path) -> None:
+    if not component.name.startswith("text_encoder"):
+        raise FailedPreconditionError(f"{component} is no text encoder of its pipeline. Correct the subfolder.")

@@ -1,14 +1,21 @@
-"""What is probably wrong with a workflow that the workflow API accepts: found without a cluster and without loading weights."""
+"""What is probably wrong with a workflow that the workflow API accepts: found without a cluster and without loading weights.
+
+A `file:` source names a folder of the machine or the pod that runs the model's server. Where this machine has it, it is
+checked; where not even the folder around it is here, it is probably in a pod.
+"""
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
-from latentflow.api import DiffusionWorkflow, Model
+from latentflow.api import DiffusionWorkflow, Model, Role
 from latentflow.cli import folders
+from latentflow.internal import source_uri
 
 
 def of(workflow: DiffusionWorkflow, *, model_root: Path | None) -> list[str]:
@@ -17,18 +24,19 @@ def of(workflow: DiffusionWorkflow, *, model_root: Path | None) -> list[str]:
     Args:
         model_root: The folder that contains the relative sources; None: they are not looked for.
     """
-    found = [warning for model in workflow.spec.models for warning in _of_devices(model)]
-    if model_root is not None:
-        found += [warning for model in workflow.spec.models for warning in _of_folders(model, model_root)]
-        found += _of_families(workflow, model_root)
-    return found
+    models = workflow.spec.models
+    found = [warning for model in models for warning in (*_of_devices(model), *_of_uri(model))]
+    found += [warning for model in models for warning in _of_folders(model, model_root)]
+    return [*found, *_of_families(workflow, model_root)]
 
 
 def unchecked(workflow: DiffusionWorkflow, *, model_root: Path | None) -> list[str]:
     """What `of` did not check of a workflow's sources, each one clause. The arguments are those of `of`."""
-    uris = dict.fromkeys(model.source.uri for model in workflow.spec.models if model.source is not None)
-    relative = [uri for uri in uris if _is_relative(uri)]
-    remote = [uri for uri in uris if not _is_relative(uri)]
+    models = [model for model in workflow.spec.models if model.source is not None]
+    uris = dict.fromkeys(model.source.uri for model in models if model.source is not None)
+    relative = [uri for uri in uris if _scheme(uri) == ""]
+    mounted = {model.source.uri for model in models if model.source is not None and _is_in_a_volume(model)}
+    remote = [uri for uri in uris if _scheme(uri) not in ("", "file") or uri in mounted]
     found = []
     if relative and model_root is None:
         found.append(f"whether the model root contains {', '.join(relative)}; --model-root FOLDER checks this")
@@ -54,21 +62,65 @@ def _of_devices(model: Model) -> Iterator[str]:
         )
 
 
-def _of_folders(model: Model, model_root: Path) -> Iterator[str]:
-    folder = _folder(model, model_root)
-    if folder is None or model.source is None:
+def _of_uri(model: Model) -> Iterator[str]:
+    if model.source is None:
         return
-    if not folder.exists():
-        yield f"models[{model.name}].source.uri: {folder} does not exist"
-    elif model.source.subfolder is not None and not (folder / model.source.subfolder).exists():
-        yield f"models[{model.name}].source.subfolder: {folder / model.source.subfolder} does not exist"
+    uri = model.source.uri
+    if model.role is Role.LORA_STORE and source_uri.is_single_file(uri):
+        yield f"models[{model.name}].source.uri: {uri} is a file, and a LoRA store reads a folder; name the folder of the file"
+    if _scheme(uri) == "hf" and (doubt := source_uri.doubt_of_repository(uri)):
+        yield f"models[{model.name}].source.uri: {doubt}"
+
+
+def _of_folders(model: Model, model_root: Path | None) -> Iterator[str]:
+    folder, source = _folder(model, model_root), model.source
+    if folder is None or source is None:
+        return
+    inside = folder / source.subfolder if source.subfolder is not None else folder
+    if not os.path.exists(folder):
+        if not _is_in_a_volume(model):
+            yield f"models[{model.name}].source.uri: {_missing(folder, is_absolute=_scheme(source.uri) == 'file')}"
+    elif not os.path.exists(inside):
+        yield f"models[{model.name}].source.subfolder: {_missing(inside, is_absolute=False)}"
+    elif _scheme(source.uri) == "" and model_root and not folder.resolve().is_relative_to(model_root.resolve()):
+        yield (
+            f"models[{model.name}].source.uri: {folder} is a link to {folder.resolve()}, outside the model root, which servers "
+            "refuse; write file:///…"
+        )
     else:
-        source = model.source
         for problem in folders.problems(model.role, folder, subfolder=source.subfolder, variant=source.variant):
             yield f"models[{model.name}].source: {problem}"
 
 
-def _of_families(workflow: DiffusionWorkflow, model_root: Path) -> Iterator[str]:
+def _missing(path: Path, *, is_absolute: bool) -> str:
+    """What is known of a path that does not exist, as a clause.
+
+    Args:
+        is_absolute: It is that of a `file:` source.
+    """
+    first = next(parent for parent in (path, *path.parents) if os.path.exists(parent.parent))
+    if is_absolute and first != path:
+        return (
+            f"this machine has no {first}, so {path} was not checked; the machine or the pod of the model's server needs it"
+        )
+    try:
+        names = os.listdir(first.parent)
+    except OSError as error:
+        return f"{path} was not checked: {first.parent} cannot be read ({error.strerror})"
+    alike = difflib.get_close_matches(first.name, names, n=1)
+    return f"{path} does not exist" + (f"; did you mean {first.parent / alike[0]}?" if alike else "")
+
+
+def _is_in_a_volume(model: Model) -> bool:
+    """Whether the model's pod mounts a volume in which a `file:` source lies that this machine does not have."""
+    if model.source is None or _scheme(model.source.uri) != "file":
+        return False
+    path = source_uri.file_path(model.source.uri)
+    mounts = [str(mount.get("mountPath", "")) for mount in model.pod.volume_mounts or ()]
+    return not os.path.exists(path) and any(mount and path.is_relative_to(mount) for mount in mounts)
+
+
+def _of_families(workflow: DiffusionWorkflow, model_root: Path | None) -> Iterator[str]:
     classes: dict[str, list[str]] = {}
     for model in workflow.spec.models:
         folder = _folder(model, model_root)
@@ -79,12 +131,18 @@ def _of_families(workflow: DiffusionWorkflow, model_root: Path) -> Iterator[str]
         yield f"models: the weights belong to pipelines of different classes ({parts}), which rarely fit together"
 
 
-def _folder(model: Model, model_root: Path) -> Path | None:
-    return model_root / model.source.uri if model.source is not None and _is_relative(model.source.uri) else None
+def _folder(model: Model, model_root: Path | None) -> Path | None:
+    """The folder or the file of a source on this machine, whether or not it exists; None if it is not looked for."""
+    if model.source is None:
+        return None
+    uri = model.source.uri
+    if _scheme(uri) == "file":
+        return source_uri.file_path(uri)
+    return model_root / uri if _scheme(uri) == "" and model_root is not None else None
 
 
-def _is_relative(uri: str) -> bool:
-    return urlparse(uri).scheme == ""
+def _scheme(uri: str) -> str:
+    return urlparse(uri).scheme
 
 
 def _pipeline_class(folder: Path) -> str | None:

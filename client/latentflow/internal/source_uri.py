@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 # Of a file that holds all weights of a model.
 SINGLE_FILE = ".safetensors"
+_HUBS = ("huggingface.co", "www.huggingface.co", "hf.co")
+# Organisations and repositories of a hub.
+_HUB_NAME = re.compile(r"(?!.*(?:--|\.\.))(?!.*\.git$)\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+# The path in the address of a file's web page: the kind of the page, the revision, the path of the file.
+_PAGE = re.compile(r"(blob|resolve|raw)/([^/]+)/(.+)")
 
 
 def file_path(uri: str) -> Path:
@@ -30,6 +36,24 @@ def repository(uri: str) -> str:
 def path_in_repository(uri: str) -> str:
     """The path of the file in its repository that an `hf:` URI names; empty if it names a repository."""
     return "/".join(uri.removeprefix("hf://").split("/")[2:])
+
+
+def doubt_of_repository(uri: str) -> str | None:
+    """Why an `hf:` URI of the right form is probably mistyped, as a clause; None if nothing shows that."""
+    named, path = repository(uri), path_in_repository(uri)
+    organisation, name = named.split("/")
+    if organisation.lower() in _HUBS:
+        return f"{organisation} is the address of the hub; write hf://ORGANISATION/{name}"
+    for part in (organisation, name):
+        if not _HUB_NAME.fullmatch(part):
+            return (
+                f"{part!r} in {uri} is no name on a hub: names have up to 96 letters, digits, '-', '_' and '.', begin and end "
+                "with none of '-' and '.', have no '--' and no '..', and do not end with .git"
+            )
+    if page := _PAGE.fullmatch(path):
+        kind, revision, file = page.groups()
+        return f"{kind}/{revision} is part of the address of a web page; write hf://{named}/{file} and revision: {revision}"
+    return None
 
 
 def is_single_file(uri: str) -> bool:

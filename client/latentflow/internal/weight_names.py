@@ -14,6 +14,8 @@ from latentflow.reasons import Reason
 # Of diffusers and of transformers.
 STEMS = ("diffusion_pytorch_model", "model")
 SUFFIX = ".safetensors"
+# The files of a LoRA in a folder of its own.
+DIFFUSERS_LORA, PEFT_LORA = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = r"(?:-\d+-of-\d+)?"
 _NAME = re.compile(rf"(?:{'|'.join(STEMS)}){_SHARD}(?:\.([A-Za-z0-9_-]+?))?{_SHARD}\.safetensors")

@@ -12,11 +12,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentflow.internal.weight_names import PICKLES
+from latentflow.internal.weight_names import DIFFUSERS_LORA, PEFT_LORA, PICKLES, SUFFIX
 
-SUFFIX = ".safetensors"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 
 
@@ -89,7 +86,7 @@ def _entry(path: Path, name: str, components: Collection[str]) -> Entry | None:
     if _suffix(name) != SUFFIX:
         return None
     # A store may also be a single folder of PEFT.
-    config = _config(path.parent) if path.name == PEFT_FILE else None
+    config = _config(path.parent) if path.name == PEFT_LORA else None
     file = AdapterFile(weights=path, label=name, config=config)
     return Entry(name=_stem(name), files=(file,), problem=_problem(file))
 
@@ -119,21 +116,21 @@ def _folder_entry(folder: Path, name: str, components: Collection[str]) -> Entry
         return Entry(name=name, problem=_pickle(f"{name}/{pickles[0]}"))
     return Entry(
         name=name,
-        problem=f"The folder {name}/ has neither {DIFFUSERS_FILE} nor {PEFT_FILE}; move its file to {name}{SUFFIX}.",
+        problem=f"The folder {name}/ has neither {DIFFUSERS_LORA} nor {PEFT_LORA}; move its file to {name}{SUFFIX}.",
     )
 
 
 def _files(folder: Path, name: str, inside: list[str], components: Collection[str]) -> Iterator[AdapterFile]:
-    for file in (DIFFUSERS_FILE, PEFT_FILE):
+    for file in (DIFFUSERS_LORA, PEFT_LORA):
         if file in inside:
-            config = _config(folder) if file == PEFT_FILE else None
+            config = _config(folder) if file == PEFT_LORA else None
             yield AdapterFile(weights=folder / file, label=f"{name}/{file}", config=config)
     for component in components:
-        weights = folder / component / PEFT_FILE
+        weights = folder / component / PEFT_LORA
         if component in inside and weights.is_file():
             yield AdapterFile(
                 weights=weights,
-                label=f"{name}/{component}/{PEFT_FILE}",
+                label=f"{name}/{component}/{PEFT_LORA}",
                 config=_config(weights.parent),
                 component=component,
             )
@@ -142,7 +139,7 @@ def _files(folder: Path, name: str, inside: list[str], components: Collection[st
 def _below(folder: Path, inside: list[str]) -> str | None:
     """The first folder in a folder that has an adapter: a checkpoint of a training, or an adapter that PEFT saved by name."""
     return next(
-        (one for one in inside for file in (DIFFUSERS_FILE, PEFT_FILE) if (folder / one / file).is_file()), None
+        (one for one in inside for file in (DIFFUSERS_LORA, PEFT_LORA) if (folder / one / file).is_file()), None
     )
 
 
