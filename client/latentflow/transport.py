@@ -295,7 +295,13 @@ def _advice(problem: str, *, has_tls: bool) -> str:
             "The certificate of the gateway is not valid for this client. Pass the CA that has signed it, as "
             "Client(tls=Tls(ca=…)) or --tls-ca, and a target whose host the certificate contains."
         )
-    if "Socket closed" in problem and not has_tls:
+    # Not that of a call that a server has ended.
+    if "failed to connect" in problem and "Socket closed" in problem:
+        if has_tls:
+            return (
+                "The server closed the connection at once, as a gateway that requires client certificates does: pass yours, as "
+                "Client(tls=Tls(certificate=…, key=…))."
+            )
         return (
             "The server closed the connection at once, as a gateway with TLS does: pass its CA, as Client(tls=Tls(ca=…)) or "
             "--tls-ca."

@@ -239,7 +239,9 @@ class Supervisor:
     async def _watch_readiness(self, one: Supervised) -> None:
         """Waits until the process accepts requests and records that."""
         # Not by a call: a gateway with TLS may have a certificate that is not valid for its address.
-        while not await scraping.read(one.spec.metrics, scraping.is_ready):
+        while True:
+            if await scraping.read(one.spec.metrics, scraping.is_ready):
+                break
             await asyncio.sleep(_CHECK_SECONDS)
         one.ready_seconds = time.monotonic() - one.started
         if not one.removed.is_set():

@@ -86,7 +86,10 @@ def test_weights_of_pipelines_of_different_classes_are_reported(tmp_path: Path) 
         ("shapes", None),
         ("shapes/unet/absent.safetensors", "source.uri: {root}/shapes/unet/absent.safetensors does not exist"),
         ("shape", "source.uri: {root}/shape does not exist; did you mean {root}/shapes?"),
-        ("absent/shapes", "source.uri: this machine has no {root}/absent, so {root}/absent/shapes was not checked; the machine or"),
+        (
+            "absent/shapes",
+            "source.uri: this machine has no {root}/absent, so {root}/absent/shapes was not checked; the machine or",
+        ),
     ],
 )
 def test_a_file_source_is_checked_where_this_machine_has_its_folder(
@@ -161,13 +164,18 @@ def test_a_hub_source_that_is_probably_mistyped_is_reported(uri: str, warning: s
     assert [text.startswith(f"models[base].source.uri: {warning}") for text in found] == ([True] if warning else [])
 
 
-@pytest.mark.parametrize("uri", ["shapes/loras/neon/pytorch_lora_weights.safetensors", "hf://org/repo/neon.safetensors"])
+@pytest.mark.parametrize(
+    "uri", ["shapes/loras/neon/pytorch_lora_weights.safetensors", "hf://org/repo/neon.safetensors"]
+)
 def test_a_lora_store_whose_source_is_a_file_is_reported(uri: str) -> None:
     (one,) = load_workflows(EXAMPLES / "shapes-minimal.yaml")
     body = one.model_dump(mode="json", by_alias=True, exclude_none=True)
     body["spec"]["models"].append({"name": "styles", "role": "LoRAStore", "attachTo": "base", "source": {"uri": uri}})
     (found,) = warnings.of(DiffusionWorkflow.model_validate(body), model_root=MODELS)
-    assert found == f"models[styles].source.uri: {uri} is a file, and a LoRA store reads a folder; name the folder of the file"
+    assert (
+        found
+        == f"models[styles].source.uri: {uri} is a file, and a LoRA store reads a folder; name the folder of the file"
+    )
 
 
 def remove(path: Path) -> None:
@@ -188,6 +196,14 @@ def pointer(path: Path) -> None:
 
 def web_page(path: Path) -> None:
     path.write_text("<!DOCTYPE html><html></html>")
+
+
+def refusal_of_a_hub(path: Path) -> None:
+    path.write_text('{"error": "Unauthorized"}')
+
+
+def renamed_pickle(path: Path) -> None:
+    path.write_bytes(b"PK\x03\x04" + bytes(60))
 
 
 def pickled(path: Path) -> None:
@@ -217,6 +233,8 @@ NETWORK = "diffusion_pytorch_model.safetensors"
         (f"vae/{NETWORK}", lengthen, "pixels", "{file} is damaged or incomplete (its header describes "),
         (f"unet/{NETWORK}", pointer, "base", "{file} is a pointer of Git LFS instead of the weights"),
         (f"unet/{NETWORK}", web_page, "base", "{file} is a web page instead of the weights"),
+        (f"unet/{NETWORK}", refusal_of_a_hub, "base", "{file} is JSON text instead of the weights"),
+        (f"unet/{NETWORK}", renamed_pickle, "base", "{file} is a pickle or a ZIP archive by its content"),
         (f"unet/{NETWORK}", pickled, "base", "holds a pickle (diffusion_pytorch_model.bin)"),
         (f"unet/{NETWORK}", half, "base", "Set source.variant: fp16"),
         (f"unet/{NETWORK}", shards, "base", "diffusion_pytorch_model-00001-of-00001.safetensors, which"),

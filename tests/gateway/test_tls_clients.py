@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from latentflow_gateway.server import Gateway
 from support.serving import without_servers
 
 NOT_VALID = "The certificate of the gateway is not valid for this client. Pass the CA that has signed it, as Client"
+MUTUAL = "mutual"
 HTTP = "That port speaks HTTP/1.1; pass the address of gRPC"
 
 
@@ -45,15 +47,17 @@ def grpc(gateway: Gateway) -> str:
         ("127.0.0.1", "other", grpc, NOT_VALID),
         ("castle.example", "own", grpc, NOT_VALID),
         ("127.0.0.1", "own", http, HTTP),
+        (MUTUAL, "own", grpc, "as a gateway that requires client certificates does: pass yours"),
         (None, "own", grpc, "That port serves without TLS; leave out Client(tls=…) and --tls-ca"),
     ],
 )
 async def test_a_client_whose_tls_does_not_fit_reports_what_to_change(
     tmp_path: Path, host: str | None, ca: str | None, address: Callable[[Gateway], str], words: str
 ) -> None:
-    """Host: of the certificate, or None for a gateway without TLS."""
-    files = {name: written(tmp_path / name, host=host or "127.0.0.1") for name in ("own", "other")}
-    server = Tls(certificate=files["own"].certificate, key=files["own"].key) if host else None
+    """Host: that of the certificate, MUTUAL for a gateway that requires client certificates, None for one without TLS."""
+    name = "127.0.0.1" if host in (None, MUTUAL) else str(host)
+    files = {folder: written(tmp_path / folder, host=name) for folder in ("own", "other")}
+    server = replace(files["own"], ca=files["own"].ca if host == MUTUAL else None) if host else None
     tls = Tls(ca=files[ca].ca) if ca else None
     once = Retries(attempts=1)
     async with without_servers(tmp_path, tls=server) as gateway:

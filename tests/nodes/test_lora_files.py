@@ -94,12 +94,17 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha_or_its_rank(tmp_path: Path
         ({"model.diffusion_model.out.2.weight": torch.ones(1)}, "a checkpoint of a whole model"),
         ({"control_model.input_blocks.0.0.weight": torch.ones(1)}, "a ControlNet"),
         ({"ip_adapter.1.to_k_ip.weight": torch.ones(1)}, "an IP-Adapter"),
+        ({"<cat-toy>": torch.ones(1, 768)}, "a textual-inversion embedding"),
+        (kohya("down_blocks.0.motion_modules.0.temporal_transformer.proj_in"), "a LoRA of motion modules, which make"),
+        ({"lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight": torch.ones(2, 8)}, "a ControlNet-LLLite"),
     ],
 )
 def test_a_file_of_another_method_is_refused_by_its_name(tmp_path: Path, extra: Tensors, kind: str) -> None:
     path = tmp_path / "a.safetensors"
     save(path, kohya() | extra)
-    assert f" is or contains {kind} (key {next(iter(extra))})" in refusal(path)
+    message = refusal(path)
+    assert f" is or contains {kind}" in message
+    assert f"(key {next(iter(extra))})" in message
 
 
 @pytest.mark.parametrize(
@@ -141,6 +146,15 @@ def test_a_file_of_another_method_is_refused_by_its_name(tmp_path: Path, extra: 
         (tensors(DOTTED, a="lora_A.default", b="lora_B.default"), f"such as {DOTTED}.lora_A.default.weight"),
         (tensors("mid_block.attentions.0.proj_in"), "its pipeline, or put unet. before each key."),
         (tensors("text_model.encoder.layers.0.mlp.fc1"), "its pipeline, or put text_encoder. before each key."),
+        ({"conv_in.weight": torch.ones(8, 4, 3, 3)}, "has whole weights of a unet, such as conv_in.weight, and not"),
+        (
+            {"text_model.final_layer_norm.weight": torch.ones(8)},
+            "has whole weights of a text_encoder, such as text_model",
+        ),
+        (
+            kohya() | {"mid_block.resnets.0.norm1.weight": torch.ones(8)},
+            "has whole weights of a unet, such as mid_block",
+        ),
         (tensors("transformer.blocks.0.proj"), "keys that begin with one of unet., lora_unet_, text_encoder."),
         (tensors(f"unet.{PEFT}"), "its adapter_config.json, which has the alpha, is not beside it"),
         (kohya() | kohya("diffusion_model_x"), "such as diffusion_model_x.lora_down.weight"),
@@ -155,7 +169,7 @@ def test_a_file_with_a_key_of_no_use_is_refused(tmp_path: Path, state: Tensors, 
     assert message in refusal(path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_values_of_a_type_that_no_model_runs_in_are_read_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     path = tmp_path / "a.safetensors"
     save(path, {key: tensor.to(dtype) for key, tensor in tensors(DOTTED).items()})

@@ -177,6 +177,13 @@ def _peft(pack: Pack) -> None:
         adapted.unload()
 
 
+def _text_alone(pack: Pack) -> None:
+    state: Tensors = {}
+    for component, prefix in list(KOHYA[pack.family].items())[1:]:
+        state |= adapters.kohya(prefix, pack.published(component, *TEXT), 4.0)
+    adapters.save(pack.loras / "text-alone.safetensors", state)
+
+
 WRITERS: list[Callable[[Pack], None]] = [
     _kohya_lora,
     _kohya_locon,
@@ -185,6 +192,7 @@ WRITERS: list[Callable[[Pack], None]] = [
     _diffusers,
     _diffusers_with_config,
     _peft,
+    _text_alone,
 ]
 NAMES = [
     "kohya-lora",
@@ -225,6 +233,25 @@ async def test_a_lora_of_each_format_equals_diffusers(
     assert (expected - plain).abs().max().item() > 100 * LATENTS
     request = Request(
         side=REQUEST.side, steps=REQUEST.steps, guidance_scale=REQUEST.guidance_scale, loras=[(name, 1.0)]
+    )
+    latents, _ = await stack.generate(request)
+    assert (latents - expected).abs().max().item() <= LATENTS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_lora_of_the_text_encoders_alone_equals_diffusers(
+    packs: dict[str, Pack], stacks: dict[str, Stack], family: str
+) -> None:
+    pack, stack = packs[family], stacks[family]
+    encoders = set(COMPONENTS[family]) - {"unet"}
+    described = {one.name: one for one in (await stack.describe("styles")).lora_store.adapters}
+    assert set(described["text-alone"].components) == encoders
+    plain = pack.latents()
+    with pack.with_lora("text-alone"):
+        expected = pack.latents()
+    assert (expected - plain).abs().max().item() > 100 * LATENTS
+    request = Request(
+        side=REQUEST.side, steps=REQUEST.steps, guidance_scale=REQUEST.guidance_scale, loras=[("text-alone", 1.0)]
     )
     latents, _ = await stack.generate(request)
     assert (latents - expected).abs().max().item() <= LATENTS

@@ -118,6 +118,7 @@ def test_the_layers_of_text_encoders_have_their_names_of_all_releases(cls: type[
         ("SDXL", "lora_unet_down_blocks_1_resnets_0_time_emb_proj.lora_down.weight", "down_blocks.1.resnets.0"),
         ("SDXL", "lora_unet_input_blocks_3_0_op.alpha", "down_blocks.0.downsamplers.0.conv"),
         ("SDXL", "lora_unet_input_blocks_0_0.lora_down.weight", "conv_in"),
+        ("SDXL", "unet.out.2.lora_down.weight", "conv_out"),
         ("SDXL", "lora_unet_label_emb_0_2.lora_down.weight", "add_embedding.linear_2"),
         (
             "SD 1.5",
@@ -136,6 +137,30 @@ def test_a_key_of_a_published_file_means_its_layer(model: str, key: str, layer: 
     (parsed,) = keys.parse([key], file="a", parts=families.adapter_parts()).values()
     assert parsed.component == "unet"
     assert layer_names.of_unet(unet(model))[parsed.layer.replace(".", "_")].startswith(layer)
+
+
+@pytest.mark.parametrize(
+    ("key", "component", "layer"),
+    [
+        # As OneTrainer writes them in its own format and in kohya's, and kohya's scripts.
+        ("clip_l.text_model.encoder.layers.1.mlp.fc1.lora_down.weight", "text_encoder", "encoder.layers.1.mlp.fc1"),
+        ("clip_g.text_model.encoder.layers.1.mlp.fc1.alpha", "text_encoder_2", "encoder.layers.1.mlp.fc1"),
+        ("clip_g.text_projection.lora_up.weight", "text_encoder_2", "text_projection"),
+        ("lora_te2_text_projection.lora_up.weight", "text_encoder_2", "text_projection"),
+        (
+            "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.alpha",
+            "text_encoder",
+            "encoder.layers.0.self_attn.q_proj",
+        ),
+    ],
+)
+def test_a_key_of_a_text_encoder_means_its_layer(key: str, component: str, layer: str) -> None:
+    cls = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}[component]
+    with torch.device("meta"):
+        encoder = cls(CLIPTextConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=2))
+    (parsed,) = keys.parse([key], file="a", parts=families.adapter_parts()).values()
+    assert parsed.component == component
+    assert layer_names.of_clip(encoder)[parsed.layer.replace(".", "_")].endswith(layer)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,11 @@ def _truncated(path: Path) -> None:
     (path / "odd.safetensors").write_bytes((path / "odd.safetensors").read_bytes()[:-10])
 
 
+def _lengthened(path: Path) -> None:
+    write(path / "odd.safetensors")
+    (path / "odd.safetensors").write_bytes((path / "odd.safetensors").read_bytes() + b"0")
+
+
 def _pipe(path: Path) -> None:
     os.mkfifo(path / "odd.safetensors")
 
@@ -147,6 +152,21 @@ def _other_name(path: Path) -> None:
             ),
             "odd.safetensors is a pointer of Git LFS instead of the weights; run `git lfs pull`",
         ),
+        (
+            lambda path: (path / "odd.safetensors").write_text(
+                '{"error":"Unauthorized","message":"Log in to download it"}'
+            ),
+            "odd.safetensors is JSON text instead of the weights, as a hub answers without a login",
+        ),
+        (
+            lambda path: torch.save({"a": torch.ones(2)}, path / "odd.safetensors"),
+            "odd.safetensors is a pickle or a ZIP archive by its content; convert it",
+        ),
+        (
+            lambda path: torch.save({"a": 1}, path / "odd.safetensors", _use_new_zipfile_serialization=False),
+            "odd.safetensors is a pickle or a ZIP archive by its content; convert it",
+        ),
+        (_lengthened, "odd.safetensors is damaged or incomplete"),
         (lambda path: (path / "odd.safetensors").symlink_to("nowhere"), "odd.safetensors cannot be read: No such file"),
         (
             lambda path: (path / "odd.safetensors").symlink_to("odd.safetensors"),

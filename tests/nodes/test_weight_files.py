@@ -353,6 +353,24 @@ async def test_an_inpainting_denoiser_is_refused_before_it_is_loaded(pack: Path)
     assert "unet is an inpainting network, which takes a mask and a masked image (9 input channels" in error.message
 
 
+@pytest.mark.parametrize(("role", "part"), [("Denoiser", "unet"), ("VAE", "vae"), ("TextEncoder", "text_encoder")])
+async def test_quantised_weights_are_refused_by_their_method(pack: Path, role: str, part: str) -> None:
+    config = pack / part / "config.json"
+    method = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | method))
+    error = await refused(pack.parent, role)
+    assert error.reason == Reason.UNSUPPORTED_FAMILY
+    assert f"The weights in {pack / part} are quantised (bitsandbytes)" in error.message
+
+
+async def test_weights_without_a_format_in_their_header_load_as_in_diffusers(pack: Path) -> None:
+    for file in pack.glob("*/*.safetensors"):
+        save_file(load_file(file), file)
+    async with started(pack.parent, "m") as stack:
+        _, image = await stack.generate(Request())
+    assert image.tobytes() == reference(SHAPES, Request())[1].tobytes()
+
+
 # file: URIs
 
 

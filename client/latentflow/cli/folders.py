@@ -100,7 +100,9 @@ def _check_component(path: Path, variant: str | None, classes: Collection[str] =
         weight_files.check_size(file)
     name = weight_files.config(path).get("_class_name")
     if isinstance(name, str) and classes and not any(word in name for word in classes):
-        raise FailedPreconditionError(f"{path} is of the class {name}, which this role does not serve. Correct the source.")
+        raise FailedPreconditionError(
+            f"{path} is of the class {name}, which this role does not serve. Correct the source."
+        )
 
 
 def _loras(folder: Path) -> list[Path]:

@@ -100,9 +100,7 @@ def _missing(path: Path, *, is_absolute: bool) -> str:
     """
     first = next(parent for parent in (path, *path.parents) if os.path.exists(parent.parent))
     if is_absolute and first != path:
-        return (
-            f"this machine has no {first}, so {path} was not checked; the machine or the pod of the model's server needs it"
-        )
+        return f"this machine has no {first}, so {path} was not checked; the machine or the pod of the model's server needs it"
     try:
         names = os.listdir(first.parent)
     except OSError as error:

@@ -133,8 +133,14 @@ def damage(path: Path, error: object) -> str:
     with contextlib.suppress(OSError), path.open("rb") as opened:
         size = os.fstat(opened.fileno()).st_size
         start = opened.read(64).lstrip().lower()
+        # The length of the header, with which a safetensors file starts, ends with zeros.
+        is_text = b"\0" not in start
         if start.startswith(b"version https://git-lfs"):
             return "is a pointer of Git LFS instead of the weights; run `git lfs pull` where it comes from, or download the file"
         if start.startswith((b"<!doctype", b"<html", b"<?xml")):
             return "is a web page instead of the weights; download the file itself"
+        if is_text and start.startswith(b"{"):
+            return "is JSON text instead of the weights, as a hub answers without a login; open it, and download the file itself"
+        if start.startswith((b"pk\x03\x04", b"\x80\x02")):
+            return "is a pickle or a ZIP archive by its content; convert it to safetensors, or unpack it"
     return f"is damaged or incomplete ({error}; {size} bytes); fetch it again"

@@ -60,7 +60,9 @@ _OTHERS = (
     (r"\.lora_embedding_[AB]", "a LoRA of an embedding"),
     (r"\.(lora_[AB]|lora_down|lora_up)\.bias$", "a LoRA with biases"),
     (r"\.diff(_b)?$|\.[wb]_norm$", "a full difference of weights"),
-    (r"emb_params|string_to_param|bundle_emb|^clip_[lg]$", "a textual-inversion embedding"),
+    (r"emb_params|string_to_param|bundle_emb|^clip_[lg]$|^<.*>$", "a textual-inversion embedding"),
+    (r"\bmotion_modules\.", "a LoRA of motion modules, which make videos (AnimateDiff)"),
+    (r"^lllite_", "a ControlNet-LLLite"),
     (r"^lora_controlnet$", "a Control-LoRA"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter"),
     (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", "a checkpoint of a whole model"),
@@ -92,7 +94,13 @@ def parse(
     parsed = {key: _parse(key, parts, component) for key in keys}
     unused = [key for key, value in parsed.items() if value is None]
     for part in parts:
-        if bare := [key for key in unused if key.split(".")[0] in part.roots]:
+        bare = [key for key in unused if key.split(".")[0] in part.roots]
+        if bare and not any(suffix.search(bare[0]) for suffix in _SUFFIXES.values()):
+            raise unusable(
+                f"{file} has whole weights of a {part.component}, such as {bare[0]}, and not only those of a LoRA; use a LoRA, or "
+                "serve the weights as a model of the workflow."
+            )
+        if bare:
             raise unusable(
                 f"{file} has keys that do not name their component, such as {bare[0]}; save it with the save_lora_weights of "
                 f"its pipeline, or put {part.prefixes[0]} before each key."

@@ -32,7 +32,7 @@ from latentflow_nodes.weights import files
 
 _WARM_UP_SIDE = 16
 _TEXT_CLASSES = {"CLIPTextModel", "CLIPTextModelWithProjection"}
-# diffusers' prefix comes first, kohya's after it.
+# diffusers' prefix comes first, then kohya's and OneTrainer's.
 _UNET_PART = AdapterPart(
     component="unet",
     prefixes=("unet.", "lora_unet_"),
@@ -42,13 +42,13 @@ _UNET_PART = AdapterPart(
 _TEXT_PARTS = {
     "text_encoder": AdapterPart(
         component="text_encoder",
-        prefixes=("text_encoder.", "lora_te_", "lora_te1_"),
+        prefixes=("text_encoder.", "lora_te_", "lora_te1_", "clip_l."),
         model_class="CLIPTextModel",
         roots=("text_model", "encoder"),
     ),
     "text_encoder_2": AdapterPart(
         component="text_encoder_2",
-        prefixes=("text_encoder_2.", "lora_te2_"),
+        prefixes=("text_encoder_2.", "lora_te2_", "clip_g."),
         model_class="CLIPTextModelWithProjection",
         roots=("text_projection",),
     ),
@@ -288,6 +288,13 @@ def _network(
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
+    if (quantisation := weight_files.config(folder).get("quantization_config")) is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise FailedPreconditionError(
+            f"The weights in {folder} are quantised ({method or 'by an unknown method'}), which this version does not serve. Use "
+            "the weights in float16, bfloat16 or float32.",
+            reason=Reason.UNSUPPORTED_FAMILY,
+        )
     # With `ignore_mismatched_sizes` the report names them all; without it the loader's error names the first.
     module, report = cls.from_pretrained(
         folder,
