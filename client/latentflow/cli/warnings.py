@@ -1,7 +1,7 @@
 """What is probably wrong with a workflow that the workflow API accepts: found without a cluster and without loading weights.
 
 A `file:` source names a folder of the machine or the pod that runs the model's server. Where this machine has it, it is
-checked; where not even the folder around it is here, it is probably in a pod.
+checked; where this machine lacks the folder around it too, it is probably in a pod.
 """
 
 from __future__ import annotations

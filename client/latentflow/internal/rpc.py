@@ -144,15 +144,15 @@ class Tls:
         self.check()
         if self.key is None or self.certificate is None:
             raise ValueError("A TLS server needs both a certificate and a key.")
-        serving, asking = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        serving.load_cert_chain(self.certificate, self.key)
+        of_server, of_client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        of_server.load_cert_chain(self.certificate, self.key)
         # This client trusts the certificate itself, for any name, so that only its dates can be wrong.
-        asking.check_hostname = False
-        asking.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        asking.load_verify_locations(self.certificate)
+        of_client.check_hostname = False
+        of_client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        of_client.load_verify_locations(self.certificate)
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-        server = serving.wrap_bio(to_server, to_client, server_side=True)
-        client = asking.wrap_bio(to_client, to_server)
+        server = of_server.wrap_bio(to_server, to_client, server_side=True)
+        client = of_client.wrap_bio(to_client, to_server)
         try:
             for side in (client, server, client):
                 with contextlib.suppress(ssl.SSLWantReadError):
