@@ -62,11 +62,8 @@ async def test_a_server_with_a_broken_certificate_does_not_report_a_taken_port(f
 
 def dated(folder: Path, *, begins: int, ends: int) -> Tls:
     """The files of a server whose certificate is valid between two days, counted from today."""
-    now = datetime.datetime.now(datetime.UTC)
-    days = {"not_before": begins, "not_after": ends}
-    certificate = trustme.CA().issue_cert(
-        "127.0.0.1", **{name: now + datetime.timedelta(days=day) for name, day in days.items()}
-    )
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    certificate = trustme.CA().issue_cert("127.0.0.1", not_before=now + begins * day, not_after=now + ends * day)
     certificate.private_key_pem.write_to_path(folder / "key.pem")
     certificate.cert_chain_pems[0].write_to_path(folder / "cert.pem")
     return Tls(certificate=folder / "cert.pem", key=folder / "key.pem")
