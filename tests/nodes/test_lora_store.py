@@ -187,7 +187,11 @@ def _other_name(path: Path) -> None:
         (_checkpoints, "The folder odd/ has no LoRA, but odd/checkpoint-500/ has one; move checkpoint-500/ into"),
         (lambda path: (path / "odd.PT").write_bytes(b"x"), "odd.PT is a pickle"),
         (_several, "The folder odd/ has several LoRAs"),
-        (_other_name, "The folder odd/ has neither"),
+        (
+            _other_name,
+            "The folder odd/ has neither pytorch_lora_weights.safetensors nor adapter_model.safetensors; move "
+            "odd-v2.safetensors into the folder of the store, or make odd/ the source of the store.",
+        ),
         (lambda path: (path / "odd.pt").write_bytes(b"x"), "odd.pt is a pickle"),
         (lambda path: (path / "odd.ckpt").write_bytes(b"x"), "odd.ckpt is a pickle"),
     ],

@@ -114,9 +114,11 @@ def _folder_entry(folder: Path, name: str, components: Collection[str]) -> Entry
     pickles = [file for file in weights if _suffix(file) != SUFFIX]
     if pickles:
         return Entry(name=name, problem=_pickle(f"{name}/{pickles[0]}"))
+    file = weights[0] if weights else "its file"
     return Entry(
         name=name,
-        problem=f"The folder {name}/ has neither {DIFFUSERS_LORA} nor {PEFT_LORA}; move its file to {name}{SUFFIX}.",
+        problem=f"The folder {name}/ has neither {DIFFUSERS_LORA} nor {PEFT_LORA}; move {file} into the folder of the "
+        f"store, or make {name}/ the source of the store.",
     )
 
 

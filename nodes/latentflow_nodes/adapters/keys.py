@@ -124,7 +124,7 @@ def _useless(unused: Sequence[str], parts: Sequence[AdapterPart], component: str
     prefixes = ", ".join(prefix for part in parts for prefix in part.prefixes)
     return (
         f"has keys of no component that a LoRA can change, such as {unused[0]}. Layers have keys that begin with one of "
-        f"{prefixes}. Remove these keys, or use a LoRA for the workflow's base model"
+        f"{prefixes}; remove these keys, or use a LoRA for the workflow's base model"
     )
 
 
