@@ -165,7 +165,10 @@ def test_the_failure_of_a_colocated_model_s_container_is_reported_on_that_model_
     for about in ("Ready", "WeightsAvailable", "Degraded"):
         assert condition(shown, about)["reason"] == "CannotLoad"
         assert condition(shown, about)["message"].startswith("Model 'edges'")
-    models = namespace.list("DiffusionModel")
+    # Each object's status is a write of its own.
+    models = namespace.until(
+        "DiffusionModel", lambda found: all(condition(body, "Degraded") for body in found.values())
+    )
     degraded = {name for name, body in models.items() if condition(body, "Degraded")["status"] == "True"}
     assert degraded == {names["edges"]}
 

@@ -66,7 +66,7 @@ def test_a_container_failure_is_reported_on_the_workflow_with_its_reason(
     for about in ("Ready", "Degraded"):
         assert condition(shown, about)["reason"] == reason
         assert words in condition(shown, about)["message"]
-    assert words in condition(namespace.get("DiffusionModel", model) or {}, "Ready")["message"]
+    namespace.until("DiffusionModel", lambda found: words in condition(found[model], "Ready").get("message", ""))
 
 
 @pytest.mark.parametrize(

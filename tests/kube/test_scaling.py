@@ -186,7 +186,10 @@ def test_without_prometheus_replicas_stay_and_missing_signals_are_reported_once(
     scaled.prometheus.program.start()
     scaled.until(1)
     scaled.namespace.until("DiffusionWorkflow", lambda found: _degraded(*found.values()) == "AsExpected")
-    reasons = [event["reason"] for event in scaled.namespace.list("Event").values()]
+    events = scaled.namespace.until(
+        "Event", lambda found: any(event["reason"] == "SignalsRestored" for event in found.values())
+    )
+    reasons = [event["reason"] for event in events.values()]
     assert reasons.count("SignalsMissing") == reasons.count("SignalsRestored") == 1
 
 

@@ -81,7 +81,7 @@ def test_a_branch_is_pinned_once_and_every_pod_gets_the_recorded_commit(
     name = denoiser(namespace)["metadata"]["name"]
     deployment = namespace.until("Deployment", lambda found: name in found)[name]
     assert f"--revision={commit}" in arguments(deployment)
-    model = namespace.get("DiffusionModel", name) or {}
+    model = namespace.until("DiffusionModel", lambda found: "source" in found[name].get("status", {}))[name]
     assert model["status"]["source"] == {"uri": "hf://org/shapes", "revision": commit}
     assert model["spec"]["source"]["revision"] == "main"
     serve(namespace, namespace.until("DiffusionModel", lambda found: len(found) == 4).keys())
@@ -195,7 +195,9 @@ def test_download_progress_is_reported_on_the_workflow_without_a_warning(
         "DiffusionWorkflow", lambda found: words in condition(found["shapes"], "WeightsAvailable").get("message", "")
     )["shapes"]
     assert {condition(shown, about)["reason"] for about in ("Ready", "WeightsAvailable")} == {"Downloading"}
-    model = namespace.get("DiffusionModel", name) or {}
+    model = namespace.until(
+        "DiffusionModel", lambda found: condition(found[name], "Progressing").get("reason") == "Downloading"
+    )[name]
     assert (condition(model, "Progressing")["reason"], condition(model, "Progressing")["message"]) == (
         "Downloading",
         words,
