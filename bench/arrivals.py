@@ -2,21 +2,25 @@
 
 Requests arrive as a Poisson process, at 80 % of the rate that the engine sustains with static batches: batches that start
 with all queued requests, and that no request joins before the last one of them ends. The same engine serves the same arrivals
-with static batches and with its own, in turns. One step loop in this process, without servers. Needs an idle machine. The
-last line is JSON.
+with static batches and with its own, in turns. The ideal of both is computed from the passes alone, as they were measured in
+that round. The mid-size model, of which a pass of several requests takes as long as several passes, serves arrivals at 80 % of
+its rate too: with as many requests in a pass as its profile allows, and with all of them. One step loop in this process, without
+servers. Needs an idle machine. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import ranges
 import torch
@@ -30,12 +34,14 @@ from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.engine import Engine
 from latentflow_nodes.engine.load import Load
+from latentflow_nodes.engine.profile import Profile
 from latentflow_nodes.engine.runner import EagerRunner
 from latentflow_nodes.engine.sample import Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
 from latentflow_nodes.settings import usable_cores
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 import models
 from models import MODELS, BenchModel
@@ -43,6 +49,8 @@ from models import MODELS, BenchModel
 CONCURRENT = 8
 LOAD = 0.8
 OVERHEAD_STEPS = 5
+MID_STEPS = 5
+MEASURED_PASSES = 4
 GUIDANCE = 5.0
 TOKENS = 77
 CPU = torch.device("cpu")
@@ -54,6 +62,21 @@ class StaticEngine(Engine):
 
     def _can_admit(self) -> bool:
         return super()._can_admit() and not any(sample.first_step_ns for sample in self._running.values())
+
+
+class SharingEngine(Engine):
+    """The same engine without a profile: all running requests of one size share each pass."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._profile = NoProfile()
+
+
+class NoProfile(Profile):
+    """Knows no durations."""
+
+    def seconds(self, height: int, width: int) -> Mapping[int, float]:
+        return {}
 
 
 @dataclass(kw_only=True)
@@ -90,8 +113,9 @@ class Arrivals:
 class Steps:
     """A denoiser's network, for which engines and samples are made."""
 
-    def __init__(self, model: BenchModel, network: UNet2DConditionModel, *, threads: int) -> None:
+    def __init__(self, model: BenchModel, network: UNet2DConditionModel, *, threads: int, steps: int) -> None:
         self._model = model
+        self._requested = steps
         self._network = network.eval()
         self._threads = threads
         self._family = families.of_pipeline(models.SHAPES)
@@ -137,11 +161,26 @@ class Steps:
             for key, gap in enumerate(gaps):
                 due += gap
                 time.sleep(max(0.0, due - time.perf_counter()))
-                engine.submit(self.sample(key, arrivals, steps=self._model.steps))
+                engine.submit(self.sample(key, arrivals, steps=self._requested))
             arrivals.wait(len(gaps))
         finally:
             engine.stop()
         return arrivals.seconds
+
+    def pass_seconds(self, most: int = CONCURRENT) -> list[float]:
+        """Seconds of a pass of 1, 2, ... up to `most` requests."""
+        side = self._model.side // 8
+        return [self._seconds(2 * count, side) for count in range(1, most + 1)]
+
+    @torch.inference_mode()
+    def _seconds(self, rows: int, side: int) -> float:
+        inputs = torch.randn(rows, 4, side, side), torch.ones(rows), self._embeds[:1].expand(rows, -1, -1)
+        times = []
+        for _ in range(1 + MEASURED_PASSES):
+            started = time.perf_counter()
+            self._network(*inputs, return_dict=False)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
 
     def batch_seconds(self) -> float:
         """Seconds of a static batch of the most requests."""
@@ -164,6 +203,36 @@ class Steps:
         return (wall - forward) / forward
 
 
+def ideal(gaps: Sequence[float], *, passes: Sequence[float], steps: int, static: bool) -> list[float]:
+    """Seconds of requests in an engine in which only passes take time.
+
+    Args:
+        gaps: Seconds between the arrivals.
+        passes: Seconds of a pass of 1, 2, ... requests.
+        static: Whether requests join only when none runs.
+    """
+    due = list(itertools.accumulate(gaps))
+    now, arrived = 0.0, 0
+    queued: list[float] = []
+    # Arrival and steps left of each running request.
+    running: list[tuple[float, int]] = []
+    taken: list[float] = []
+    while len(taken) < len(due):
+        if not running and not queued:
+            now = max(now, due[arrived])
+        while arrived < len(due) and due[arrived] <= now:
+            queued.append(due[arrived])
+            arrived += 1
+        if not (static and running):
+            joining = queued[: len(passes) - len(running)]
+            del queued[: len(joining)]
+            running += [(arrival, steps) for arrival in joining]
+        now += passes[len(running) - 1]
+        taken += [now - arrival for arrival, left in running if left == 1]
+        running = [(arrival, left - 1) for arrival, left in running if left > 1]
+    return taken
+
+
 def p95(seconds: Sequence[float]) -> float:
     return statistics.quantiles(seconds, n=20)[-1]
 
@@ -171,23 +240,51 @@ def p95(seconds: Sequence[float]) -> float:
 def bench(*, rounds: int, requests: int, threads: int, console: Console) -> dict[str, float]:
     """Measures both engines in turns, with the same arrivals in a round."""
     torch.set_num_threads(threads)
-    shapes = Steps(MODELS["shapes"], UNet2DConditionModel.from_pretrained(models.SHAPES / "unet"), threads=threads)
-    mid = Steps(MODELS["mid"], models.mid_unet(), threads=threads)
+    steps = MODELS["shapes"].steps
+    network = UNet2DConditionModel.from_pretrained(models.SHAPES / "unet")
+    shapes = Steps(MODELS["shapes"], network, threads=threads, steps=steps)
+    mid = Steps(MODELS["mid"], models.mid_unet(), threads=threads, steps=MID_STEPS)
     shapes.batch_seconds()
     capacity = CONCURRENT / statistics.median(shapes.batch_seconds() for _ in range(3))
     console.print(f"static batches of {CONCURRENT}: {capacity:.2f} images per second; arrivals: {LOAD * capacity:.2f}")
     ours: list[float] = []
     static: list[float] = []
+    ideal_ours: list[float] = []
+    ideal_static: list[float] = []
     for index in track(range(rounds), "arrivals", console=Console(stderr=True)):
         drawn = random.Random(index)
         gaps = [drawn.expovariate(LOAD * capacity) for _ in range(requests)]
         static += shapes.latencies(StaticEngine, gaps)
         ours += shapes.latencies(Engine, gaps)
-    for name, seconds in (("static batches", static), ("step boundaries", ours)):
-        console.print(f"{name}: mean {statistics.mean(seconds):.3f} s, P95 {p95(seconds):.3f} s")
+        passes = shapes.pass_seconds()
+        ideal_static += ideal(gaps, passes=passes, steps=steps, static=True)
+        ideal_ours += ideal(gaps, passes=passes, steps=steps, static=False)
+    mid_ours: list[float] = []
+    mid_sharing: list[float] = []
+    alone = MID_STEPS * mid.pass_seconds(1)[0]
+    for index in track(range(rounds), "arrivals, mid-size", console=Console(stderr=True)):
+        drawn = random.Random(index)
+        gaps = [drawn.expovariate(LOAD / alone) for _ in range(requests // 4)]
+        mid_sharing += mid.latencies(SharingEngine, gaps)
+        mid_ours += mid.latencies(Engine, gaps)
+    table = Table("", "mean (s)", "P95 (s)", box=None)
+    for name, seconds in (
+        ("static batches", static),
+        ("static batches, passes alone", ideal_static),
+        ("step boundaries", ours),
+        ("step boundaries, passes alone", ideal_ours),
+        ("mid-size, all requests in each pass", mid_sharing),
+        ("mid-size, as many as the profile allows", mid_ours),
+    ):
+        table.add_row(name, f"{statistics.mean(seconds):.3f}", f"{p95(seconds):.3f}")
+    console.print(table)
     figures = {
         "p95_vs_static": p95(ours) / p95(static),
         "mean_vs_static": statistics.mean(ours) / statistics.mean(static),
+        "mean_vs_static_ideal": statistics.mean(ideal_ours) / statistics.mean(ideal_static),
+        "mean_of_ideal": statistics.mean(ideal_ours) / statistics.mean(ours),
+        "mean_vs_sharing_mid": statistics.mean(mid_ours) / statistics.mean(mid_sharing),
+        "p95_vs_sharing_mid": p95(mid_ours) / p95(mid_sharing),
         "step_overhead": statistics.median(mid.overhead() for _ in range(rounds)),
     }
     return {name: round(value, 4) for name, value in figures.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from latentflow.reasons import Reason
 from latentflow_nodes.engine import engine as engine_module
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.engine import Engine
+from latentflow_nodes.engine.forward_time import ForwardTime
 from latentflow_nodes.engine.member import Control, Member
 from latentflow_nodes.engine.runner import EagerRunner, Prediction
 from latentflow_nodes.families.base import Residuals
@@ -256,6 +259,44 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_loses_nothing() -> None:
     finish(engine)
     assert all(listener.latents is not None for listener in received)
     assert max(len(keys) for keys in runner.passes) == 2
+
+
+class Timed(Recording):
+    """Reports durations of passes: a fixed part, and one for each row."""
+
+    def __init__(self, *, fixed: int, each: int) -> None:
+        super().__init__()
+        self._fixed, self._each = fixed, each
+
+    def run(self, batch: Sequence[Member], *, patience: float) -> Prediction:
+        prediction = super().run(batch, patience=patience)
+        rows = sum(one.rows for one in batch)
+        return replace(prediction, time=ForwardTime(((0, self._fixed + self._each * rows),)))
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "passes"),
+    # Requests share passes until the durations of three such passes are known.
+    [(0, 1000, {3: 3, 2: 3, 1: 45}), (1000, 1000, {3: 20})],
+)
+def test_requests_share_passes_as_far_as_passes_were_seen_to_save_time(
+    fixed: int, each: int, passes: dict[int, int]
+) -> None:
+    runner = Timed(fixed=fixed, each=each)
+    engine = engine_of(runner, max_running=3)
+    first, _ = sample(0, steps=5)
+    engine.submit(first)
+    finish(engine)
+    received = []
+    for key in range(1, 4):
+        one, listener = sample(key, steps=20)
+        received.append(listener)
+        engine.submit(one)
+    finish(engine)
+    assert Counter(len(keys) for keys in runner.passes[5:]) == passes
+    for key, listener in enumerate(received, start=1):
+        assert listener.latents is not None
+        assert (listener.latents - alone(key, steps=20)).abs().max() < 1e-4
 
 
 def test_a_request_too_large_for_the_memory_is_refused_alone() -> None:

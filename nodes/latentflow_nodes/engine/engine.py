@@ -24,6 +24,7 @@ from latentflow_nodes.engine.batching import Candidate, Merged, choose
 from latentflow_nodes.engine.load import Load, PassSize, moving_mean
 from latentflow_nodes.engine.member import Member
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
+from latentflow_nodes.engine.profile import Profile
 from latentflow_nodes.engine.runner import Runner, SampleError
 from latentflow_nodes.engine.shares import Shares
 from latentflow_nodes.engine.threads import compute_with
@@ -85,7 +86,9 @@ class Engine:
         self._running: dict[int, Member] = {}
         # When each running sample last took part in a pass, or was admitted.
         self._served_at: dict[int, float] = {}
+        self._admitted_at: dict[int, float] = {}
         self._shares = Shares()
+        self._profile = Profile()
         self._cancelled: set[int] = set()
         self._stopping = False
         self._mean_step = 0.0
@@ -166,7 +169,7 @@ class Engine:
         while self._can_admit():
             key = next(iter(self._queued))
             self._running[key] = self._queued.pop(key)
-            self._served_at[key] = time.monotonic()
+            self._served_at[key] = self._admitted_at[key] = time.monotonic()
             self._shares.admit(key)
         self._report()
 
@@ -176,6 +179,9 @@ class Engine:
 
     def _choose(self) -> list[Member]:
         now = time.monotonic()
+        ready = {key: sample for key, sample in self._running.items() if not sample.sits_out}
+        sizes = {tuple(sample.latents.shape[-2:]) for sample in ready.values()}
+        seconds = {size: self._profile.seconds(*size) for size in sizes}
         candidates = [
             Candidate(
                 key=key,
@@ -183,9 +189,12 @@ class Engine:
                 adapters=sample.adapter_key,
                 waited=now - self._served_at[key],
                 received=self._shares.of(key),
+                age=now - self._admitted_at[key],
+                steps_left=max(1, sample.total - sample.index),
+                rows=sample.rows,
+                pass_seconds=seconds[tuple(sample.latents.shape[-2:])],
             )
-            for key, sample in self._running.items()
-            if not sample.sits_out
+            for key, sample in ready.items()
         ]
         merged = Merged(adapters=self._merged, age=now - self._merged_at, merge_seconds=self._mean_merge)
         chosen = set(choose(candidates, merged=merged, limit=self._largest_batch))
@@ -212,6 +221,8 @@ class Engine:
         prediction = self._runner.run(batch, patience=patience)
         seconds = (time.perf_counter_ns() - started - prediction.residuals_wait_ns) / 1e9
         self._mean_step = moving_mean(self._mean_step, seconds)
+        if any(noise is not None for noise in prediction.noise):
+            self._profile.add(_size(batch), prediction.time)
         for sample, noise in zip(batch, prediction.noise, strict=True):
             if noise is None:
                 self._sit_out(sample)
@@ -327,6 +338,7 @@ class Engine:
     def _retire(self, key: int) -> None:
         self._running.pop(key, None)
         self._served_at.pop(key, None)
+        self._admitted_at.pop(key, None)
         self._shares.retire(key)
 
     def _has_work(self, *, besides: Collection[int] = ()) -> bool:

@@ -28,6 +28,10 @@ class ForwardTime:
     def __add__(self, other: ForwardTime) -> ForwardTime:
         return ForwardTime(self.spans + other.spans)
 
+    def is_over(self) -> bool:
+        """Whether the device has reached the last mark, so that `nanoseconds` does not wait."""
+        return all(isinstance(end, int) or end.query() for _, end in self.spans)
+
     def nanoseconds(self) -> int:
         """The sum over the spans. On CUDA waits until the device has reached the last mark."""
         return sum(_between(start, end) for start, end in self.spans)
