@@ -179,7 +179,7 @@ class Reason(Documented):
     )
     NOT_FINITE = (
         "NOT_FINITE",
-        "The values of a request overflowed: its latents or its image contain infinity or NaN.",
+        "The values of a request overflowed: its embeddings, latents or image contain infinity or NaN.",
         "Lower the weights of LoRAs, the scales of ControlNets or the guidance, or give the models `dtype: bfloat16` or "
         "`float32`.",
     )

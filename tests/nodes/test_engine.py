@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -345,3 +346,9 @@ def test_a_pass_without_residuals_neither_synchronises_nor_branches_on_data() ->
     assert prediction.noise[0] is not None
     assert prediction.noise[0].shape == (2, 4, 8, 8)
     assert prediction.time.nanoseconds() > 0
+
+
+def test_an_engine_that_was_never_started_can_be_stopped(engine: Engine) -> None:
+    before = threading.active_count()
+    engine.stop()
+    assert threading.active_count() == before

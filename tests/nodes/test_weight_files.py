@@ -195,6 +195,14 @@ async def test_a_variant_that_is_not_there_is_refused_with_those_that_are(pack: 
     assert "no weights of the variant 'bf16'; it holds files without a variant. Correct source.variant" in error.message
 
 
+async def test_an_index_without_the_metadata_that_loaders_read_is_refused(pack: Path) -> None:
+    file, shard = pack / f"vae/{NETWORK}", "diffusion_pytorch_model-00001-of-00001.safetensors"
+    weight_map = dict.fromkeys(load_file(file), shard)
+    file.rename(file.with_name(shard))
+    file.with_name(f"{NETWORK}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "index.json has no metadata" in (await refused(pack.parent, "VAE")).message
+
+
 async def test_a_part_that_an_index_names_and_the_folder_lacks_is_named(tmp_path: Path) -> None:
     folder = half(tmp_path / "m", shard="200KB")
     lost = sorted((folder / "unet").glob("*-of-*"))[1]
@@ -361,6 +369,47 @@ async def test_quantised_weights_are_refused_by_their_method(pack: Path, role: s
     error = await refused(pack.parent, role)
     assert error.reason == Reason.UNSUPPORTED_FAMILY
     assert f"The weights in {pack / part} are quantised (bitsandbytes)" in error.message
+
+
+async def test_a_text_encoder_whose_weights_are_not_finite_does_not_start(pack: Path) -> None:
+    def overflow(tensors: Tensors) -> Tensors:
+        return {k: torch.full_like(t, torch.nan) if "final_layer_norm.w" in k else t for k, t in tensors.items()}
+
+    change(pack / "text_encoder/model.safetensors", overflow)
+    error = await refused(pack.parent, "TextEncoder")
+    assert error.reason == Reason.NOT_FINITE
+    assert "The embeddings of the text encoder are not finite in float32." in error.message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+async def test_weights_in_integers_are_refused_as_quantised(pack: Path, dtype: torch.dtype) -> None:
+    change(pack / f"vae/{NETWORK}", lambda tensors: {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    error = await refused(pack.parent, "VAE")
+    assert error.reason == Reason.UNSUPPORTED_FAMILY
+    assert f"vae/{NETWORK} has quantised weights (" in error.message
+
+
+@pytest.mark.parametrize("sides", [[8, 16], [8, 8], -8, 0, None])
+async def test_a_denoiser_starts_whatever_size_its_configuration_names(pack: Path, sides: Any) -> None:
+    config = pack / "unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": sides}))
+    async with serve(NodeSettings(role="Denoiser", model_root=pack.parent, identity="x", uri="m")) as node:
+        assert node.address
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, "77", None])
+async def test_a_tokenizer_whose_longest_prompt_is_impossible_is_refused(pack: Path, length: Any) -> None:
+    config = pack / "tokenizer/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": length}))
+    error = await refused(pack.parent, "TextEncoder")
+    assert "601 tokens and a model_max_length of " in error.message
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+async def test_a_pointer_of_git_lfs_in_place_of_a_tokenizer_is_named(pack: Path, file: str) -> None:
+    (pack / "tokenizer" / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    error = await refused(pack.parent, "TextEncoder")
+    assert f"tokenizer/{file} is a pointer of Git LFS instead of the file" in error.message
 
 
 async def test_weights_without_a_format_in_their_header_load_as_in_diffusers(pack: Path) -> None:

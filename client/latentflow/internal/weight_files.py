@@ -19,6 +19,7 @@ from latentflow.reasons import Reason
 _LENGTH, _LONGEST_HEADER = 8, 100_000_000
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_POINTER = b"version https://git-lfs"
 
 
 def config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -31,6 +32,10 @@ def config(folder: Path, name: str = "config.json") -> dict[str, Any]:
             f"{path} is missing; {folder} is not a diffusers component folder.", reason=Reason.WEIGHTS_UNAVAILABLE
         ) from None
     except (OSError, ValueError) as error:
+        if _is_pointer(path):
+            raise DataLossError(
+                f"{path} is a pointer of Git LFS instead of the file; run `git lfs pull` where it comes from, or download the file."
+            ) from None
         raise DataLossError(f"{path} cannot be read: {error}. Fetch the folder again.") from None
     if not isinstance(loaded, dict):
         raise DataLossError(f"{path} does not hold a JSON object. Fetch the folder again.")
@@ -63,9 +68,13 @@ def only_file(folder: Path) -> Path | None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """FailedPreconditionError unless a folder holds a tokenizer's vocabulary and its configuration."""
+    """FailedPreconditionError unless a folder holds a tokenizer's vocabulary and its configuration.
+
+    DataLossError for one of them that cannot be read.
+    """
     # transformers makes a tokenizer without words of a folder without a vocabulary.
-    if not any(all((folder / name).is_file() for name in one) for one in _VOCABULARIES):
+    vocabulary = next((one for one in _VOCABULARIES if all((folder / name).is_file() for name in one)), None)
+    if vocabulary is None:
         raise FailedPreconditionError(
             f"{folder} holds no tokenizer: neither {' nor '.join(' and '.join(one) for one in _VOCABULARIES)}. Copy the "
             "tokenizer of the base model there.",
@@ -76,6 +85,9 @@ def check_tokenizer(folder: Path) -> None:
             f"{folder} lacks {_TOKENIZER_CONFIG}, which states the longest prompt. Copy that of the base model there.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
+    for name in (*vocabulary, _TOKENIZER_CONFIG):
+        if name.endswith(".json"):
+            config(folder, name)
 
 
 def check_size(path: Path) -> None:
@@ -115,7 +127,10 @@ def _weights(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    found = config(index.parent, index.name).get("weight_map")
+    contents = config(index.parent, index.name)
+    if not isinstance(contents.get("metadata"), dict):
+        raise DataLossError(f"{index} has no metadata, which loaders read. Fetch the folder again.")
+    found = contents.get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DataLossError(f"{index} does not map tensors to files. Fetch the folder again.")
     shards = sorted({index.parent / str(name) for name in found.values()})
@@ -127,6 +142,14 @@ def _shards(index: Path) -> list[Path]:
     return shards
 
 
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as opened:
+            return opened.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
 def damage(path: Path, error: object) -> str:
     """Why a file cannot be read as safetensors, and what to do; the end of a sentence that begins with the file."""
     size = 0
@@ -135,7 +158,7 @@ def damage(path: Path, error: object) -> str:
         start = opened.read(64).lstrip().lower()
         # The length of the header, with which a safetensors file starts, ends with zeros.
         is_text = b"\0" not in start
-        if start.startswith(b"version https://git-lfs"):
+        if start.startswith(_POINTER):
             return "is a pointer of Git LFS instead of the weights; run `git lfs pull` where it comes from, or download the file"
         if start.startswith((b"<!doctype", b"<html", b"<?xml")):
             return "is a web page instead of the weights; download the file itself"

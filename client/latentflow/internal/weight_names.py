@@ -83,6 +83,10 @@ def refusal(folder: str, names: Collection[str], *, variant: str | None) -> Fail
             "a pickle can run code. Convert it, for instance with diffusers' save_pretrained.",
             reason=Reason.PICKLE_REFUSED,
         )
+    if ggufs := sorted(name for name in names if name.endswith(".gguf")):
+        return _refusal(
+            f"{folder} holds {listed(ggufs)}. Weights load from safetensors only; use a folder that has these."
+        )
     return _refusal(f"{folder} holds no *{SUFFIX} file; check the source.")
 
 

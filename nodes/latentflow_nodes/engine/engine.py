@@ -102,7 +102,9 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        # It has not started where the model could not be warmed up.
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def submit(self, sample: Member) -> None:
         """Queues a sample. OverloadedError when the queue is full; for a guest, when all slots are taken."""

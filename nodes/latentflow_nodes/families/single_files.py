@@ -6,7 +6,6 @@ those beside it are used, and otherwise those of `single_file_configs`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,6 @@ _ENCODERS = {
     "text_encoder_2": ("conditioner.embedders.1.model.",),
 }
 _PARTS = {"Denoiser": "unet", "VAE": "vae", "ControlNet": "controlnet", "TextEncoder": "text_encoder"}
-# Tensors that quantised weights have beside them: of ComfyUI, torchao and bitsandbytes.
-_SCALES = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax)$")
 # Tensors that mark a model which predicts something else than its kind does.
 _MARKS = ("v_pred", "edm_vpred", "edm_mean")
 
@@ -78,18 +75,8 @@ def config(file: Path, part: str) -> dict[str, Any]:
 
 
 def role_config(file: Path, role: str) -> dict[str, Any]:
-    """The configuration by which the family of a file is known: of a whole model that of its denoiser.
-
-    FailedPreconditionError for a file with quantised weights. Without their scales they would be other weights.
-    """
-    keys = files.keys(file)
-    if scale := next((key for key in keys if _SCALES.search(key)), None):
-        raise FailedPreconditionError(
-            f"{file} has quantised weights with scales of their own (key {scale}), which this version does not serve. Use a "
-            "file in float16, bfloat16 or float32.",
-            reason=Reason.UNSUPPORTED_FAMILY,
-        )
-    is_whole = any(key.startswith(_NETWORK) for key in keys)
+    """The configuration by which the family of a file is known: of a whole model that of its denoiser."""
+    is_whole = any(key.startswith(_NETWORK) for key in files.keys(file))
     return config(file, "unet" if is_whole else _PARTS[role])
 
 

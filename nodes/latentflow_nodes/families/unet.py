@@ -125,7 +125,9 @@ class UNetFamily(ABC):
         return (1, _config(network).in_channels, height, width)
 
     def warm_up_side(self, network: torch.nn.Module) -> int:
-        return min(int(getattr(_config(network), "sample_size", None) or _WARM_UP_SIDE), _WARM_UP_SIDE)
+        # Some configurations have a width and a height, and none is needed to load the network.
+        side = getattr(_config(network), "sample_size", None)
+        return min(side, _WARM_UP_SIDE) if isinstance(side, int) and side > 0 else _WARM_UP_SIDE
 
     def text_inputs(self, conditioning: Conditioning, *, rows: int, width: int, height: int) -> dict[str, Any]:
         """The keyword arguments that UNet and ControlNet share."""
@@ -331,7 +333,10 @@ def _tokenizer(folder: Path) -> Any:
 def _check_tokenizer(folder: Path, encoder: torch.nn.Module, tokenizer: Any) -> None:
     config = _config(encoder)
     longest, words = config.max_position_embeddings, config.vocab_size
-    if tokenizer.model_max_length > longest or len(tokenizer) > words:
+    length = tokenizer.model_max_length
+    # A prompt has a start, an end, and at least one token between them.
+    is_possible = isinstance(length, int) and 2 < length <= longest
+    if not is_possible or len(tokenizer) > words:
         raise FailedPreconditionError(
             f"The tokenizer for {folder} has {len(tokenizer)} tokens and a model_max_length of "
             f"{tokenizer.model_max_length}; the encoder has {words} and {longest}. Correct tokenizer_config.json, or copy the "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from latentflow.errors import InvalidRequestError, LatentflowError
+from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
 from latentflow.internal import strengths
 from latentflow.internal.source_folder import is_present
 from latentflow.reasons import Reason
@@ -148,8 +148,18 @@ class TextEncoder(Role):
                 continue
             row = next(rows)
             one.forward_ns = forward_ns
-            made.append(({name: tensor[row : row + 1] for name, tensor in encoded.items()}, one))
+            embeddings = {name: tensor[row : row + 1] for name, tensor in encoded.items()}
+            is_finite = all(bool(tensor.isfinite().all()) for tensor in embeddings.values())
+            made.append((embeddings, one) if is_finite else self._not_finite())
         return made
+
+    def _not_finite(self) -> FailedPreconditionError:
+        dtype = str(self._context.dtype).removeprefix("torch.")
+        return FailedPreconditionError(
+            f"The embeddings of the text encoder are not finite in {dtype}. Lower the weights of the LoRAs, or give the text encoder "
+            "a dtype of larger range, bfloat16 or float32. Without LoRAs its own weights may be damaged: fetch them again.",
+            reason=Reason.NOT_FINITE,
+        )
 
     def _tokenized(self, call: _Call) -> stage_pb2.EncodeResponse | LatentflowError:
         """What is cut off the prompts, or the refusal to cut them."""

@@ -7,6 +7,7 @@ traceback.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 _DIFFERENCES = {"missing_keys": "missing", "unexpected_keys": "unexpected"}
 _BLOCK = 1 << 20
+# Quantised weights have these types, or scales beside them: in files of ComfyUI, torchao and bitsandbytes.
+_QUANTISED = {"I8", "U8", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"}
+_SCALE = re.compile(r"(?:^|\.)(?:scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax)$")
 
 
 def check(folder: Path, *, variant: str | None = None) -> list[Path]:
@@ -67,12 +71,21 @@ def _shape(shape: Iterable[int]) -> str:
 
 
 def check_file(path: Path) -> None:
-    """DataLossError unless the file's header parses and the file holds all the data that it describes."""
+    """DataLossError unless the file's header parses and the file holds all the data that it describes.
+
+    FailedPreconditionError for quantised weights: without their scales they would be other weights.
+    """
     try:
         with safe_open(path, framework="pt") as opened:
-            opened.keys()
+            types = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise DataLossError(f"{path} {weight_files.damage(path, error)}.") from None
+    if key := next((key for key, dtype in types.items() if dtype in _QUANTISED or _SCALE.search(key)), None):
+        raise FailedPreconditionError(
+            f"{path} has quantised weights ({key}, of the type {types[key]}), which this version does not serve. Use the "
+            "weights in float16, bfloat16 or float32.",
+            reason=Reason.UNSUPPORTED_FAMILY,
+        )
 
 
 def keys(path: Path) -> list[str]:
