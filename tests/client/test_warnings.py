@@ -216,7 +216,7 @@ def half(path: Path) -> None:
 
 def shards(path: Path) -> None:
     path.unlink()
-    index = {"weight_map": {"a": path.name.replace(".", "-00001-of-00001.")}}
+    index = {"metadata": {}, "weight_map": {"a": path.name.replace(".", "-00001-of-00001.")}}
     path.with_name(path.name + ".index.json").write_text(json.dumps(index))
 
 
