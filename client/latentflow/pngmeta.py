@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentflow.errors import InvalidRequestError
+from latentflow.internal import control_names
 from latentflow.results import ImageReady, Result
 from latentflow.v1 import generation_pb2
 
@@ -71,6 +72,7 @@ class Recipe(BaseModel):
 def recipe(request: generation_pb2.GenerateRequest, result: Result, ready: ImageReady) -> Recipe:
     """The recipe of one image of a finished request."""
     done = result.done
+    controls = {control_names.written(one.model, one.net): one for one in request.control_images}
     return Recipe(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt if request.HasField("negative_prompt") else None,
@@ -83,9 +85,9 @@ def recipe(request: generation_pb2.GenerateRequest, result: Result, ready: Image
         sampler=done.sampler,
         loras={lora.name: lora.weight for lora in request.loras},
         steps_without_loras=ready.steps_without_loras,
-        control_images={c.model: hashlib.sha256(c.image.data).hexdigest() for c in request.control_images},
-        control_settings={c.model: (c.scale, c.start, c.end) for c in request.control_images},
-        guess_mode=[c.model for c in request.control_images if c.guess_mode],
+        control_images={name: hashlib.sha256(one.image.data).hexdigest() for name, one in controls.items()},
+        control_settings={name: (one.scale, one.start, one.end) for name, one in controls.items()},
+        guess_mode=[name for name, one in controls.items() if one.guess_mode],
         models={used.name: used.model for used in done.models},
         digests={used.name: used.content_digest for used in done.models},
     )

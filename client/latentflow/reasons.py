@@ -56,8 +56,9 @@ class Reason(Documented):
     )
     UNKNOWN_MODEL = (
         "UNKNOWN_MODEL",
-        "The request has a control image for a ControlNet that the workflow does not have.",
-        "Choose one of the ControlNets that the message or `latentflow describe` lists.",
+        "The request has a control image for a ControlNet that the workflow does not have, or for a net that the ControlNet "
+        "does not have.",
+        "Choose one of the ControlNets and nets that the message or `latentflow describe` lists.",
     )
     UNKNOWN_ADAPTER = (
         "UNKNOWN_ADAPTER",

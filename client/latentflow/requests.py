@@ -15,7 +15,7 @@ from typing import TypeAlias, TypedDict, TypeVar
 from PIL import Image
 
 from latentflow.errors import InvalidRequestError
-from latentflow.internal import images, strengths
+from latentflow.internal import control_names, images, strengths
 from latentflow.v1 import generation_pb2, images_pb2
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Arguments(TypedDict, total=False):
         sampler: A name that `describe` lists.
         seed: Image i has the seed `seed + i`; random where absent.
         images: Number of images.
-        control_images: Control images by ControlNet name.
+        control_images: Control images by ControlNet name; MODEL/NET names one of several nets of a ControlNet.
         loras: Weights by LoRA name, from -100 to 100 and not 0, applied in this order.
         lora_async_steps: Steps that the denoiser may do before the LoRAs are loaded; 0: it waits for them, so that the
             image is exact. Counts as 0 for deterministic requests, and for those of fewer than twice as many steps.
@@ -148,8 +148,10 @@ def build(
         request.sampler = sampler
     for name, given in control_images.items():
         control = given if isinstance(given, ControlImage) else ControlImage(image=given)
+        model, net = control_names.split(name)
         request.control_images.add(
-            model=name,
+            model=model,
+            net=net,
             image=encoded(control.image, what=f"The control image {name!r}"),
             scale=strengths.control_scale(control.scale, name=name),
             start=_finite(f"The start of {name!r}", control.start),

@@ -145,6 +145,7 @@ class WorkflowModel:
     Attributes:
         adapters: Of a LoRA store, the adapters that a request may use.
         unusable_adapters: Of a LoRA store, the others, and why each cannot be used.
+        nets: Of a ControlNet, the further nets that a request may use.
     """
 
     name: str
@@ -154,6 +155,7 @@ class WorkflowModel:
     ready_replicas: int
     adapters: tuple[str, ...]
     unusable_adapters: Mapping[str, str]
+    nets: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +209,7 @@ def workflow(response: generation_pb2.DescribeWorkflowResponse) -> Workflow:
                 ready_replicas=m.ready_replicas,
                 adapters=tuple(m.adapters),
                 unusable_adapters={adapter.name: adapter.problem for adapter in m.unusable_adapters},
+                nets=tuple(m.nets),
             )
             for m in response.models
         ),

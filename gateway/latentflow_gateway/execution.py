@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,10 +24,12 @@ from latentflow.reasons import Reason
 from latentflow.v1 import generation_pb2, images_pb2, stage_pb2, stage_pb2_grpc, tensors_pb2
 
 from latentflow_gateway import retrying
+from latentflow_gateway.controls import ControlPlan
 from latentflow_gateway.leases import Leases
 from latentflow_gateway.loans import Loan, denoise_requests
 from latentflow_gateway.planning import Plan
 from latentflow_gateway.replicas import Replica, Replicas
+from latentflow_gateway.timing import Timing
 
 _log = structlog.get_logger()
 # How often one image makes lost tensors again before the request fails.
@@ -34,21 +37,6 @@ _MAX_REMADE = 5
 
 T = TypeVar("T")
 Emit = Callable[[generation_pb2.GenerateResponse], None]
-
-
-@dataclass(kw_only=True)
-class _Timing:
-    """The timing of one stage of one image, and how many of its steps ran without the request's LoRAs."""
-
-    stage: str
-    image: int
-    started: float = field(default_factory=time.perf_counter)
-    ended: float = 0.0
-    attempts: int = 0
-    replica: str = ""
-    forward_ns: int = 0
-    wait_ns: int = 0
-    steps_without_loras: int = 0
 
 
 class Execution:
@@ -106,9 +94,9 @@ class Execution:
         self._emit(generation_pb2.GenerateResponse(done=self._done(arrived=arrived, started=started)))
 
     async def _image(self, index: int) -> None:
-        timing = _Timing(stage="denoise", image=index)
+        timing = Timing(stage="denoise", image=index)
         progress = _Checkpointed()
-        decoding: _Timing | None = None
+        decoding: Timing | None = None
         decoded: stage_pb2.DecodeResponse | None = None
         for remade in range(_MAX_REMADE + 1):
             conditioning = await self._conditioning(None)
@@ -122,7 +110,7 @@ class Execution:
                 self._retried(self._plan.text_encoder, "encode", Reason.OWNER_LOST)
                 await self._conditioning(conditioning)
                 continue
-            decoding = decoding or _Timing(stage="decode", image=index)
+            decoding = decoding or Timing(stage="decode", image=index)
             try:
                 decoded = await self._attempts(
                     decoding, self._plan.vae, partial(self._decode, latents, decoding), near=timing.replica
@@ -152,13 +140,13 @@ class Execution:
         """The text encoder's response; encodes again where the known response is `lost`."""
         async with self._encoding:
             if self._encoded is None or self._encoded is lost:
-                timing = _Timing(stage="encode", image=0)
+                timing = Timing(stage="encode", image=0)
                 self._encoded = await self._attempts(timing, self._plan.text_encoder, partial(self._encode, timing))
                 self._report(timing, self._plan.text_encoder)
             return self._encoded
 
     async def _attempts(
-        self, timing: _Timing, model: str, call: Callable[[Replica], Awaitable[T]], *, near: str | None = None
+        self, timing: Timing, model: str, call: Callable[[Replica], Awaitable[T]], *, near: str | None = None
     ) -> T:
         """The result of the first attempt that succeeds.
 
@@ -190,7 +178,7 @@ class Execution:
             _log.info("stage failed and is repeated", stage=timing.stage, replica=timing.replica, reason=error.reason)
             await asyncio.sleep(min(retry.seconds, max(0.0, self._remaining())))
 
-    async def _encode(self, timing: _Timing, replica: Replica) -> stage_pb2.EncodeResponse:
+    async def _encode(self, timing: Timing, replica: Replica) -> stage_pb2.EncodeResponse:
         request = stage_pb2.EncodeRequest(
             request_id=self._request_id,
             prompt=self._plan.prompt,
@@ -217,11 +205,28 @@ class Execution:
         index: int,
         encoded: stage_pb2.EncodeResponse,
         progress: _Checkpointed,
-        timing: _Timing,
+        timing: Timing,
         replica: Replica,
     ) -> tensors_pb2.Tensor:
+        async with AsyncExitStack() as held:
+            opening = await self._denoise_open(index, encoded, progress, replica, held)
+            with self._replicas.borrow(self._plan.denoiser, beside=replica, latent=self._plan.latent) as loan:
+                if loan is not None:
+                    opening.guidance_peer.CopyFrom(self._named(self._plan.denoiser, loan.replica))
+                with self._leases.answering(replica):
+                    return await self._steps(opening, index, progress, timing, replica, loan)
+
+    async def _denoise_open(
+        self,
+        index: int,
+        encoded: stage_pb2.EncodeResponse,
+        progress: _Checkpointed,
+        replica: Replica,
+        held: AsyncExitStack,
+    ) -> stage_pb2.DenoiseOpen:
+        """The request for one image. Its ControlNets count the request until `held` is closed."""
         plan = self._plan
-        opening = stage_pb2.DenoiseOpen(
+        return stage_pb2.DenoiseOpen(
             request_id=self._request_id,
             conditioning=encoded.conditioning,
             width=plan.width,
@@ -233,7 +238,8 @@ class Execution:
             seed=plan.seed + index,
             control_nets=[
                 stage_pb2.ControlNetRef(
-                    peer=await self._peer(control.model, near=replica.address),
+                    peer=await self._control_net(control, held, near=replica.address),
+                    net=control.net,
                     image=images_pb2.EncodedImage(data=control.image, media_type=control.media_type),
                     scale=control.scale,
                     start=control.start,
@@ -250,18 +256,13 @@ class Execution:
             preview_interval=plan.preview_interval,
             scheduling=stage_pb2.Scheduling(deterministic=plan.deterministic),
         )
-        with self._replicas.borrow(plan.denoiser, beside=replica, latent=plan.latent) as loan:
-            if loan is not None:
-                opening.guidance_peer.CopyFrom(self._named(plan.denoiser, loan.replica))
-            with self._leases.answering(replica):
-                return await self._steps(opening, index, progress, timing, replica, loan)
 
     async def _steps(
         self,
         opening: stage_pb2.DenoiseOpen,
         index: int,
         progress: _Checkpointed,
-        timing: _Timing,
+        timing: Timing,
         replica: Replica,
         loan: Loan | None,
     ) -> tensors_pb2.Tensor:
@@ -296,7 +297,7 @@ class Execution:
             f"{replica.address} ended a Denoise call without a result.", reason=Reason.STAGE_BROKEN_OFF
         )
 
-    async def _decode(self, latents: tensors_pb2.Tensor, timing: _Timing, replica: Replica) -> stage_pb2.DecodeResponse:
+    async def _decode(self, latents: tensors_pb2.Tensor, timing: Timing, replica: Replica) -> stage_pb2.DecodeResponse:
         request = stage_pb2.DecodeRequest(request_id=self._request_id, latents=latents)
         request.scheduling.deterministic = self._plan.deterministic
         response: stage_pb2.DecodeResponse = await stage_pb2_grpc.StageStub(replica.channel).Decode(
@@ -315,6 +316,11 @@ class Execution:
             stage_pb2.AdapterRef(name=a.name, weight=a.weight, store=store, digest=a.digest, async_steps=a.async_steps)
             for a in chosen
         ]
+
+    async def _control_net(self, control: ControlPlan, held: AsyncExitStack, *, near: str) -> stage_pb2.Peer:
+        seconds = min(self._remaining(), self._ready_seconds)
+        acquired = self._replicas.acquire(control.model, seconds=seconds, near=near, net=control.net)
+        return self._named(control.model, await held.enter_async_context(acquired))
 
     async def _peer(self, model: str, *, near: str) -> stage_pb2.Peer:
         replica = await self._replicas.pick(model, seconds=min(self._remaining(), self._ready_seconds), near=near)
@@ -356,16 +362,9 @@ class Execution:
     def _retried(self, model: str, stage: str, reason: str) -> None:
         self._metrics.of("latentflow_gateway_stage_retries_total", model=model, stage=stage, reason=reason).inc()
 
-    def _report(self, timing: _Timing, model: str) -> None:
-        seconds = timing.ended - timing.started
-        self._metrics.of("latentflow_gateway_stage_seconds", model=model, stage=timing.stage).observe(seconds)
-        report = generation_pb2.StageTiming(
-            stage=timing.stage, image=timing.image, replica=timing.replica, attempts=timing.attempts
-        )
-        report.wall.FromNanoseconds(int(seconds * 1e9))
-        report.forward.FromNanoseconds(timing.forward_ns)
-        report.wait.FromNanoseconds(timing.wait_ns)
-        self._timings.append(report)
+    def _report(self, timing: Timing, model: str) -> None:
+        self._metrics.of("latentflow_gateway_stage_seconds", model=model, stage=timing.stage).observe(timing.seconds)
+        self._timings.append(timing.message())
 
     def _done(self, *, arrived: float, started: float) -> generation_pb2.Done:
         plan = self._plan

@@ -197,6 +197,8 @@ class Generation:
                 response.size_multiple = description.vae.scale_factor
             elif model.role is Role.TEXT_ENCODER:
                 response.max_prompt_tokens = min(t.max_tokens for t in description.text_encoder.tokenizers)
+            elif model.role is Role.CONTROL_NET:
+                entry.nets.extend(net.name for net in description.control_net.nets if net.name and not net.problem)
             elif model.role is Role.LORA_STORE:
                 for adapter in description.lora_store.adapters:
                     if adapter.problem:

@@ -13,33 +13,20 @@ from dataclasses import dataclass
 from latentflow.api import DiffusionWorkflow, Role, identity
 from latentflow.api.types import Latent
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, NotFoundError, UnimplementedError
-from latentflow.internal import images, strengths, unserved
+from latentflow.internal import images, unserved
 from latentflow.internal.guidance import Guidance
 from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, generation_pb2
 
-from latentflow_gateway import conditioning, loras
-from latentflow_gateway.fields import FIELD, naming, wrong
+from latentflow_gateway import conditioning, controls, loras
+from latentflow_gateway.controls import ControlPlan
+from latentflow_gateway.fields import FIELD, wrong
 from latentflow_gateway.loras import AdapterPlan
 from latentflow_gateway.settings import Limits
 
 _MAX_SEED = (1 << 64) - 1
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlPlan:
-    """A ControlNet that the request uses."""
-
-    name: str
-    model: str
-    image: bytes
-    media_type: str
-    scale: float
-    start: float
-    end: float
-    guess_mode: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,68 +188,10 @@ def plan(
         sampler=sampler or (samplers[0] if samplers else ""),
         seed=seed,
         images=count,
-        controls=_controls(workflow, request, denoiser, descriptions, size=(width, height), limits=limits),
+        controls=controls.plan(workflow, request, denoiser, descriptions, size=(width, height), limits=limits),
         adapters=loras.plan(workflow, request, descriptions, steps=steps),
         preview_interval=request.preview_interval,
     )
-
-
-def _controls(
-    workflow: DiffusionWorkflow,
-    request: generation_pb2.GenerateRequest,
-    denoiser: control_pb2.DenoiserDescription,
-    descriptions: Mapping[str, control_pb2.DescribeResponse],
-    *,
-    size: tuple[int, int],
-    limits: Limits,
-) -> tuple[ControlPlan, ...]:
-    known = {model.name: identity(model) for model in workflow.of_role(Role.CONTROL_NET)}
-    plans: list[ControlPlan] = []
-    for given in request.control_images:
-        if given.model not in known:
-            raise NotFoundError(
-                f"Workflow {workflow.full_name} has no ControlNet {given.model!r}; it has {', '.join(known) or 'none'}.",
-                reason=Reason.UNKNOWN_MODEL,
-                details={FIELD: "control_images"},
-            )
-        if any(plan.name == given.model for plan in plans):
-            raise wrong("control_images", f"ControlNet {given.model!r} has two control images; pass one.")
-        net = descriptions[known[given.model]].control_net
-        if net.latent_channels != denoiser.latent_channels:
-            raise FailedPreconditionError(
-                f"ControlNet {given.model!r} takes latents of {net.latent_channels} channels, the denoiser of "
-                f"{denoiser.latent_channels}: it was made for another base model. Correct its source in the workflow.",
-                reason=Reason.CONTROLNET_MISMATCH,
-            )
-        if problem := conditioning.mismatch(needed=net.conditioning, given=denoiser.conditioning):
-            raise FailedPreconditionError(
-                f"ControlNet {given.model!r} and the denoiser do not take the same conditioning: {problem}. The ControlNet "
-                "was made for another base model; correct its source in the workflow.",
-                reason=Reason.CONTROLNET_MISMATCH,
-            )
-        with naming("control_images"):
-            scale = strengths.control_scale(given.scale if given.HasField("scale") else 1.0, name=given.model)
-        start = given.start if given.HasField("start") else 0.0
-        end = given.end if given.HasField("end") else 1.0
-        if not 0 <= start < end <= 1:
-            raise wrong(
-                "control_images",
-                f"ControlNet {given.model!r}: 0 <= start < end <= 1 must hold; got start {start}, end {end}.",
-            )
-        _check_image(given, size=size, limits=limits)
-        plans.append(
-            ControlPlan(
-                name=given.model,
-                model=known[given.model],
-                image=given.image.data,
-                media_type=given.image.media_type,
-                scale=scale,
-                start=start,
-                end=end,
-                guess_mode=given.guess_mode,
-            )
-        )
-    return tuple(plans)
 
 
 def _check_families(workflow: DiffusionWorkflow, descriptions: Mapping[str, control_pb2.DescribeResponse]) -> None:
@@ -314,24 +243,6 @@ def _check_size(width: int, height: int, *, factor: int, limits: Limits) -> None
         raise wrong(
             "width",
             f"{width}x{height} is {width * height} pixels; this gateway accepts at most {limits.max_pixels} (--max-pixels).",
-        )
-
-
-def _check_image(given: generation_pb2.ControlImage, *, size: tuple[int, int], limits: Limits) -> None:
-    what = f"The control image of {given.model!r}"
-    data = given.image.data
-    if len(data) > limits.max_control_image_bytes:
-        raise wrong(
-            "control_images",
-            f"{what} has {len(data)} bytes; this gateway accepts at most {limits.max_control_image_bytes}.",
-        )
-    # The header only: the ControlNet decodes the image, once, and a size that is refused is never decoded.
-    with naming("control_images"):
-        found = images.opened(given.image, what=what).size
-    if found != size:
-        raise wrong(
-            "control_images",
-            f"{what} is {found[0]}x{found[1]}, the request {size[0]}x{size[1]}; resize one to the other.",
         )
 
 

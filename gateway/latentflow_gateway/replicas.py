@@ -1,8 +1,8 @@
 """The replicas of every model: which of them are ready, and the descriptions of their models.
 
 Follows the directory and watches each replica's health. `acquire` reserves a ready replica for one attempt of a stage. The
-last description of a model stays known while it has no ready replica. LoRA stores are described again every few seconds,
-because the files of a store may change while it runs.
+last description of a model stays known while it has no ready replica. What changes without a call of the gateway is read
+again every few seconds: the files of LoRA stores, and which nets of a ControlNet are on the device.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AdapterSet: TypeAlias = tuple[tuple[str, str, float], ...]
 _log = structlog.get_logger()
 _RECONNECT_SECONDS = 0.1
 _DESCRIBE_SECONDS = 10.0
-_STORE_SECONDS = 2.0
+_REREAD_SECONDS = 2.0
 
 
 class Replica:
@@ -43,6 +43,7 @@ class Replica:
         outstanding: Its own requests.
         loans: Requests of other replicas that it is lent to.
         adapters: The adapter set of the last request that it got from this gateway; empty: none.
+        nets: Nets of a ControlNet that are on its device, as it reported last, and those that this gateway has requested since.
     """
 
     def __init__(self, *, identity: str, address: str, channel: grpc.aio.Channel) -> None:
@@ -53,6 +54,7 @@ class Replica:
         self.outstanding = 0
         self.loans: set[Loan] = set()
         self.adapters: AdapterSet = ()
+        self.nets: frozenset[str] = frozenset()
         self._watch: Any = None
 
     @property
@@ -110,7 +112,7 @@ class Replicas:
 
     async def __aenter__(self) -> Replicas:
         self._apply(await anext(self._directories))
-        self._followers = [asyncio.create_task(self._follow()), asyncio.create_task(self._follow_stores())]
+        self._followers = [asyncio.create_task(self._follow()), asyncio.create_task(self._reread())]
         return self
 
     async def __aexit__(
@@ -133,23 +135,37 @@ class Replicas:
         return next((r for r in self._replicas.values() if r.address == address), None)
 
     async def pick(
-        self, identity: str, *, seconds: float, near: str | None = None, adapters: AdapterSet = ()
+        self,
+        identity: str,
+        *,
+        seconds: float,
+        near: str | None = None,
+        adapters: AdapterSet = (),
+        net: str | None = None,
     ) -> Replica:
         """The ready replica that is `preferred`; waits for one.
 
         UnavailableError, reason MODEL_NOT_READY, when none is ready within `seconds`.
         """
         await self.wait_ready([identity], seconds=seconds)
-        return preferred(self.ready(identity), near=near, adapters=adapters)
+        return preferred(self.ready(identity), near=near, adapters=adapters, net=net)
 
     @contextlib.asynccontextmanager
     async def acquire(
-        self, identity: str, *, seconds: float, near: str | None = None, adapters: AdapterSet = ()
+        self,
+        identity: str,
+        *,
+        seconds: float,
+        near: str | None = None,
+        adapters: AdapterSet = (),
+        net: str | None = None,
     ) -> AsyncIterator[Replica]:
         """As `pick`; the request counts as outstanding while entered. The replica is taken back from others' requests."""
-        replica = await self.pick(identity, seconds=seconds, near=near, adapters=adapters)
+        replica = await self.pick(identity, seconds=seconds, near=near, adapters=adapters, net=net)
         replica.outstanding += 1
         replica.adapters = adapters
+        if net is not None:
+            replica.nets |= {net}
         replica.take_back()
         try:
             yield replica
@@ -201,16 +217,29 @@ class Replicas:
         async for directory in self._directories:
             self._apply(directory)
 
-    async def _follow_stores(self) -> None:
+    async def _reread(self) -> None:
         while True:
-            await asyncio.sleep(_STORE_SECONDS)
-            stores = [replica for replica in self._replicas.values() if replica.ready and self._is_store(replica)]
-            # A store that does not answer is left to the watch of its health.
-            await asyncio.gather(*map(self._describe, stores), return_exceptions=True)
+            await asyncio.sleep(_REREAD_SECONDS)
+            ready = [replica for replica in self._replicas.values() if replica.ready]
+            described = [(replica, self.descriptions[replica.identity]) for replica in ready]
+            stores = [one for one, description in described if description.role == control_pb2.ROLE_LORA_STORE]
+            with_nets = [one for one, description in described if len(description.control_net.nets) > 1]
+            # A server that does not answer is left to the watch of its health.
+            await asyncio.gather(
+                *map(self._describe, stores), *map(self._read_nets, with_nets), return_exceptions=True
+            )
 
-    def _is_store(self, replica: Replica) -> bool:
-        description = self.descriptions.get(replica.identity)
-        return description is not None and description.role == control_pb2.ROLE_LORA_STORE
+    async def _read_nets(self, replica: Replica) -> None:
+        call = control_pb2_grpc.ControlStub(replica.channel).WatchLoad(
+            control_pb2.WatchLoadRequest(), timeout=_DESCRIBE_SECONDS, metadata=self._metadata()
+        )
+        async for load in call:
+            replica.nets = frozenset(load.nets)
+            break
+        call.cancel()
+
+    def _metadata(self) -> list[tuple[str, str]]:
+        return rpc.metadata(token=self._token, trace=None, request_id=None)
 
     def _apply(self, directory: Directory) -> None:
         self.directory = directory
@@ -246,7 +275,7 @@ class Replicas:
         description = await control_pb2_grpc.ControlStub(replica.channel).Describe(
             control_pb2.DescribeRequest(protocol_version=rpc.PROTOCOL_VERSION),
             timeout=_DESCRIBE_SECONDS,
-            metadata=rpc.metadata(token=self._token, trace=None, request_id=None),
+            metadata=self._metadata(),
         )
         known = self.descriptions.get(replica.identity)
         differs = known is not None and known.content_digest != description.content_digest
@@ -272,22 +301,27 @@ class Replicas:
         self._metrics.of("latentflow_gateway_replicas_ready", model=identity).set(len(self.ready(identity)))
 
 
-def preferred(ready: Sequence[Replica], *, near: str | None, adapters: AdapterSet) -> Replica:
+def preferred(
+    ready: Sequence[Replica], *, near: str | None, adapters: AdapterSet = (), net: str | None = None
+) -> Replica:
     """The replica that gets the next request.
 
     Of the replicas with the least demand, one that had the same adapter set before is preferred, because it may hold it
-    merged; then one that had no adapters, so that other sets stay where they are.
+    merged; then one that had no adapters, so that other sets stay where they are. In the same way one is preferred that has the
+    net on its device; then the one that has the fewest there.
 
     Args:
         ready: At least one.
         near: Address of a server that will exchange tensors with it. A replica on the same host, which in a cluster is the
             same pod, is preferred to all others.
         adapters: The adapter set of the request.
+        net: The net of a ControlNet that the request needs; None: the replica is of no ControlNet.
     """
 
     def order(replica: Replica) -> tuple[object, ...]:
         is_elsewhere = near is None or _host(replica.address) != _host(near)
-        return is_elsewhere, replica.demand, replica.adapters != adapters, bool(replica.adapters)
+        of_adapters = replica.adapters != adapters, bool(replica.adapters)
+        return is_elsewhere, replica.demand, of_adapters, net not in replica.nets, len(replica.nets)
 
     return min(ready, key=order)
 

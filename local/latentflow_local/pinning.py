@@ -23,9 +23,7 @@ def pinned(workflows: list[DiffusionWorkflow]) -> list[DiffusionWorkflow]:
 
     def pin(workflow: DiffusionWorkflow) -> DiffusionWorkflow:
         models = [
-            model.model_copy(update={"source": resolve(model.source)})
-            if model.source and urlparse(model.source.uri).scheme == "hf"
-            else model
+            model.with_sources({name: resolve(source) for name, source in model.sources().items()})
             for model in workflow.spec.models
         ]
         return workflow.model_copy(update={"spec": workflow.spec.model_copy(update={"models": models})})
@@ -34,6 +32,8 @@ def pinned(workflows: list[DiffusionWorkflow]) -> list[DiffusionWorkflow]:
 
 
 def _resolve(source: Source) -> Source:
+    if urlparse(source.uri).scheme != "hf":
+        return source
     # Imported here because only hub sources need it.
     import httpx2
     from huggingface_hub import HfApi

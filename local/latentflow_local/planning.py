@@ -84,12 +84,13 @@ def models_of(workflows: list[DiffusionWorkflow]) -> dict[str, Model]:
                 raise UnimplementedError(
                     f"{where}: model {model.name!r} is a modelRef, which names an object in a cluster; give it a source instead."
                 )
-            scheme = urlparse(model.source.uri).scheme
-            if scheme not in _SERVED_SCHEMES:
-                raise UnimplementedError(
-                    f"{where}: model {model.name!r} comes from {model.source.uri}; the embedded runtime reads folders, "
-                    f"file://, hf:// and s3:// only; {scheme}:// needs a cluster."
-                )
+            for source in model.sources().values():
+                scheme = urlparse(source.uri).scheme
+                if scheme not in _SERVED_SCHEMES:
+                    raise UnimplementedError(
+                        f"{where}: model {model.name!r} comes from {source.uri}; the embedded runtime reads folders, "
+                        f"file://, hf:// and s3:// only; {scheme}:// needs a cluster."
+                    )
     return distinct_models(workflows)
 
 
@@ -247,6 +248,7 @@ def _options(name: str, model: Model, root: Path, log_format: str) -> dict[str, 
         "subfolder": source.subfolder,
         "revision": source.revision,
         "variant": source.variant,
+        "nets": model.nets_option(),
         "model-root": root,
         "identity": name,
         "dtype": model.dtype,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from latentflow.api.types import Source
 from latentflow.internal.metrics import Instruments
 from latentflow.internal.source_folder import SourceFolder
 
@@ -42,14 +43,22 @@ class Context:
     def source(self) -> SourceFolder:
         """The model's folder; downloads it where it is remote."""
         settings = self.settings
+        return self._located(settings.uri, settings.subfolder, settings.revision, settings.variant)
+
+    def folder_of(self, source: Source) -> SourceFolder:
+        """The folder of another source of the model's role; downloads it where it is remote."""
+        return self._located(source.uri, source.subfolder, source.revision, source.variant)
+
+    def _located(self, uri: str, subfolder: str | None, revision: str | None, variant: str | None) -> SourceFolder:
+        settings = self.settings
         return locate(
-            uri=settings.uri,
-            subfolder=settings.subfolder,
-            revision=settings.revision,
-            variant=settings.variant,
+            uri=uri,
+            subfolder=subfolder,
+            revision=revision,
+            variant=variant,
             role=settings.role,
             parts=families.parts(settings.role),
             model_root=settings.model_root,
             cache=settings.cache,
-            progress=Progress(self.metrics, source=settings.uri),
+            progress=Progress(self.metrics, source=uri),
         )

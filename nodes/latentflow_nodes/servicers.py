@@ -154,6 +154,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                     ],
                     awake=True,
                     draining=state.is_draining,
+                    nets=state.nets,
                     devices=self._devices(),
                 )
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from latentflow.api.types import Engine, Role, problems
+from latentflow.api.types import Engine, Net, Role, problems
 from latentflow.internal import rpc
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 _CACHE = Path(os.path.expanduser("~/.cache/latentflow"))
+_NETS = TypeAdapter(tuple[Net, ...])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class NodeSettings:
     Attributes:
         role: The role to load and serve.
         uri, subfolder, revision, variant: The model's source.
+        nets: Further nets of a ControlNet.
         model_root: The folder against which relative URIs resolve.
         cache: Where downloads from buckets are kept.
         identity: The model's identity, for logs and `Describe`.
@@ -43,6 +45,7 @@ class NodeSettings:
     subfolder: str | None = None
     revision: str | None = None
     variant: str | None = None
+    nets: tuple[Net, ...] = ()
     model_root: Path = Path("models")
     cache: Path = _CACHE
     identity: str = ""
@@ -89,6 +92,14 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
     add("--subfolder", help="one component of the source")
     add("--revision", help="revision of an hf:// source")
     add("--variant", help="variant of the weight files, such as fp16")
+    add(
+        "--nets",
+        type=_nets,
+        default=(),
+        metavar="JSON",
+        help='further nets of a ControlNet: a list as "nets" has in a workflow, such as \'[{"name": "depth", "source": '
+        '{"uri": "depth"}}]\' (default: none)',
+    )
     add(
         "--model-root",
         type=Path,
@@ -142,6 +153,8 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
         args.engine.check(Role(args.role))
     except ValueError as error:
         parser.error(f"--engine: {error}")
+    if args.nets and args.role != Role.CONTROL_NET:
+        parser.error(f"--nets: only a ControlNet has nets, a {args.role} has none")
     if args.variant and args.role == Role.LORA_STORE:
         parser.error("--variant: the files of a LoRAStore have no variants")
     tls = None
@@ -156,6 +169,13 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
 def _engine(text: str) -> Engine:
     try:
         return Engine.model_validate_json(text, by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise argparse.ArgumentTypeError(problems(error)) from None
+
+
+def _nets(text: str) -> tuple[Net, ...]:
+    try:
+        return _NETS.validate_json(text, by_alias=True, by_name=False)
     except ValidationError as error:
         raise argparse.ArgumentTypeError(problems(error)) from None
 

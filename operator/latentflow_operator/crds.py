@@ -25,9 +25,13 @@ _KEPT = {
 }  # fmt: skip
 _LIST_MAPS = {
     ("WorkflowSpec", "models"): "name",
+    ("Model", "nets"): "name",
+    ("ModelSpec", "nets"): "name",
+    ("ColocatedModel", "nets"): "name",
     ("WorkflowStatus", "models"): "name",
     ("WorkflowStatus", "conditions"): "type",
     ("ModelStatus", "conditions"): "type",
+    ("ModelStatus", "nets"): "name",
 }
 
 

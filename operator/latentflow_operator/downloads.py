@@ -36,9 +36,9 @@ class Progress(NamedTuple):
     total: float
 
 
-def downloading_hosts(uri: str, pods: Iterable[Pod]) -> list[str]:
-    """IP addresses of a model's pods that may be downloading; none if a replica is ready or the source is local."""
-    if urlparse(uri).scheme not in _DOWNLOADED:
+def downloading_hosts(uris: Iterable[str], pods: Iterable[Pod]) -> list[str]:
+    """IP addresses of a model's pods that may be downloading; none if a replica is ready or all its sources are local."""
+    if not any(urlparse(uri).scheme in _DOWNLOADED for uri in uris):
         return []
     alive = [pod for pod in pods if not pod.deleting]
     if any(pod.ready for pod in alive):
@@ -136,10 +136,10 @@ class Downloads:
     def _addresses(self, model: Model) -> list[str]:
         if model.spec is None:
             return []
-        host = model.spec.host
+        host, uris = model.spec.host, [source.uri for source in model.spec.sources().values()]
         port = self._port or manifests.metrics_port(host.index if host is not None else 0)
         pods = self._store.pods(model.namespace, manifests.pods_of(model.name, model.spec))
-        return [hosts.join(ip, port) for ip in downloading_hosts(model.spec.source.uri, pods)]
+        return [hosts.join(ip, port) for ip in downloading_hosts(uris, pods)]
 
     async def _read(self, session: aiohttp.ClientSession, address: str) -> Progress | None:
         try:

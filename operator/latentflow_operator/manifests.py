@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-from latentflow.api import API_VERSION, Role, Source
+from latentflow.api import API_VERSION, Role
 from latentflow.api.types import MODEL_LABEL, ROLE_LABEL, ColocatedModel, ModelSpec, Pod
 
 from latentflow_operator.settings import OperatorSettings
@@ -43,7 +43,7 @@ GRPC_PORT, METRICS_PORT = 8500, 8501
 # A colocated model's ports are these plus its index; no other port is in these ranges, so that network policies can
 # name them.
 _COLOCATED_GRPC, _COLOCATED_METRICS = 8510, 8610
-_MODEL_ROOT, _CACHE, _SOURCE, _MEMORY = "/models", "/cache", "/source", "/memory"
+_MODEL_ROOT, _CACHE, _SOURCE, _NETS, _MEMORY = "/models", "/cache", "/source", "/nets", "/memory"
 # Seconds after the drain in which peers fetch the remaining tensors and the process ends.
 _GRACE_BEYOND_DRAIN = 30
 # With Surge a new replica is ready before an old one is removed, so that a new image interrupts no request.
@@ -212,13 +212,13 @@ def _pod(name: str, spec: ModelSpec, settings: OperatorSettings) -> Manifest:
     containers = []
     models = [(name, spec), *((one.model, _spec_of(one, own)) for one in spec.colocated or ())]
     for index, (model, served) in enumerate(models):
-        needed, mounts, uri = _weights(served.source, settings)
+        needed, mounts, inside = _weights(served, settings)
         mounts = _add_volumes(volumes, needed, mounts, index=index)
         if spec.colocated:
             mounts.append({"name": "memory", "mountPath": _MEMORY})
         mounts += own.volume_mounts or []
         ports = _container_ports(model, index, memory=bool(spec.colocated))
-        containers.append(_container(model, served, settings, uri, mounts, ports))
+        containers.append(_container(model, inside, settings, mounts, ports))
     if spec.colocated:
         volumes.append({"name": "memory", "emptyDir": {"medium": "Memory"}})
     return {
@@ -270,17 +270,18 @@ def _affinity_to(model: str) -> Manifest:
 
 
 def _container(
-    name: str, spec: ModelSpec, settings: OperatorSettings, uri: str, mounts: list[Manifest], ports: ContainerPorts
+    name: str, spec: ModelSpec, settings: OperatorSettings, mounts: list[Manifest], ports: ContainerPorts
 ) -> Manifest:
+    """The container of a model whose sources are as in its pod."""
     probe = {"grpc": {"port": ports.grpc_port}, "timeoutSeconds": 5, "periodSeconds": _PROBE_SECONDS}
     return {
         "name": ports.container,
         "image": settings.node_image,
         "imagePullPolicy": settings.pull_policy,
         "command": ["latentflow-node"],
-        "args": _arguments(name, spec, uri, settings, ports),
+        "args": _arguments(name, spec, settings, ports),
         "env": _environment(spec, settings),
-        **_environment_of_secret(spec.source, settings),
+        **_environment_of_secret(spec, settings),
         "ports": [
             {"name": ports.grpc, "containerPort": ports.grpc_port},
             {"name": ports.metrics, "containerPort": ports.metrics_port},
@@ -301,13 +302,14 @@ def _container(
     }
 
 
-def _arguments(name: str, spec: ModelSpec, uri: str, settings: OperatorSettings, ports: ContainerPorts) -> list[str]:
+def _arguments(name: str, spec: ModelSpec, settings: OperatorSettings, ports: ContainerPorts) -> list[str]:
     options = {
         "role": spec.role.value,
-        "uri": uri,
+        "uri": spec.source.uri,
         "subfolder": spec.source.subfolder,
         "revision": spec.source.revision,
         "variant": spec.source.variant,
+        "nets": spec.nets_option(),
         "model-root": _MODEL_ROOT,
         "cache": f"{_CACHE}/latentflow",
         "identity": name,
@@ -331,7 +333,7 @@ def _environment(spec: ModelSpec, settings: OperatorSettings) -> list[Manifest]:
         {"name": "HOME", "value": _CACHE},
         {"name": "TMPDIR", "value": _CACHE},
     ]
-    from_hub = _scheme(spec.source) == "hf"
+    from_hub = "hf" in _schemes(spec)
     if from_hub and settings.hub_endpoint is not None:
         variables.append({"name": "HF_ENDPOINT", "value": settings.hub_endpoint})
     secrets = {"LATENTFLOW_TOKEN": settings.token_secret, "HF_TOKEN": settings.hub_secret if from_hub else None}
@@ -341,31 +343,36 @@ def _environment(spec: ModelSpec, settings: OperatorSettings) -> list[Manifest]:
     return variables + (spec.pod.env or [])
 
 
-def _environment_of_secret(source: Source, settings: OperatorSettings) -> Manifest:
-    if settings.s3_secret is None or _scheme(source) != "s3":
+def _environment_of_secret(spec: ModelSpec, settings: OperatorSettings) -> Manifest:
+    if settings.s3_secret is None or "s3" not in _schemes(spec):
         return {}
     return {"envFrom": [{"secretRef": {"name": settings.s3_secret}}]}
 
 
-def _scheme(source: Source) -> str:
-    return urlparse(source.uri).scheme
+def _schemes(spec: ModelSpec) -> set[str]:
+    return {urlparse(source.uri).scheme for source in spec.sources().values()}
 
 
-def _weights(source: Source, settings: OperatorSettings) -> tuple[list[Manifest], list[Manifest], str]:
-    """The volumes and mounts of a source, and its URI inside the pod."""
+def _weights(spec: ModelSpec, settings: OperatorSettings) -> tuple[list[Manifest], list[Manifest], ModelSpec]:
+    """The volumes and mounts of a model's sources, and the model with these sources as they are inside the pod."""
     volumes: list[Manifest] = [{"name": "cache", **settings.cache}]
     mounts: list[Manifest] = [{"name": "cache", "mountPath": _CACHE}]
-    parsed, uri = urlparse(source.uri), source.uri
-    if parsed.scheme == "" and settings.model_root is not None:
+    if "" in _schemes(spec) and settings.model_root is not None:
         volumes.append({"name": "models", **settings.model_root})
         mounts.append({"name": "models", "mountPath": _MODEL_ROOT, "readOnly": True})
-    if parsed.scheme == "pvc":
-        volumes.append({"name": "source", "persistentVolumeClaim": {"claimName": parsed.netloc, "readOnly": True}})
-        mounts.append({"name": "source", "mountPath": _SOURCE, "readOnly": True})
-        uri = f"file://{_SOURCE}{parsed.path}"
-    if parsed.scheme == "oci":
-        image = {"reference": source.uri.removeprefix("oci://"), "pullPolicy": "IfNotPresent"}
-        volumes.append({"name": "source", "image": image})
-        mounts.append({"name": "source", "mountPath": _SOURCE, "readOnly": True})
-        uri = f"file://{_SOURCE}"
-    return volumes, mounts, uri
+    inside = {}
+    for index, (name, source) in enumerate(spec.sources().items()):
+        parsed, uri = urlparse(source.uri), source.uri
+        # The first is that of the model itself.
+        volume, path = (f"net-{index}", f"{_NETS}/{index}") if index else ("source", _SOURCE)
+        if parsed.scheme == "pvc":
+            volumes.append({"name": volume, "persistentVolumeClaim": {"claimName": parsed.netloc, "readOnly": True}})
+            uri = f"file://{path}{parsed.path}"
+        if parsed.scheme == "oci":
+            image = {"reference": source.uri.removeprefix("oci://"), "pullPolicy": "IfNotPresent"}
+            volumes.append({"name": volume, "image": image})
+            uri = f"file://{path}"
+        if parsed.scheme in ("pvc", "oci"):
+            mounts.append({"name": volume, "mountPath": path, "readOnly": True})
+        inside[name] = source.model_copy(update={"uri": uri})
+    return volumes, mounts, spec.with_sources(inside)

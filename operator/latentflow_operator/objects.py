@@ -6,6 +6,7 @@ written it, and an object that cannot be read in full must not stop the work on 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,13 +98,14 @@ class Model(KubeObject):
     Attributes:
         spec: None if this version of the operator cannot read it.
         ready_replicas: By its status.
-        resolved: The source that its servers load, by its status; None before it has been resolved.
+        resolved: The sources that its servers load, by its status, named as `ServedModel.sources` names them; empty before
+            they have been resolved.
         parallelism, scheduling: Parts of its status, which a workflow's status repeats; None if absent.
     """
 
     spec: ModelSpec | None
     ready_replicas: int
-    resolved: Source | None
+    resolved: Mapping[str, Source]
     parallelism: Body | None
     scheduling: Body | None
 
@@ -239,18 +241,20 @@ def _model(body: Body) -> Model:
         **_common(body),
         spec=spec,
         ready_replicas=status.get("readyReplicas", 0),
-        resolved=source_of(status),
+        resolved=sources_of(status),
         parallelism=status.get("parallelism"),
         scheduling=status.get("scheduling"),
     )
 
 
-def source_of(status: Body) -> Source | None:
-    """The resolved source in a model's status; None if there is no valid one."""
-    try:
-        return Source.model_validate(status["source"]) if "source" in status else None
-    except ValidationError:
-        return None
+def sources_of(status: Body) -> dict[str, Source]:
+    """The valid ones of the resolved sources in a model's status."""
+    entries = [("", status.get("source")), *((net.get("name"), net.get("source")) for net in status.get("nets") or ())]
+    found = {}
+    for name, source in entries:
+        with contextlib.suppress(ValidationError):
+            found[name] = Source.model_validate(source)
+    return found
 
 
 def _pod(body: Body) -> Pod:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -17,9 +17,11 @@ from urllib.parse import urlparse
 import structlog
 from latentflow.api import Source
 from latentflow.api.conditions import ConditionReason
+from latentflow.api.types import ServedModel
 from latentflow.internal import source_uri
 
 Key = TypeVar("Key", bound=Hashable)
+Served = TypeVar("Served", bound=ServedModel)
 _log = structlog.get_logger()
 _COMMIT = re.compile("[0-9a-f]{40}")
 _FIRST_SECONDS, _MAX_SECONDS = 1.0, 60.0
@@ -56,6 +58,21 @@ def recorded(source: Source, resolved: Source | None) -> Source | None:
     if not _COMMIT.fullmatch(resolved.revision or ""):
         return None
     return source.model_copy(update={"revision": resolved.revision})
+
+
+def all_recorded(model: Served, resolved: Mapping[str, Source]) -> Served | None:
+    """A model with commits as the revisions of all its sources, if they are known without the hub.
+
+    Args:
+        resolved: The resolved sources in its status, named as `ServedModel.sources` names them.
+    """
+    found: dict[str, Source] = {}
+    for name, source in model.sources().items():
+        known = recorded(source, resolved.get(name))
+        if known is None:
+            return None
+        found[name] = known
+    return model.with_sources(found)
 
 
 @dataclass(kw_only=True)

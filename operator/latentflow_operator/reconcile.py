@@ -28,7 +28,7 @@ from latentflow_operator.container_failures import Failure
 from latentflow_operator.downloads import Downloads
 from latentflow_operator.manifests import MANAGED, Manifest, OwnerReference
 from latentflow_operator.objects import Body, KubeObject, Model, ObjectKey, Workflow, key_of
-from latentflow_operator.pinning import Pins, Refusal, recorded, resolve_commit
+from latentflow_operator.pinning import Pins, Refusal, all_recorded, recorded, resolve_commit
 from latentflow_operator.settings import OperatorSettings
 from latentflow_operator.store import Store
 from latentflow_operator.workqueue import WorkQueue
@@ -133,34 +133,43 @@ class Reconciler:
             _log.error("this version cannot read the spec of a DiffusionModel", namespace=namespace, model=name)
             return
         spec = model.spec
-        source = recorded(spec.source, model.resolved)
-        if source is None:
-            answer = self._pins.of(spec.source, Key("model", namespace, name))
+        pinned = all_recorded(spec, model.resolved)
+        if pinned is None:
+            pinned = await self._resolve(model, spec)
+            if pinned is None:
+                return
+            # The commits are recorded before the first pod starts, so that a crash between the two changes nothing.
+            model = await self._write_model_status(model, spec, pinned=pinned)
+        colocated = []
+        for one in spec.colocated or ():
+            known = self.store.model(namespace, one.model)
+            found = all_recorded(one, known.resolved if known is not None else {})
+            if found is None:
+                # The pass over that model resolves its sources, reports a failure, and enqueues this pass again.
+                await self._write_model_status(model, spec, pinned=pinned)
+                return
+            colocated.append(found)
+        served = pinned.model_copy(update={"colocated": colocated or None})
+        for manifest in manifests.manifests(
+            name=name, namespace=namespace, uid=model.uid, spec=served, settings=self._settings
+        ):
+            await self._ensure(manifest)
+        await self._write_model_status(model, spec, pinned=pinned)
+
+    async def _resolve(self, model: Model, spec: ModelSpec) -> ModelSpec | None:
+        """The spec with commits as the revisions of its hub sources; None where one is not known yet, or refused."""
+        found: dict[str, Source] = {}
+        for name, source in spec.sources().items():
+            answer = recorded(source, model.resolved.get(name)) or self._pins.of(source, Key("model", *model.key))
             if isinstance(answer, Refusal):
                 unresolved = Failure(
                     condition=ConditionType.WEIGHTS_AVAILABLE, reason=answer.reason, message=answer.message
                 )
                 await self._write_model_status(model, spec, unresolved=unresolved)
             if not isinstance(answer, Source):
-                return
-            source = answer
-            # The commit is recorded before the first pod starts, so that a crash between the two changes nothing.
-            model = await self._write_model_status(model, spec, source=source)
-        colocated = []
-        for one in spec.colocated or ():
-            known = self.store.model(namespace, one.model)
-            found = recorded(one.source, known.resolved if known is not None else None)
-            if found is None:
-                # The pass over that model resolves its source, reports a failure, and enqueues this pass again.
-                await self._write_model_status(model, spec, source=source)
-                return
-            colocated.append(one.model_copy(update={"source": found}))
-        pinned = spec.model_copy(update={"source": source, "colocated": colocated or None})
-        for manifest in manifests.manifests(
-            name=name, namespace=namespace, uid=model.uid, spec=pinned, settings=self._settings
-        ):
-            await self._ensure(manifest)
-        await self._write_model_status(model, spec, source=source)
+                return None
+            found[name] = answer
+        return spec.with_sources(found)
 
     async def _reconcile_ownership(self, namespace: str, name: str, model: Model | None) -> Model | None:
         """Creates, changes or deletes a model as its workflows require. Returns the resulting model, if any."""
@@ -224,14 +233,14 @@ class Reconciler:
         model: Model,
         spec: ModelSpec,
         *,
-        source: Source | None = None,
+        pinned: ModelSpec | None = None,
         unresolved: Failure | None = None,
     ) -> Model:
         """Writes the status of a model. Returns the model with it.
 
         Args:
-            source: The resolved source; None if it is not resolved.
-            unresolved: Why it could not be resolved.
+            pinned: The spec with its resolved sources; None if they are not resolved.
+            unresolved: Why they could not be resolved.
         """
         host, of_pods = manifests.pods_of(model.name, spec), self._host_spec(model, spec)
         pods = list(self.store.pods(model.namespace, host))
@@ -258,8 +267,9 @@ class Reconciler:
             # The servers of this version do not divide weights.
             "parallelism": {"latent": conditions.latent(spec.parallelism.latent, ready=ready), "tensor": 1},
         }
-        if source is not None:
-            status["source"] = source.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if pinned is not None:
+            resolved = pinned.model_dump(mode="json", by_alias=True, exclude_none=True, include={"source", "nets"})
+            status |= resolved
         await self._write_status(model, status)
         return self.store.model(*model.key) or model
 

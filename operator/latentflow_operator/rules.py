@@ -78,6 +78,12 @@ _STORE_VARIANT = Rule(
     message="the files of a LoRAStore have no variants; remove source.variant",
 )
 
+_NETS = Rule(
+    cel="!has(self.nets) || self.role == 'ControlNet'",
+    message="'only a ControlNet has nets, a ' + self.role + ' has none; remove them'",
+    computed=True,
+)
+
 
 def _served(type_: type[Typed]) -> Iterator[Rule]:
     """Rules for the fields of a type of which this version serves only some values."""
@@ -164,10 +170,11 @@ _OWN: dict[str, tuple[Rule, ...]] = {
             f"{', '.join(OPERATOR_LABELS)}",
         ),
     ),
-    "ColocatedModel": (*_engine(), _STORE_VARIANT),
+    "ColocatedModel": (*_engine(), _STORE_VARIANT, _NETS),
     "Model": (
         *_engine(),
         _STORE_VARIANT,
+        _NETS,
         Rule(
             cel="has(self.source) != has(self.modelRef)",
             message='"model \'" + self.name + "\' needs exactly one of source and modelRef"',
@@ -236,12 +243,13 @@ _OWN: dict[str, tuple[Rule, ...]] = {
     "ModelSpec": (
         *_engine(),
         _STORE_VARIANT,
+        _NETS,
         *(
             Rule(
                 cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
                 message=f"{field} is part of the model's identity and cannot change; make another DiffusionModel",
             )
-            for field in ("role", "source", "dtype", "engine", "resources", "host", "colocated")
+            for field in ("role", "source", "nets", "dtype", "engine", "resources", "host", "colocated")
         ),
     ),
 }

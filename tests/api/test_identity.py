@@ -106,6 +106,13 @@ def test_what_changes_the_served_model_changes_the_identity() -> None:
     assert len({identity(one) for one in [model(), *others]}) == len(others) + 1
 
 
+def test_the_order_of_nets_does_not_change_the_identity() -> None:
+    nets = [{"name": name, "source": {"uri": name}} for name in ("depth", "pose")]
+    one, other = (model(role="ControlNet", attachTo="base", nets=given) for given in (nets, nets[::-1]))
+    assert identity(one) == identity(other)
+    assert identity(one) != identity(model(role="ControlNet", attachTo="base", nets=nets[:1]))
+
+
 def test_a_model_reference_is_its_own_identity() -> None:
     assert identity(Model.model_validate({"name": "a", "role": "VAE", "modelRef": "vae-123"})) == "vae-123"
 

@@ -40,6 +40,12 @@ def test_a_control_image_may_be_a_pil_image_bytes_or_a_path(tmp_path: Path) -> N
         assert request.control_images[0].scale == 0.5
 
 
+def test_a_control_image_may_be_for_one_of_several_nets() -> None:
+    picture = Image.new("RGB", (8, 8))
+    request = build("a", control_images={"hints": picture, "hints/depth": picture})
+    assert [(one.model, one.net) for one in request.control_images] == [("hints", ""), ("hints", "depth")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

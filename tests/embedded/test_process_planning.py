@@ -114,6 +114,18 @@ def test_the_source_of_a_model_reaches_its_server() -> None:
     assert {name: getattr(found, name) for name in source} == source
 
 
+def test_the_nets_of_a_controlnet_reach_its_server() -> None:
+    nets = [{"name": "layout", "source": {"uri": "shapes", "subfolder": "controlnet-layout"}}]
+    (workflow,) = load_workflows(EXAMPLES / "shapes.yaml")
+    body = workflow.model_dump(mode="json", by_alias=True, exclude_none=True)
+    next(model for model in body["spec"]["models"] if model["name"] == "edges")["nets"] = nets
+    specs = planned(workflow=DiffusionWorkflow.model_validate(body))
+    with_nets = [found for spec in specs if (found := settings.parse(list(spec.argv))).nets]
+    assert [(one.name, one.source.subfolder) for found in with_nets for one in found.nets] == [
+        ("layout", "controlnet-layout")
+    ]
+
+
 @pytest.mark.parametrize(("threads", "cores", "locked"), [(2, 2, True), (2, 3, True), (2, 4, False), (1, 1, False)])
 def test_models_share_a_compute_lock_if_two_would_compete_for_the_cores(threads: int, cores: int, locked: bool) -> None:
     assert ("--compute-lock=/lock" in first(threads=threads, cores=cores).argv) is locked

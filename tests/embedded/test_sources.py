@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -55,6 +56,19 @@ def test_hub_models_are_pinned_to_one_commit_while_they_are_served(
         assert hub.requests["revision"] == requests + 1
         hub.down = True
         assert {model.source.revision for model in pinned(workflows)[0].spec.models if model.source} == {commit}
+
+
+def test_the_nets_of_a_controlnet_are_pinned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    body: Any = yaml.safe_load((EXAMPLES / "shapes.yaml").read_text())
+    edges = next(model for model in body["spec"]["models"] if model["name"] == "edges")
+    edges["nets"] = [{"name": "layout", "source": {"uri": "hf://org/shapes", "subfolder": "controlnet-layout"}}]
+    with Hub().running() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        commit = hub.push("org/shapes", SHAPES)
+        (found,) = pinned([DiffusionWorkflow.model_validate(body)])
+    nets = [net for model in found.spec.models for net in model.nets or ()]
+    assert [net.source.revision for net in nets] == [commit]
 
 
 def test_without_a_hub_source_nothing_is_pinned() -> None:

@@ -35,6 +35,26 @@ def test_demand_and_host_come_before_the_adapter_set(ready: list[Replica], adapt
     assert preferred(ready, near="a:9", adapters=adapters) is ready[expected]
 
 
+def with_nets(*nets: str, outstanding: int = 0, host: str = "a") -> Replica:
+    one = replica((), outstanding=outstanding, host=host)
+    one.nets = frozenset(nets)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("ready", "expected"),
+    [
+        ([with_nets("", "depth"), with_nets("", "pose")], 1),
+        ([with_nets("", "depth"), with_nets("")], 1),
+        ([with_nets("", "pose"), with_nets("pose")], 1),
+        ([with_nets("depth"), with_nets("pose", outstanding=1)], 0),
+        ([with_nets("pose", host="b"), with_nets("depth")], 1),
+    ],
+)
+def test_of_equally_busy_replicas_one_with_the_net_on_its_device_is_chosen(ready: list[Replica], expected: int) -> None:
+    assert preferred(ready, near="a:9", net="pose") is ready[expected]
+
+
 async def test_requests_with_two_loras_in_turn_are_merged_once_each(tmp_path: Path) -> None:
     async with pods(tmp_path) as both, AsyncClient(both.gateway) as client:
         for lora in ("neon", "outline") * 3:

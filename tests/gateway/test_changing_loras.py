@@ -62,7 +62,7 @@ class Served:
 async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
     """The shapes workflow without ControlNets, whose store has a folder of its own with one good file and one bad one."""
     monkeypatch.setattr(lora_store, "_SCAN_SECONDS", 0.05)
-    monkeypatch.setattr(replicas, "_STORE_SECONDS", 0.05)
+    monkeypatch.setattr(replicas, "_REREAD_SECONDS", 0.05)
     folder = tmp_path / "shapes/loras"
     folder.mkdir(parents=True)
     add(folder / "outline.safetensors", "outline")

@@ -179,6 +179,11 @@ def test_a_body_that_is_no_request_is_refused(body: bytes, words: str) -> None:
     assert words in refusal(body).message
 
 
+def test_a_control_image_may_be_for_one_of_several_nets() -> None:
+    (control,) = wire(control_images={"hints/depth": {"image": ENCODED}}).control_images
+    assert (control.model, control.net) == ("hints", "depth")
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -50,6 +50,9 @@ def descriptions(workflow: DiffusionWorkflow = SHAPES) -> dict[str, control_pb2.
         elif model.role is Role.CONTROL_NET:
             one.control_net.latent_channels = 4
             one.control_net.conditioning.add(name="prompt_embeds", shape=[1, 0, 96])
+            one.control_net.nets.add(name="")
+            one.control_net.nets.add(name="depth")
+            one.control_net.nets.add(name="broken", problem="it is damaged.")
         elif model.role is Role.LORA_STORE:
             one.lora_store.adapters.add(name="neon", components=["unet", "text_encoder"], digest="d")
             one.lora_store.adapters.add(name="broken", problem="the file is cut off")
@@ -123,6 +126,12 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
     assert made.store == identity(SHAPES.of_role(Role.LORA_STORE)[0])
 
 
+def test_a_request_may_use_several_nets_of_one_controlnet() -> None:
+    made = plan(control_images=[control(), control(net="depth", scale=0.5)])
+    assert [(one.name, one.net, one.scale) for one in made.controls] == [("edges", "", 1), ("edges/depth", "depth", 0.5)]
+    assert len({one.model for one in made.controls}) == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [
@@ -143,7 +152,17 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
         ({"priority": 101}, InvalidRequestError, "priority must be from 0 to 100"),
         ({"deadline": Duration()}, InvalidRequestError, "deadline must be a positive duration"),
         ({"media_type": "image/webp"}, UnimplementedError, "as image/png only"),
-        ({"control_images": [control(net="canny")]}, UnimplementedError, "does not serve ControlImage.net"),
+        (
+            {"control_images": [control(net="canny")]},
+            NotFoundError,
+            "ControlNet 'edges' has no net 'canny'; it has depth.",
+        ),
+        (
+            {"control_images": [control(net="broken")]},
+            FailedPreconditionError,
+            "The net 'broken' of ControlNet 'edges' cannot be used: it is damaged.",
+        ),
+        ({"control_images": [control(net="depth"), control(net="depth")]}, InvalidRequestError, "'edges/depth' has two"),
         ({"control_images": [control(model="nets")]}, NotFoundError, "has no ControlNet 'nets'; it has edges, layout"),
         ({"control_images": [control(), control()]}, InvalidRequestError, "has two control images"),
         ({"control_images": [control(image=picture((32, 64)))]}, InvalidRequestError, "is 32x64, the request 64x64"),

@@ -51,7 +51,7 @@ def model(uri: str) -> dict[str, Any]:
     ],
 )
 def test_only_servers_that_may_be_downloading_are_read(uri: str, pods: list[Any], addresses: list[str]) -> None:
-    assert downloading_hosts(uri, parsed(pods)) == addresses
+    assert downloading_hosts(["shapes", uri], parsed(pods)) == addresses
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args, get_origin
 
 import pytest
-from latentflow.api.types import Engine, ModelSpec, Pod
+from latentflow.api.types import Engine, ModelSpec, Pod, Source
 from latentflow_nodes.settings import parse
 from latentflow_operator.manifests import Manifest, manifests
 from latentflow_operator.settings import OperatorSettings
@@ -96,6 +96,30 @@ def test_a_claim_is_mounted_and_read_as_a_folder() -> None:
     assert {"name": "source", "persistentVolumeClaim": claim} in spec["volumes"]
     assert "--uri=file:///source/family/shapes" in spec["containers"][0]["args"]
     assert not [volume for volume in spec["volumes"] if volume["name"] == "models"]
+
+
+def test_each_net_of_a_controlnet_is_mounted_and_reaches_its_server() -> None:
+    spec = pod(
+        role="ControlNet",
+        source={"uri": "pvc://nets/edges"},
+        nets=[
+            {"name": "depth", "source": {"uri": "pvc://nets/depth", "variant": "fp16"}},
+            {"name": "pose", "source": {"uri": "hf://org/pose", "revision": "main"}},
+            {"name": "lines", "source": {"uri": "oci://registry.example/lines:1", "subfolder": "controlnet"}},
+        ],
+    )
+    (container,) = spec["containers"]
+    settings = parse([argument.replace("$(POD_IP)", "10.1.2.3") for argument in container["args"]])
+    assert [(net.name, net.source) for net in settings.nets] == [
+        ("depth", Source(uri="file:///nets/1/depth", variant="fp16")),
+        ("pose", Source(uri="hf://org/pose", revision="main")),
+        ("lines", Source(uri="file:///nets/3", subfolder="controlnet")),
+    ]
+    paths = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    claims = {paths[v["name"]] for v in spec["volumes"] if v.get("persistentVolumeClaim", {}).get("claimName") == "nets"}
+    assert claims == {"/source", "/nets/1"}
+    assert [paths[v["name"]] for v in spec["volumes"] if "image" in v] == ["/nets/3"]
+    assert "HF_TOKEN" in {variable["name"] for variable in container["env"]}
 
 
 def test_an_image_is_mounted_and_read_as_a_folder() -> None:

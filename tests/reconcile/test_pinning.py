@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.api import Source
 from latentflow.api.conditions import ConditionReason
-from latentflow_operator.objects import source_of
-from latentflow_operator.pinning import Pins, Refusal, recorded
+from latentflow.api.types import ModelSpec
+from latentflow_operator.objects import sources_of
+from latentflow_operator.pinning import Pins, Refusal, all_recorded, recorded
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MAIN = Source(uri="hf://org/repo", revision="main")
@@ -34,7 +35,7 @@ def test_a_source_without_a_branch_is_resolved_without_the_hub(source: Source) -
 
 def test_a_recorded_commit_is_kept() -> None:
     status = {"source": {"uri": "hf://org/repo", "revision": COMMIT}}
-    assert recorded(MAIN, source_of(status)) == Source(uri="hf://org/repo", revision=COMMIT)
+    assert recorded(MAIN, sources_of(status).get("")) == Source(uri="hf://org/repo", revision=COMMIT)
 
 
 @given(
@@ -49,7 +50,18 @@ def test_a_recorded_commit_is_kept() -> None:
 )
 def test_only_a_recorded_commit_of_the_same_source_is_used(source: dict[str, str]) -> None:
     same = source == {"uri": "hf://org/repo", "revision": COMMIT}
-    assert (recorded(MAIN, source_of({"source": source})) is not None) == same
+    assert (recorded(MAIN, sources_of({"source": source}).get("")) is not None) == same
+
+
+def test_every_net_of_a_model_needs_its_own_commit() -> None:
+    nets = [{"name": name, "source": MAIN.model_dump(exclude_none=True)} for name in ("depth", "pose")]
+    spec = ModelSpec.model_validate({"role": "ControlNet", "source": {"uri": "shapes"}, "nets": nets})
+    known = [one | {"source": {"uri": MAIN.uri, "revision": COMMIT}} for one in nets]
+    assert all_recorded(spec, sources_of({"nets": known[:1]})) is None
+    pinned = all_recorded(spec, sources_of({"source": {"uri": "shapes"}, "nets": known}))
+    assert pinned is not None
+    assert pinned.source == Source(uri="shapes")
+    assert [net.source.revision for net in pinned.nets or ()] == [COMMIT, COMMIT]
 
 
 class FakeHub:

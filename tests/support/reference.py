@@ -28,7 +28,8 @@ def reference(
     torch.set_num_threads(1)
     names = [name for name, _, _ in request.controls]
     folders = {"edges": "controlnet-edges", "layout": "controlnet-layout", "control": "controlnet"}
-    nets = [ControlNetModel.from_pretrained(root / folders[name], dtype=dtype) for name in names]
+    # Of a net of several, by the name of the net.
+    nets = [ControlNetModel.from_pretrained(root / folders[name.split("/")[-1]], dtype=dtype) for name in names]
     plain: Any = StableDiffusionXLPipeline if xl else StableDiffusionPipeline
     with_nets: Any = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
     extra: dict[str, Any] = {}

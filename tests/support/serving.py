@@ -47,13 +47,14 @@ async def served(
     api_keys: Path | None = None,
     host: str = "127.0.0.1",
     denoisers: int = 1,
+    control_nets: int = 1,
     **limits: Any,
 ) -> AsyncIterator[Served]:
     """A workflow's model servers and a gateway, in this process.
 
     Args:
         host: Where all of them listen.
-        denoisers: Replicas of the denoiser.
+        denoisers, control_nets: Replicas of the denoiser, and of each ControlNet.
         limits: Further settings of the gateway.
     """
     async with contextlib.AsyncExitStack() as stack:
@@ -64,6 +65,7 @@ async def served(
                 role=model.role.value,
                 uri=model.source.uri,
                 subfolder=model.source.subfolder,
+                nets=tuple(model.nets or ()),
                 model_root=MODELS,
                 identity=identity(model),
                 tls=tls,
@@ -72,7 +74,7 @@ async def served(
                 listen=f"{host}:0",
                 metrics=f"{host}:0",
             )
-            count = denoisers if model.role is Role.DENOISER else 1
+            count = {Role.DENOISER: denoisers, Role.CONTROL_NET: control_nets}.get(model.role, 1)
             replicas = [await stack.enter_async_context(serve_node(settings)) for _ in range(count)]
             nodes += replicas
             models[identity(model)] = Replicas(role=model.role, replicas=tuple(one.address for one in replicas))

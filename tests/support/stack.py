@@ -15,7 +15,7 @@ from typing import Any
 import grpc.aio
 import torch
 from latentflow.api.types import Engine
-from latentflow.internal import images
+from latentflow.internal import control_names, images
 from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, stage_pb2_grpc, tensors_pb2_grpc
 from latentflow_nodes.server import Node, serve
 from latentflow_nodes.settings import NodeSettings
@@ -122,7 +122,8 @@ class Stack:
             seed=request.seed,
             control_nets=[
                 stage_pb2.ControlNetRef(
-                    peer=self.peer(name),
+                    peer=self.peer(control_names.split(name)[0]),
+                    net=control_names.split(name)[1],
                     image=images.png(png(image)),
                     scale=scale,
                     start=request.control_range(name)[0],

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from latentflow.api.parts import Name, ScaledModel, ServedModel, Source, Typed
+from latentflow.api.parts import Name, Source, Typed
+from latentflow.api.served import ScaledModel, ServedModel
 from latentflow.api.workflow import Metadata
 
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlparse
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails
 
@@ -280,9 +280,9 @@ class Parallelism(Typed):
 
 
 class Net(Typed):
-    """One of several nets that a ControlNet server holds."""
+    """A further net of a ControlNet."""
 
-    name: Name = Field(description="Name by which requests select the net.")
+    name: Name = Field(description="Name by which requests select the net; unique among the nets of its model.")
     source: Source = Field(description="Location of the weights.")
 
 
@@ -334,60 +334,3 @@ class Pod(Typed):
                 f"labels that the operator sets cannot be passed through: latentflow.io/… and {', '.join(OPERATOR_LABELS)}"
             )
         return labels
-
-
-class ServedModel(Typed):
-    """The settings of one model's servers."""
-
-    role: Role = Field(description="The function of the model in a workflow.")
-    source: Source | None = Field(default=None, description="Location of the weights.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        default="float32", description="Element type of the weights."
-    )
-    engine: Engine = Field(default_factory=Engine, description="How the model's server runs it.")
-    nets: list[Net] | None = field(
-        min_length=1,
-        max_length=32,
-        description="Nets of one architecture that one ControlNet server holds.",
-        limits=Limits(only=[None]),
-    )
-    resources: dict[str, Any] = Field(default_factory=dict, description="As Container.resources: requests and limits.")
-
-    @model_validator(mode="after")
-    def _options_of_its_role(self) -> Self:
-        self.engine.check(self.role)
-        if self.role is Role.LORA_STORE and self.source is not None and self.source.variant is not None:
-            raise ValueError("the files of a LoRAStore have no variants; remove source.variant")
-        return self
-
-    @field_serializer("engine")
-    def _only_options_that_are_set(self, engine: Engine) -> dict[str, Any]:
-        # So a later change of a default reaches objects that were written before, and a new option changes none.
-        return engine.options()
-
-    def served(self) -> dict[str, Any]:
-        """The fields that every ServedModel has, by their Python names."""
-        return {name: getattr(self, name) for name in ServedModel.model_fields}
-
-
-class ScaledModel(ServedModel):
-    """A model that may have pods of its own."""
-
-    scaling: Scaling = Field(default_factory=Scaling, description="Bounds of the number of replicas.")
-    parallelism: Parallelism = Field(
-        default_factory=Parallelism, description="Devices over which a request or a replica may be spread."
-    )
-    devices: Literal["Exclusive", "Shared"] = field(
-        default="Exclusive",
-        description="Exclusive: each replica has its devices to itself. Shared: replicas sleep and wake on devices that "
-        "several models share.",
-        limits=Limits(only=["Exclusive"]),
-    )
-    rollout: Literal["Surge", "Replace"] = Field(
-        default="Surge",
-        description="Surge: a new replica is ready before an old one ends. Replace: an old replica ends first, for clusters "
-        "without spare devices; requests wait or fail meanwhile. In the embedded runtime it changes nothing.",
-    )
-    pod: Pod = Field(
-        default_factory=Pod, description="Passed through to the model's pods, to each of their containers."
-    )

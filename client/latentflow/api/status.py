@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from latentflow.api.parts import Role, Source, Typed
+from latentflow.api.parts import Net, Role, Source, Typed
 
 
 class ConditionType(StrEnum):
@@ -97,4 +97,7 @@ class ModelStatus(Typed):
     )
     parallelism: ParallelismInForce | None = Field(default=None, description="The degrees of parallelism in force.")
     source: Source | None = Field(default=None, description="The source as resolved, an hf:// revision pinned.")
+    nets: list[Net] | None = Field(
+        default=None, max_length=32, description="The nets with their sources as resolved; absent: the model has none."
+    )
     scheduling: Scheduling | None = Field(default=None, description="The last decision of the scheduler.")

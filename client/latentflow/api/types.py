@@ -16,13 +16,12 @@ from latentflow.api.parts import (
     Parallelism,
     Pod,
     Role,
-    ScaledModel,
     Scaling,
-    ServedModel,
     Source,
     Typed,
     problems,
 )
+from latentflow.api.served import ScaledModel, ServedModel
 from latentflow.api.workflow import Defaults, Degrade, DiffusionWorkflow, Editing, Metadata, Model, Slo, WorkflowSpec
 
 __all__ = [

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from latentflow.api.fields import ANY, Limits, field
-from latentflow.api.parts import API_VERSION, Name, Pod, Role, ScaledModel, Scaling, Size, Source, Typed
+from latentflow.api.parts import API_VERSION, Name, Pod, Role, Scaling, Size, Source, Typed
+from latentflow.api.served import ScaledModel
 
 ATTACHED = frozenset({Role.CONTROL_NET, Role.LORA_STORE})
 SINGLE = (Role.TEXT_ENCODER, Role.DENOISER, Role.VAE)

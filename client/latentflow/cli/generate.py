@@ -64,7 +64,8 @@ def generate(
         typer.Option(
             "--control",
             "-c",
-            help="NAME=FILE[:SCALE]: control image for the ControlNet NAME. May be repeated with other names.",
+            help="NAME=FILE[:SCALE]: control image for the ControlNet NAME, or for the net NAME/NET of one that has several. "
+            "May be repeated with other names.",
         ),
     ] = None,
     guess_mode: Annotated[

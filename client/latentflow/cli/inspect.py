@@ -49,7 +49,9 @@ def describe(
     table.add_row("samplers", ", ".join(found.samplers) or "unknown")
     for model in found.models:
         if model.role == "ControlNet":
-            table.add_row(f"control image {model.name!r}", f"--control {model.name}=FILE")
+            for net in ("", *model.nets):
+                name = control_names.written(model.name, net)
+                table.add_row(f"control image {name!r}", f"--control {name}=FILE")
         if model.role == "LoRAStore":
             table.add_row("LoRAs", escape(", ".join(model.adapters)) or ("none" if model.content_digest else "unknown"))
             for name, problem in model.unusable_adapters.items():

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
-from latentflow.api import DiffusionWorkflow, Model, Role
+from latentflow.api import DiffusionWorkflow, Model, Role, Source
 from latentflow.cli import folders
 from latentflow.internal import source_uri
 
@@ -24,18 +24,20 @@ def of(workflow: DiffusionWorkflow, *, model_root: Path | None) -> list[str]:
     Args:
         model_root: The folder that contains the relative sources; None: they are not looked for.
     """
-    models = workflow.spec.models
-    found = [warning for model in models for warning in (*_of_devices(model), *_of_uri(model))]
-    found += [warning for model in models for warning in _of_folders(model, model_root)]
+    found = [warning for model in workflow.spec.models for warning in _of_devices(model)]
+    for model in workflow.spec.models:
+        for name, source in model.sources().items():
+            field = f"models[{model.name}]{f'.nets[{name}]' if name else ''}.source"
+            found += [*_of_uri(field, model, source), *_of_folder(field, model, source, model_root)]
     return [*found, *_of_families(workflow, model_root)]
 
 
 def unchecked(workflow: DiffusionWorkflow, *, model_root: Path | None) -> list[str]:
     """What `of` did not check of a workflow's sources, each one clause. The arguments are those of `of`."""
-    models = [model for model in workflow.spec.models if model.source is not None]
-    uris = dict.fromkeys(model.source.uri for model in models if model.source is not None)
+    sources = [(model, source) for model in workflow.spec.models for source in model.sources().values()]
+    uris = dict.fromkeys(source.uri for _, source in sources)
     relative = [uri for uri in uris if _scheme(uri) == ""]
-    mounted = {model.source.uri for model in models if model.source is not None and _is_in_a_volume(model)}
+    mounted = {source.uri for model, source in sources if _is_in_a_volume(model, source)}
     remote = [uri for uri in uris if _scheme(uri) not in ("", "file") or uri in mounted]
     found = []
     if relative and model_root is None:
@@ -62,34 +64,32 @@ def _of_devices(model: Model) -> Iterator[str]:
         )
 
 
-def _of_uri(model: Model) -> Iterator[str]:
-    if model.source is None:
-        return
-    uri = model.source.uri
+def _of_uri(field: str, model: Model, source: Source) -> Iterator[str]:
+    uri = source.uri
     if model.role is Role.LORA_STORE and source_uri.is_single_file(uri):
-        yield f"models[{model.name}].source.uri: {uri} is a file, and a LoRA store reads a folder; name the folder of the file"
+        yield f"{field}.uri: {uri} is a file, and a LoRA store reads a folder; name the folder of the file"
     if _scheme(uri) == "hf" and (doubt := source_uri.doubt_of_repository(uri)):
-        yield f"models[{model.name}].source.uri: {doubt}"
+        yield f"{field}.uri: {doubt}"
 
 
-def _of_folders(model: Model, model_root: Path | None) -> Iterator[str]:
-    folder, source = _folder(model, model_root), model.source
-    if folder is None or source is None:
+def _of_folder(field: str, model: Model, source: Source, model_root: Path | None) -> Iterator[str]:
+    folder = _folder(source, model_root)
+    if folder is None:
         return
     inside = folder / source.subfolder if source.subfolder is not None else folder
     if not os.path.exists(folder):
-        if not _is_in_a_volume(model):
-            yield f"models[{model.name}].source.uri: {_missing(folder, is_absolute=_scheme(source.uri) == 'file')}"
+        if not _is_in_a_volume(model, source):
+            yield f"{field}.uri: {_missing(folder, is_absolute=_scheme(source.uri) == 'file')}"
     elif not os.path.exists(inside):
-        yield f"models[{model.name}].source.subfolder: {_missing(inside, is_absolute=False)}"
+        yield f"{field}.subfolder: {_missing(inside, is_absolute=False)}"
     elif _scheme(source.uri) == "" and model_root and not folder.resolve().is_relative_to(model_root.resolve()):
         yield (
-            f"models[{model.name}].source.uri: {folder} is a link to {folder.resolve()}, outside the model root, which servers "
+            f"{field}.uri: {folder} is a link to {folder.resolve()}, outside the model root, which servers "
             "refuse; write file:///…"
         )
     else:
         for problem in folders.problems(model.role, folder, subfolder=source.subfolder, variant=source.variant):
-            yield f"models[{model.name}].source: {problem}"
+            yield f"{field}: {problem}"
 
 
 def _missing(path: Path, *, is_absolute: bool) -> str:
@@ -109,11 +109,11 @@ def _missing(path: Path, *, is_absolute: bool) -> str:
     return f"{path} does not exist" + (f"; did you mean {first.parent / alike[0]}?" if alike else "")
 
 
-def _is_in_a_volume(model: Model) -> bool:
+def _is_in_a_volume(model: Model, source: Source) -> bool:
     """Whether the model's pod mounts a volume in which a `file:` source lies that this machine does not have."""
-    if model.source is None or _scheme(model.source.uri) != "file":
+    if _scheme(source.uri) != "file":
         return False
-    path = source_uri.file_path(model.source.uri)
+    path = source_uri.file_path(source.uri)
     mounts = [str(mount.get("mountPath", "")) for mount in model.pod.volume_mounts or ()]
     return not os.path.exists(path) and any(mount and path.is_relative_to(mount) for mount in mounts)
 
@@ -121,7 +121,7 @@ def _is_in_a_volume(model: Model) -> bool:
 def _of_families(workflow: DiffusionWorkflow, model_root: Path | None) -> Iterator[str]:
     classes: dict[str, list[str]] = {}
     for model in workflow.spec.models:
-        folder = _folder(model, model_root)
+        folder = _folder(model.source, model_root) if model.source is not None else None
         if folder is not None and (name := _pipeline_class(folder)):
             classes.setdefault(name, []).append(model.name)
     if len(classes) > 1:
@@ -129,11 +129,9 @@ def _of_families(workflow: DiffusionWorkflow, model_root: Path | None) -> Iterat
         yield f"models: the weights belong to pipelines of different classes ({parts}), which rarely fit together"
 
 
-def _folder(model: Model, model_root: Path | None) -> Path | None:
+def _folder(source: Source, model_root: Path | None) -> Path | None:
     """The folder or the file of a source on this machine, whether or not it exists; None if it is not looked for."""
-    if model.source is None:
-        return None
-    uri = model.source.uri
+    uri = source.uri
     if _scheme(uri) == "file":
         return source_uri.file_path(uri)
     return model_root / uri if _scheme(uri) == "" and model_root is not None else None

@@ -100,13 +100,20 @@ NODE: tuple[Metric, ...] = (
         name="latentflow_loads_total",
         kind="counter",
         labels=("kind",),
-        help="Weights loaded: the model at start-up (model), LoRAs pulled (adapter), sets of LoRAs merged (merge).",
+        help="Weights loaded: the model at start-up (model), LoRAs pulled (adapter), sets of LoRAs merged (merge), "
+        "nets of a ControlNet that has several, moved to the device (net).",
     ),
     Metric(
         name="latentflow_load_seconds_total",
         kind="counter",
         labels=("kind",),
         help="Time of the loads that latentflow_loads_total counts.",
+    ),
+    Metric(name="latentflow_nets_resident", kind="gauge", help="Nets of a ControlNet that are on the device."),
+    Metric(
+        name="latentflow_net_evictions_total",
+        kind="counter",
+        help="Nets of a ControlNet that left the device because another one needed the memory.",
     ),
     Metric(
         name="latentflow_download_bytes",

@@ -13,10 +13,7 @@ from latentflow.errors import UnimplementedError
 _PACKAGE = "latentflow.v1."
 FIELDS = frozenset(
     {
-        "ControlImage.net",
-        "ControlNetRef.net",
         "ControlNetRef.stale",
-        "ResidualsOpen.net",
     }
 )
 

@@ -170,8 +170,8 @@ class HttpApi:
         return bytes(body)
 
     def _longest_body(self) -> int:
-        """Bytes of the longest body that can be a request: all ControlNets of a workflow have an image, as base64."""
-        nets = (sum(m.role is Role.CONTROL_NET for m in w.spec.models) for w in self._generation.workflows)
+        """Bytes of the longest body that can be a request: all nets of a workflow's ControlNets have an image, as base64."""
+        nets = (sum(1 + len(m.nets or ()) for m in w.of_role(Role.CONTROL_NET)) for w in self._generation.workflows)
         return _TEXT_BYTES + max(nets, default=0) * self._settings.limits.max_control_image_bytes * 3 // 2
 
     async def _ended(self) -> Response:

@@ -9,7 +9,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from latentflow.errors import InvalidRequestError
-from latentflow.internal import images
+from latentflow.internal import control_names, images
 from latentflow.v1 import generation_pb2, images_pb2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -98,7 +98,10 @@ class ImageRequest(_Body):
         default=None,
         description="Steps that may run before the LoRAs are loaded; 0: the image is exact. Absent: the setting of the workflow.",
     )
-    control_images: dict[str, ControlImage] | None = Field(default=None, description="Control images by ControlNet.")
+    control_images: dict[str, ControlImage] | None = Field(
+        default=None,
+        description="Control images by ControlNet; MODEL/NET names one of several nets of a ControlNet.",
+    )
     user: str | None = Field(default=None, description="Accepted without effect.")
     safety_identifier: str | None = Field(default=None, description="Accepted without effect.")
     quality: Literal["auto", "standard"] | None = Field(default=None, description="Accepted without effect.")
@@ -174,7 +177,8 @@ def to_wire(request: ImageRequest, *, idempotency_key: str) -> generation_pb2.Ge
         ],
         control_images=[
             generation_pb2.ControlImage(
-                model=name,
+                model=control_names.split(name)[0],
+                net=control_names.split(name)[1],
                 image=_decoded(name, control.image),
                 scale=control.scale,
                 start=control.start,

@@ -7,6 +7,7 @@ import io
 
 from latentflow import pngmeta
 from latentflow.api import Role
+from latentflow.internal import control_names
 from latentflow.results import ImageReady, Result
 from latentflow.v1 import generation_pb2
 from pydantic import BaseModel, Field
@@ -48,7 +49,7 @@ class Model(BaseModel):
     guidance_scale: float = Field(description="Guidance scale of requests that name none.")
     samplers: list[str] = Field(description="The first is the default.")
     loras: list[str]
-    control_images: list[str] = Field(description="Names of the ControlNets.")
+    control_images: list[str] = Field(description="Names of the ControlNets, and MODEL/NET for each further net of one.")
     max_n: int = Field(description="Most images of a request.")
     max_steps: int
     max_pixels: int = Field(description="Most pixels of an image, width times height.")
@@ -79,7 +80,12 @@ def model(description: generation_pb2.DescribeWorkflowResponse) -> Model:
         guidance_scale=description.default_guidance_scale,
         samplers=list(description.samplers),
         loras=[name for part in description.models for name in part.adapters],
-        control_images=[part.name for part in description.models if part.role == Role.CONTROL_NET.value],
+        control_images=[
+            control_names.written(part.name, net)
+            for part in description.models
+            if part.role == Role.CONTROL_NET.value
+            for net in ("", *part.nets)
+        ],
         max_n=description.max_images,
         max_steps=description.max_steps,
         max_pixels=description.max_pixels,

@@ -43,12 +43,14 @@ class LoadState:
         running: Requests that take part in forward passes.
         queued: Requests that wait until they may run.
         is_draining: The server refuses new requests.
+        nets: Names of a ControlNet's networks that are on the device.
         pass_seconds: Mean duration of a pass, by its size.
     """
 
     running: int
     queued: int
     is_draining: bool
+    nets: tuple[str, ...]
     pass_seconds: Mapping[PassSize, float]
 
 
@@ -65,6 +67,7 @@ class Load:
         self._running = 0
         self._queued = 0
         self._is_draining = False
+        self._nets: tuple[str, ...] = ()
         self._pass_seconds: LRUCache[PassSize, float] = LRUCache(_KEPT_SIZES)
         self._watchers: dict[object, Callable[[], object]] = {}
 
@@ -92,6 +95,12 @@ class Load:
             self._is_draining = True
             self._notify()
 
+    def set_nets(self, names: tuple[str, ...]) -> None:
+        """Records the networks of a ControlNet that are on the device."""
+        with self._lock:
+            self._nets = names
+            self._notify()
+
     @property
     def is_draining(self) -> bool:
         return self._is_draining
@@ -102,6 +111,7 @@ class Load:
                 running=self._running,
                 queued=self._queued,
                 is_draining=self._is_draining,
+                nets=self._nets,
                 pass_seconds=dict(self._pass_seconds),
             )
 

@@ -1,10 +1,27 @@
-"""Running out of the device's memory: how it is recognised, and what the request that caused it is answered."""
+"""The device's memory: how much is free, how running out of it is recognised, and the error of the request that caused it."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from latentflow.errors import FailedPreconditionError, LatentflowError
 from latentflow.reasons import Reason
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that no process uses. On a CPU the page cache counts as free, because the kernel takes it back."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    machine = _number(Path("/proc/meminfo"), "MemAvailable:") * 1024
+    limit = (_CGROUP / "memory.max").read_text().strip() if (_CGROUP / "memory.max").is_file() else "max"
+    if limit == "max":
+        return machine
+    used = _number(_CGROUP / "memory.current") - _number(_CGROUP / "memory.stat", "inactive_file")
+    return min(machine, max(0, int(limit) - used))
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -20,3 +37,9 @@ def out_of_memory() -> LatentflowError:
         "model a device with more memory or a half-precision dtype.",
         reason=Reason.OUT_OF_MEMORY,
     )
+
+
+def _number(file: Path, field: str = "") -> int:
+    """The number in a file of the kernel, or in its line that begins with a field."""
+    rows = (line.removeprefix(field).split() for line in file.read_text().splitlines() if line.startswith(field))
+    return int(next(rows)[0])

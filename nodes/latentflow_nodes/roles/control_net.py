@@ -12,15 +12,16 @@ from latentflow.errors import InvalidRequestError
 from latentflow.internal import images, strengths
 from latentflow.v1 import control_pb2, stage_pb2, tensors_pb2
 
-from latentflow_nodes import families
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import Stopwatch
 from latentflow_nodes.engine.load import PassSize
+from latentflow_nodes.engine.memory import free_bytes
 from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.families.base import of_half, stack, warm_up_conditioning
+from latentflow_nodes.roles import nets
+from latentflow_nodes.roles.resident_nets import ResidentNets
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.tensors import codec
-from latentflow_nodes.weights import files
 
 _WARM_UP_SIDE = 8
 
@@ -39,22 +40,40 @@ class _ControlImage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """What the steps of one request have in common.
+
+    Attributes:
+        net: Name of the net.
+        rows: Of the latents.
+        inputs: As Family.residuals takes them, with as many rows.
+        guess_mode: As ControlNetRef.guess_mode.
+        group: Equal for streams whose steps can share a forward pass.
+    """
+
+    net: str
+    rows: int
+    inputs: dict[str, Any]
+    image: _ControlImage
+    guess_mode: bool
+    group: Hashable
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Step:
     """A step of one request.
 
     Attributes:
+        network: The net of its stream, on the device.
         latents: [rows, channels, height, width].
-        inputs: As Family.residuals takes them, with as many rows.
         scale: Conditioning scale.
-        guess_mode: As ControlNetRef.guess_mode.
     """
 
+    stream: _Stream
+    network: torch.nn.Module
     latents: torch.Tensor
     timestep: float
-    inputs: dict[str, Any]
-    image: _ControlImage
     scale: float
-    guess_mode: bool
 
     @property
     def size(self) -> PassSize:
@@ -63,22 +82,31 @@ class _Step:
 
 
 class ControlNet(Role):
-    """One ControlNet, shared by all requests that name it."""
+    """One ControlNet, or several nets of one architecture, shared by all requests that name it."""
 
     calls = ("Residuals",)
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        source = context.source()
-        self._family = families.of_source(source, "ControlNet")
+        device, settings = context.device, context.settings
+        first = nets.of_source(context)
+        network = first.read()
+        self._nets = nets.with_further(context, first, network)
+        self._family = first.family
         self.family = self._family.name
-        folder = source.part(self._family.parts["ControlNet"][0])
-        self.content_digest = files.digest(files.check(folder, variant=source.variant))
-        network = self._family.load_control_net(folder, dtype=context.dtype, variant=source.variant)
-        self._network = network.to(context.device).eval()
-        self._channels = self._family.latent_shape(self._network, height=1, width=1)[1]
-        self._stopwatch = Stopwatch(context.device)
-        settings = context.settings
+        self.content_digest = self._nets.digest
+        self._channels = self._family.latent_shape(network, height=1, width=1)[1]
+        self._image_scale = self._family.image_scale(network)
+        self._conditioning_shapes = self._family.conditioning_shapes(network)
+        self._resident = ResidentNets(
+            {name: net.read_again for name, net in self._nets.served.items()},
+            capacity=nets.capacity(size=nets.size(network), free=free_bytes(device), count=len(self._nets.served)),
+            first=(first.name, network.to(device)),
+            device=device,
+            load=context.load,
+            metrics=context.metrics,
+        )
+        self._stopwatch = Stopwatch(device)
         self._worker: Worker[_Step, tuple[dict[str, torch.Tensor], int]] = Worker(
             self._run,
             threads=settings.threads,
@@ -91,18 +119,28 @@ class ControlNet(Role):
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         described = response.control_net
         described.latent_channels = self._channels
-        described.conditioning.extend(self._named(self._family.conditioning_shapes(self._network)))
-        described.nets.add(content_digest=self.content_digest)
+        described.conditioning.extend(self._named(self._conditioning_shapes))
+        for net in self._nets.served.values():
+            described.nets.add(name=net.name, content_digest=net.digest)
+        for name, problem in self._nets.problems.items():
+            described.nets.add(name=name, problem=problem)
 
     async def warm_up(self) -> None:
-        side = _WARM_UP_SIDE
-        pixels = side * self._family.image_scale(self._network)
-        conditioning = warm_up_conditioning(self._family.conditioning_shapes(self._network), self._context.device)
-        inputs = self._inputs(conditioning, rows=2, width=pixels, height=pixels)
-        image = _ControlImage(pixels=self._on_device(torch.zeros(1, 3, pixels, pixels)))
-        latents = self._on_device(torch.zeros(2, self._channels, side, side))
-        step = _Step(latents=latents, timestep=1.0, inputs=inputs, image=image, scale=1.0, guess_mode=False)
-        await self._worker.run(step, group=None, size=step.size)
+        await self._resident.fill()
+        pixels = _WARM_UP_SIDE * self._image_scale
+        conditioning = warm_up_conditioning(self._conditioning_shapes, self._context.device)
+        async with self._resident.use("") as network:
+            stream = _Stream(
+                net="",
+                rows=2,
+                inputs=self._inputs(network, conditioning, rows=2, width=pixels, height=pixels),
+                image=_ControlImage(pixels=self._on_device(torch.zeros(1, 3, pixels, pixels))),
+                guess_mode=False,
+                group=None,
+            )
+            latents = self._on_device(torch.zeros(2, self._channels, _WARM_UP_SIDE, _WARM_UP_SIDE))
+            step = _Step(stream=stream, network=network, latents=latents, timestep=1.0, scale=1.0)
+            await self._worker.run(step, group=None, size=step.size)
 
     def close(self) -> None:
         self._worker.close()
@@ -111,37 +149,44 @@ class ControlNet(Role):
         self, requests: AsyncIterator[stage_pb2.ResidualsRequest]
     ) -> AsyncIterator[stage_pb2.ResidualsResponse]:
         """Answers a request's steps in their order."""
-        inputs: dict[str, Any] | None = None
-        rows = 1
-        guess_mode = False
+        stream: _Stream | None = None
         resumed = False
-        group: Hashable = None
-        image = _ControlImage(pixels=torch.empty(0))
         with self._context.transport.sender() as sender:
             async for request in requests:
                 if request.WhichOneof("message") == "open":
-                    opening = request.open
-                    rows = _rows(opening)
-                    guess_mode = opening.guess_mode
-                    conditioning = await self._conditioning(opening)
-                    inputs = self._inputs(conditioning, rows=rows, width=opening.width, height=opening.height)
-                    image = _ControlImage(pixels=self._pixels(opening))
-                    group = (
-                        _shapes(inputs),
-                        image.pixels.shape,
-                        object() if opening.scheduling.deterministic else None,
-                    )
+                    stream = await self._stream(request.open)
                     yield stage_pb2.ResidualsResponse(opened=True)
                     continue
-                if inputs is None:
+                if stream is None:
                     raise InvalidRequestError("The first message of a Residuals stream must be `open`.")
-                step = self._step(request.step, inputs, image, rows=rows, guess_mode=guess_mode)
-                bundle, forward_ns = await self._worker.run(step, group=group, size=step.size, resumed=resumed)
+                async with self._resident.use(stream.net) as network:
+                    step = self._step(request.step, stream, network)
+                    bundle, forward_ns = await self._worker.run(
+                        step, group=stream.group, size=step.size, resumed=resumed
+                    )
                 for chunk in sender.pieces(bundle, memory=request.step.shared_memory):
                     yield stage_pb2.ResidualsResponse(
                         step=request.step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0
                     )
                 resumed = True
+
+    async def _stream(self, opening: stage_pb2.ResidualsOpen) -> _Stream:
+        """Raises NotFoundError, FailedPreconditionError or InvalidRequestError for an opening that cannot be served."""
+        self._nets.check(opening.net)
+        rows = _rows(opening)
+        conditioning = await self._conditioning(opening)
+        async with self._resident.use(opening.net) as network:
+            inputs = self._inputs(network, conditioning, rows=rows, width=opening.width, height=opening.height)
+        image = _ControlImage(pixels=self._pixels(opening))
+        alone = object() if opening.scheduling.deterministic else None
+        return _Stream(
+            net=opening.net,
+            rows=rows,
+            inputs=inputs,
+            image=image,
+            guess_mode=opening.guess_mode,
+            group=(opening.net, _shapes(inputs), image.pixels.shape, alone),
+        )
 
     async def _conditioning(self, opening: stage_pb2.ResidualsOpen) -> dict[str, torch.Tensor]:
         """The conditioning that the rows of the samples need; that of one half by the names of the positive one."""
@@ -150,49 +195,45 @@ class ControlNet(Role):
             tensors = of_half(tensors, negative=opening.half == stage_pb2.GUIDANCE_HALF_NEGATIVE)
         return await self._context.peers.conditioning(tensors, self._context.device)
 
-    def _inputs(self, conditioning: dict[str, torch.Tensor], *, rows: int, width: int, height: int) -> dict[str, Any]:
+    def _inputs(
+        self, network: torch.nn.Module, conditioning: dict[str, torch.Tensor], *, rows: int, width: int, height: int
+    ) -> dict[str, Any]:
         return self._family.control_net_inputs(
-            self._network,
+            network,
             {name: self._on_device(tensor) for name, tensor in conditioning.items()},
             rows=rows,
             width=width,
             height=height,
         )
 
-    def _step(
-        self,
-        step: stage_pb2.ResidualsStep,
-        inputs: dict[str, Any],
-        image: _ControlImage,
-        *,
-        rows: int,
-        guess_mode: bool,
-    ) -> _Step:
+    def _step(self, step: stage_pb2.ResidualsStep, stream: _Stream, network: torch.nn.Module) -> _Step:
         """Raises InvalidRequestError for a sample or a scale that this ControlNet does not take."""
         scale = strengths.control_scale(step.scale, name=self._context.settings.identity)
         latents = self._on_device(codec.from_inline(step.sample))
         # The image's size fixes that of the latents, as in diffusers.
-        height, width = (side // self._family.image_scale(self._network) for side in image.pixels.shape[2:])
-        if latents.shape != (rows, self._channels, height, width):
+        height, width = (side // self._image_scale for side in stream.image.pixels.shape[2:])
+        if latents.shape != (stream.rows, self._channels, height, width):
             raise InvalidRequestError(
                 f"A sample of shape {list(latents.shape)} does not fit this ControlNet and the request's image; "
-                f"{[rows, self._channels, height, width]} does."
+                f"{[stream.rows, self._channels, height, width]} does."
             )
-        return _Step(
-            latents=latents, timestep=step.timestep, inputs=inputs, image=image, scale=scale, guess_mode=guess_mode
-        )
+        return _Step(stream=stream, network=network, latents=latents, timestep=step.timestep, scale=scale)
 
     def _run(self, steps: Sequence[_Step]) -> list[tuple[dict[str, torch.Tensor], int]]:
+        network = steps[0].network
         rows = [len(step.latents) for step in steps]
         timesteps = [step.timestep for step in steps for _ in range(len(step.latents))]
         self._stopwatch.start()
-        images = [self._embedded(step.image).expand(n, -1, -1, -1) for step, n in zip(steps, rows, strict=True)]
+        images = [
+            self._embedded(network, step.stream.image).expand(n, -1, -1, -1)
+            for step, n in zip(steps, rows, strict=True)
+        ]
         residuals = self._family.residuals(
-            self._network,
+            network,
             torch.cat([step.latents for step in steps]),
             torch.tensor(timesteps, device=self._context.device),
             image=torch.cat(images),
-            inputs=stack([step.inputs for step in steps]),
+            inputs=stack([step.stream.inputs for step in steps]),
         )
         self._stopwatch.stop()
         forward_ns = self._stopwatch.take().nanoseconds()
@@ -202,16 +243,16 @@ class ControlNet(Role):
         results = []
         for i, step in enumerate(steps):
             # Each with its own factor, in the precision in which diffusers multiplies.
-            factors = (guessing * step.scale).unbind() if step.guess_mode else [step.scale] * len(named)
+            factors = (guessing * step.scale).unbind() if step.stream.guess_mode else [step.scale] * len(named)
             scaled = {
                 name: of_steps[i] * factor for (name, of_steps), factor in zip(parts.items(), factors, strict=True)
             }
             results.append((scaled, forward_ns))
         return results
 
-    def _embedded(self, image: _ControlImage) -> torch.Tensor:
+    def _embedded(self, network: torch.nn.Module, image: _ControlImage) -> torch.Tensor:
         if image.embedded is None:
-            image.embedded = self._family.embed_control_image(self._network, image.pixels)
+            image.embedded = self._family.embed_control_image(network, image.pixels)
         return image.embedded
 
     def _pixels(self, opening: stage_pb2.ResidualsOpen) -> torch.Tensor:

@@ -176,6 +176,7 @@ def _residuals_opening(
         conditioning=conditioning,
         half=half,
         image=ref.image,
+        net=ref.net,
         guess_mode=ref.guess_mode,
         width=opening.width,
         height=opening.height,
