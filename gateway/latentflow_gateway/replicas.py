@@ -225,9 +225,7 @@ class Replicas:
             stores = [one for one, description in described if description.role == control_pb2.ROLE_LORA_STORE]
             with_nets = [one for one, description in described if len(description.control_net.nets) > 1]
             # A server that does not answer is left to the watch of its health.
-            await asyncio.gather(
-                *map(self._describe, stores), *map(self._read_nets, with_nets), return_exceptions=True
-            )
+            await asyncio.gather(*map(self._describe, stores), *map(self._read_nets, with_nets), return_exceptions=True)
 
     async def _read_nets(self, replica: Replica) -> None:
         call = control_pb2_grpc.ControlStub(replica.channel).WatchLoad(

@@ -43,6 +43,7 @@ def test_an_identity_is_a_dns_label_that_begins_with_the_role() -> None:
 _SHAPES = {"text": "text-encoder-6af4c5cbcf", "base": "denoiser-ff725c4333", "pixels": "vae-817a54017d"}
 GOLDEN = {
     "plain": _SHAPES,
+    "nets": _SHAPES | {"hints": "controlnet-7a4012ed67"},
     "sdxl": {"text": "text-encoder-5a66edc3a4", "base": "denoiser-2f61bb785e", "pixels": "vae-a27b0efa60"},
     "sdxl-one-gpu": {"text": "text-encoder-9c9468bfe5", "base": "denoiser-aeae4ae16f", "pixels": "vae-b6d5c26a3a"},
     "shapes": _SHAPES

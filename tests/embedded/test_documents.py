@@ -93,6 +93,19 @@ async def test_the_steps_of_the_page_on_loras_work(tmp_path: Path) -> None:
         assert image.size == (64, 64)
 
 
+@pytest.mark.asyncio(loop_scope="session")
+async def test_the_commands_of_the_page_on_controlnets_work(runtime: Runtime, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    first, *of_nets = commands("docs/controlnets.md")
+    assert len(of_nets) == 2
+    await succeeds(str(BIN / "latentflow"), *first, cwd=tmp_path, env={"LATENTFLOW_TARGET": runtime.target})
+    workflows = load_workflows(EXAMPLES / "shapes-nets.yaml")
+    async with run(workflows, model_root=MODELS, listen="127.0.0.1:0", log_level="WARNING") as running:
+        await running.supervisor.wait_ready(240)
+        for words in of_nets:
+            await succeeds(str(BIN / "latentflow"), *words, cwd=tmp_path, env={"LATENTFLOW_TARGET": running.target})
+
+
 def test_the_steps_of_the_page_on_weights_are_valid(tmp_path: Path) -> None:
     (workflow, *_) = blocks("docs/weights.md", "yaml")
     (tmp_path / "castle.yaml").write_text(workflow)

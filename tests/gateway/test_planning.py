@@ -128,7 +128,10 @@ def test_controlnets_and_loras_are_planned_with_the_servers_descriptions() -> No
 
 def test_a_request_may_use_several_nets_of_one_controlnet() -> None:
     made = plan(control_images=[control(), control(net="depth", scale=0.5)])
-    assert [(one.name, one.net, one.scale) for one in made.controls] == [("edges", "", 1), ("edges/depth", "depth", 0.5)]
+    assert [(one.name, one.net, one.scale) for one in made.controls] == [
+        ("edges", "", 1),
+        ("edges/depth", "depth", 0.5),
+    ]
     assert len({one.model for one in made.controls}) == 1
 
 
@@ -162,7 +165,11 @@ def test_a_request_may_use_several_nets_of_one_controlnet() -> None:
             FailedPreconditionError,
             "The net 'broken' of ControlNet 'edges' cannot be used: it is damaged.",
         ),
-        ({"control_images": [control(net="depth"), control(net="depth")]}, InvalidRequestError, "'edges/depth' has two"),
+        (
+            {"control_images": [control(net="depth"), control(net="depth")]},
+            InvalidRequestError,
+            "'edges/depth' has two",
+        ),
         ({"control_images": [control(model="nets")]}, NotFoundError, "has no ControlNet 'nets'; it has edges, layout"),
         ({"control_images": [control(), control()]}, InvalidRequestError, "has two control images"),
         ({"control_images": [control(image=picture((32, 64)))]}, InvalidRequestError, "is 32x64, the request 64x64"),

@@ -82,6 +82,7 @@ MODEL = {"role": "VAE", "source": {"uri": "shapes"}, "resources": {"limits": {"c
     [
         ("role", "TextEncoder"),
         ("source", {"uri": "other"}),
+        ("nets", [{"name": "a", "source": {"uri": "b"}}]),
         ("dtype", "float16"),
         ("engine", {"maxWaiting": 8}),
         ("resources", {"limits": {"cpu": "2"}}),

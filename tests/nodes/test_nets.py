@@ -63,9 +63,13 @@ def value(stack: Stack, metric: str) -> float:
     return stack.nodes["edges"].context.metrics.registry.get_sample_value(metric, labels) or 0.0
 
 
-async def on_device(stack: Stack) -> set[str]:
+def watching(stack: Stack) -> Any:
     stub = control_pb2_grpc.ControlStub(stack.channel("edges"))
-    call = stub.WatchLoad(control_pb2.WatchLoadRequest(), timeout=SECONDS)
+    return stub.WatchLoad(control_pb2.WatchLoadRequest(), timeout=SECONDS)
+
+
+async def on_device(stack: Stack) -> set[str]:
+    call = watching(stack)
     names = set((await call.read()).nets)
     call.cancel()
     return names
@@ -107,9 +111,9 @@ async def test_nets_that_take_turns_on_a_small_device_equal_diffusers(
     edge_image: Image.Image, layout_image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control_net, "free_bytes", lambda _: 0)
-    async with with_nets(net("layout"), net("again", subfolder="controlnet-edges")) as stack:
+    async with with_nets(net("layout"), net("edges", subfolder="controlnet-edges")) as stack:
         edges, layout = ("edges", edge_image, 0.7), ("edges/layout", layout_image, 0.9)
-        again = ("edges/again", edge_image, 0.7)
+        again = ("edges/edges", edge_image, 0.7)
         for controls in ([edges], [layout], [edges, layout]):
             await assert_equal(stack, Request(controls=controls))
         await assert_equal(
@@ -151,8 +155,10 @@ async def test_calls_of_several_requests_share_passes_per_net(tmp_path: Path) ->
             for call in calls:
                 step = stage_pb2.ResidualsStep(timestep=1, sample=latents, scale=1)
                 await call.write(stage_pb2.ResidualsRequest(step=step))
-            while stack.nodes["edges"].context.load.state().queued < len(calls):
-                await asyncio.sleep(0)
+            load = watching(stack)
+            while (await load.read()).queued < len(calls):
+                pass
+            load.cancel()
         for call in calls:
             assert (await call.read()).forward_ns > 0
             call.cancel()

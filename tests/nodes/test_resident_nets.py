@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from latentflow.internal.metrics import NODE, Instruments
 from latentflow.reasons import Reason
 from latentflow_nodes.engine.load import Load
 from latentflow_nodes.roles.nets import capacity
-from latentflow_nodes.roles.resident_nets import ResidentNets
+from latentflow_nodes.roles.resident_nets import ResidentNets, copied
+from support.step_loop import EDGES, FAMILY, IMAGE, inputs
 
 pytestmark = pytest.mark.asyncio
 NAMES = ("", "a", "b", "c")
@@ -40,7 +42,7 @@ class Nets:
             return network(name)
 
         self.resident = ResidentNets(
-            {name: lambda name=name: made(name) for name in NAMES},
+            {name: partial(made, name) for name in NAMES},
             first=("", network("")),
             capacity=most,
             device=torch.device("cpu"),
@@ -50,10 +52,10 @@ class Nets:
 
     async def use(self, name: str) -> None:
         async with self.resident.use(name) as found:
-            assert float(found.bias) == NAMES.index(name)
+            assert found.get_parameter("bias").item() == NAMES.index(name)
 
     def on_device(self) -> tuple[str, ...]:
-        """The least recently used one first."""
+        """In the order in which they were loaded, or used before others were."""
         return self.load.state().nets
 
     def value(self, metric: str, **labels: str) -> float:
@@ -65,6 +67,22 @@ def network(name: str) -> torch.nn.Linear:
     made = torch.nn.Linear(1, 1)
     torch.nn.init.constant_(made.bias, NAMES.index(name))
     return made
+
+
+async def test_a_copy_of_a_net_has_its_own_weights_and_the_same_results() -> None:
+    moved = copied(EDGES, torch.clone)
+    originals = {tensor.data_ptr() for tensor in EDGES.parameters()}
+    assert originals.isdisjoint(tensor.data_ptr() for tensor in moved.parameters())
+    # The weights of the original are mapped from a file, where they are aligned otherwise, so sums may round otherwise.
+    assert torch.allclose(middle(moved), middle(EDGES), atol=1e-4)
+
+
+@torch.inference_mode()
+def middle(net: torch.nn.Module) -> torch.Tensor:
+    """The residual that a net computes for the middle block."""
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    image = FAMILY.embed_control_image(net, IMAGE)
+    return FAMILY.residuals(net, latents, torch.tensor([7]), image=image, inputs=inputs(1)).mid
 
 
 @pytest.mark.parametrize(
@@ -149,11 +167,11 @@ async def test_a_device_with_less_memory_than_measured_holds_fewer_nets() -> Non
 
 
 async def test_a_net_without_room_beside_nets_in_use_waits_for_them() -> None:
-    nets = Nets(2, room=1)
+    reading = threading.Event()
+    nets = Nets(2, room=1, read=lambda _: reading.set())
     async with nets.resident.use(""):
         waiting = asyncio.create_task(nets.use("a"))
-        while len(nets.reads) < 1:
-            await asyncio.sleep(0)
+        await asyncio.to_thread(reading.wait, 60)
     await waiting
     assert nets.on_device() == ("a",)
 

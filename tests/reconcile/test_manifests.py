@@ -116,7 +116,9 @@ def test_each_net_of_a_controlnet_is_mounted_and_reaches_its_server() -> None:
         ("lines", Source(uri="file:///nets/3", subfolder="controlnet")),
     ]
     paths = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    claims = {paths[v["name"]] for v in spec["volumes"] if v.get("persistentVolumeClaim", {}).get("claimName") == "nets"}
+    claims = {
+        paths[v["name"]] for v in spec["volumes"] if v.get("persistentVolumeClaim", {}).get("claimName") == "nets"
+    }
     assert claims == {"/source", "/nets/1"}
     assert [paths[v["name"]] for v in spec["volumes"] if "image" in v] == ["/nets/3"]
     assert "HF_TOKEN" in {variable["name"] for variable in container["env"]}

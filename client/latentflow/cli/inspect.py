@@ -17,6 +17,7 @@ from latentflow.api import identity, load_workflows
 from latentflow.api.fields import without_effect
 from latentflow.cli import options, warnings
 from latentflow.errors import InvalidRequestError
+from latentflow.internal import control_names
 from latentflow.internal.tables import print_table
 
 _stdout = Console()

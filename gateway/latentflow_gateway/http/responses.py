@@ -49,7 +49,9 @@ class Model(BaseModel):
     guidance_scale: float = Field(description="Guidance scale of requests that name none.")
     samplers: list[str] = Field(description="The first is the default.")
     loras: list[str]
-    control_images: list[str] = Field(description="Names of the ControlNets, and MODEL/NET for each further net of one.")
+    control_images: list[str] = Field(
+        description="Names of the ControlNets, and MODEL/NET for each further net of one."
+    )
     max_n: int = Field(description="Most images of a request.")
     max_steps: int
     max_pixels: int = Field(description="Most pixels of an image, width times height.")

@@ -8,7 +8,6 @@ import torch
 from latentflow.errors import FailedPreconditionError, LatentflowError
 from latentflow.reasons import Reason
 
-
 _CGROUP = Path("/sys/fs/cgroup")
 
 

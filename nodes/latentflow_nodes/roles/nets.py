@@ -17,6 +17,7 @@ from latentflow.reasons import Reason
 
 from latentflow_nodes import families
 from latentflow_nodes.context import Context
+from latentflow_nodes.engine.memory import is_out_of_memory
 from latentflow_nodes.families.base import Family
 from latentflow_nodes.weights import files
 
@@ -42,14 +43,19 @@ class Net:
     digest: str
 
     def read(self) -> torch.nn.Module:
-        """The network in host memory. On Linux its weights are mapped, so they are read when they are used."""
+        """The network in host memory.
+
+        Where the files have its element type, its weights are mapped from them, and are read when they are used.
+        """
         return self.family.load_control_net(self.folder, dtype=self.dtype, variant=self.variant).eval()
 
     def read_again(self) -> torch.nn.Module:
         """As `read`, of a net that was read before. FailedPreconditionError where that is no longer possible."""
         try:
             return self.read()
-        except _LOAD_ERRORS as error:
+        except (LatentflowError, *_LOAD_ERRORS) as error:
+            if is_out_of_memory(error):
+                raise
             raise FailedPreconditionError(
                 f"The net {self.name!r} in {self.folder} cannot be read any more: {_words(error)}. Put its files back.",
                 reason=Reason.WEIGHTS_UNAVAILABLE,
@@ -134,9 +140,7 @@ def _net(context: Context, name: str, source: SourceFolder) -> Net:
     family = families.of_source(source, "ControlNet")
     folder = source.part(family.parts["ControlNet"][0])
     digest = files.digest(files.check(folder, variant=source.variant))
-    return Net(
-        name=name, family=family, folder=folder, variant=source.variant, dtype=context.dtype, digest=digest
-    )
+    return Net(name=name, family=family, folder=folder, variant=source.variant, dtype=context.dtype, digest=digest)
 
 
 def _architecture(network: torch.nn.Module) -> Sequence[tuple[str, torch.Size]]:

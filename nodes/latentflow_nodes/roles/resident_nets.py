@@ -138,7 +138,7 @@ class ResidentNets:
             network = self._read[name]()
             if self._device.type != "cpu" and self._capacity < len(self._read):
                 self._in_host_memory[name] = network = _pinned(network)
-        return network if self._device.type == "cpu" else _copied(network, self._device)
+        return network if self._device.type == "cpu" else _on_gpu(network, self._device)
 
     def _report(self) -> None:
         self._metrics.of("latentflow_nets_resident").set(len(self._resident))
@@ -163,18 +163,23 @@ def _pinned(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
-def _copied(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def _on_gpu(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """A copy of a network on a GPU, made while that computes."""
     stream, computing = torch.cuda.Stream(device), torch.cuda.default_stream(device)
-    copies: dict[int, torch.Tensor] = {}
     with torch.cuda.stream(stream):
-        for parameter in network.parameters():
-            moved = parameter.detach().to(device, non_blocking=True)
-            copies[id(parameter)] = torch.nn.Parameter(moved, requires_grad=False)
-        for buffer in network.buffers():
-            copies[id(buffer)] = buffer.to(device, non_blocking=True)
+        moved = copied(network, lambda tensor: tensor.to(device, non_blocking=True))
     stream.synchronize()
-    for tensor in copies.values():
-        # Its memory is not used again before the passes have ended that were begun with it.
+    for tensor in (*moved.parameters(), *moved.buffers()):
+        # Once it is freed, its memory is not used again before the passes have ended that were begun with it.
         tensor.record_stream(computing)
-    return copy.deepcopy(network, copies)
+    return moved
+
+
+def copied(network: torch.nn.Module, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Module:
+    """A copy of a network, with what a function returns for each of its parameters and buffers."""
+    moved: dict[int, torch.Tensor] = {
+        id(one): torch.nn.Parameter(move(one.detach()), requires_grad=False) for one in network.parameters()
+    }
+    moved |= {id(one): move(one) for one in network.buffers()}
+    # What is in the memo is not copied.
+    return copy.deepcopy(network, moved)

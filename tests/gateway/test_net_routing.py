@@ -6,10 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from latentflow import AsyncClient, pngmeta, requests
+from latentflow import AsyncClient, ControlImage, pngmeta, requests
 from latentflow.api import Role, identity, load_workflows
 from latentflow.errors import NotFoundError
 from latentflow.reasons import Reason
+from latentflow.requests import ImageLike
 from latentflow.v1 import stage_pb2, stage_pb2_grpc
 from latentflow_gateway import replicas
 from latentflow_gateway.replicas import Replica
@@ -57,10 +58,13 @@ async def open_by_another(replica: Replica, *, text: Replica) -> None:
 
 async def test_a_request_selects_a_net_by_model_and_name(tmp_path: Path) -> None:
     async with served(tmp_path, workflow=WORKFLOW) as running, AsyncClient(running.gateway.address) as client:
+        assert len({await generate(client, name) for name in ("hints", "hints/layout")}) == 2
         described = await client.describe()
         assert [model.nets for model in described.models if model.role == "ControlNet"] == [("layout",)]
-        assert len({await generate(client, name) for name in ("hints", "hints/layout")}) == 2
-        both = {"hints": PICTURE, "hints/layout": requests.ControlImage(image=PICTURE, scale=0.5)}
+        both: dict[str, ControlImage | ImageLike] = {
+            "hints": PICTURE,
+            "hints/layout": ControlImage(image=PICTURE, scale=0.5),
+        }
         made = await client.generate("a red star", seed=3, steps=2, control_images=both, timeout=120)
         request = requests.build("a red star", control_images=both)
         recipe = pngmeta.recipe(request, made, made.ready[0])
@@ -98,16 +102,15 @@ async def test_a_request_goes_to_the_replica_that_reports_its_net(
         served(tmp_path, workflow=WORKFLOW, control_nets=2) as running,
         AsyncClient(running.gateway.address) as client,
     ):
-        await client.describe()
         known = running.gateway.replicas
         async with asyncio.timeout(60):
-            while len(known.ready(HINTS)) < 2:
-                await asyncio.sleep(0)
+            while not (await client.describe()).ready or len(known.ready(HINTS)) < 2:
+                pass
         last = known.ready(HINTS)[-1]
         await open_by_another(last, text=known.ready(TEXT)[0])
         async with asyncio.timeout(60):
             while last.nets != {"layout"}:
-                await asyncio.sleep(0)
+                await client.describe()
         await generate(client, "hints/layout")
         loads = {node.address: count(node, "latentflow_loads_total", kind="net") for node in servers(running)}
         assert loads == {one.address: float(one is last) for one in known.ready(HINTS)}
