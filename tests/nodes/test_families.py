@@ -158,6 +158,9 @@ class Alphabet:
     ) -> Residuals:
         return Residuals(down=(network(latents),), mid=network(image))
 
+    def guess_factors(self, count: int) -> torch.Tensor:
+        return torch.ones(count)
+
     def vae_geometry(self, vae: torch.nn.Module) -> VaeGeometry:
         return VaeGeometry(scale_factor=1, latent_channels=2)
 
