@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 from latentflow.api import DiffusionWorkflow, load_workflows
 from latentflow.errors import InvalidRequestError
-from latentflow.internal import logs, serving
+from latentflow.internal import hosts, logs, serving
 from latentflow.internal.rpc import Tls
 from latentflow.internal.tables import print_whole
 from latentflow_gateway.settings import GatewaySettings, Limits
@@ -199,10 +199,11 @@ async def _serve(
             ready.result()
             print_whole(_table(runtime), console=_console)
             if runtime.http is not None:
-                scheme = "https" if tls else "http"
-                _console.print(f"\nOpenAI API: {scheme}://{runtime.http}/v1", highlight=False, soft_wrap=True)
+                url = f"{'https' if tls else 'http'}://{_reachable(runtime.http, tls)}/v1"
+                _console.print(f"\nOpenAI API: {url}", highlight=False, soft_wrap=True)
             name = workflows[0].name if len(workflows) > 1 else None
-            hint = _hint(runtime.target, name, has_keys=api_keys is not None, has_tls=tls is not None)
+            target = _reachable(runtime.target, tls)
+            hint = _hint(target, name, has_keys=api_keys is not None, has_tls=tls is not None)
             _console.print(hint, highlight=False, soft_wrap=True)
             failed = asyncio.create_task(runtime.supervisor.wait_failed())
             await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -246,6 +247,13 @@ def _tls(certificate: Path | None, key: Path | None) -> Tls | None:
     if certificate is None or key is None:
         raise InvalidRequestError("TLS needs both --tls-cert and --tls-key.")
     return Tls(certificate=certificate, key=key)
+
+
+def _reachable(address: str, tls: Tls | None) -> str:
+    """The address; one that means all of this machine's has a host of the certificate, which clients compare with it."""
+    host, port = hosts.split(address)
+    names = tls.names() if tls and host in ("0.0.0.0", "::") else []
+    return hosts.join(names[0], port) if names else address
 
 
 def _hint(target: str, workflow: str | None, *, has_keys: bool, has_tls: bool) -> str:

@@ -53,6 +53,15 @@ def test_a_file_that_cannot_be_used_for_tls_is_named(
         assert words in caught.value.message
 
 
+def test_the_hosts_of_a_certificate_are_those_that_clients_may_use(tmp_path: Path) -> None:
+    certificate = trustme.CA().issue_cert("*.castle.example", "castle.example", "127.0.0.1", "::1")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    tls = Tls(certificate=tmp_path / "cert.pem", key=tmp_path / "key.pem")
+    assert [name.lower() for name in tls.names()] == ["castle.example", "127.0.0.1", "0:0:0:0:0:0:0:1"]
+    assert dated(tmp_path, begins=-2, ends=-1).names() == []
+
+
 async def test_a_server_with_a_broken_certificate_does_not_report_a_taken_port(files: Tls, tmp_path: Path) -> None:
     (tmp_path / "cert.pem").write_text("x")
     server = grpc.aio.server(options=list(rpc.SERVER_OPTIONS))

@@ -199,10 +199,11 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 @pytest.fixture(scope="module")
 def secured(certificate: Certificate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """`latentflow up` with TLS and an API key."""
+    """`latentflow up` with TLS and an API key, on all addresses of this machine; it prints one that the certificate contains."""
     keys = tmp_path_factory.mktemp("keys")
     (keys / "anna").write_text("key-of-anna\n")
-    with ready("--listen=127.0.0.1:0", f"--api-keys={keys}", *certificate.options) as up:
+    addresses = ("--listen=0.0.0.0:0", "--http-listen=0.0.0.0:0")
+    with ready(*addresses, f"--api-keys={keys}", *certificate.options) as up:
         yield up
 
 

@@ -6,8 +6,10 @@ import contextlib
 import re
 import secrets
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -141,6 +143,26 @@ class Tls:
 
         ValueError without key and certificate. FailedPreconditionError for a file that cannot be used.
         """
+        try:
+            self._shown()
+        except ssl.SSLCertVerificationError as error:
+            return error.verify_message
+        return None
+
+    def names(self) -> list[str]:
+        """The hosts in the certificate of this server, without those with `*`; none where `refusal` has a reason.
+
+        The errors are those of `refusal`.
+        """
+        try:
+            shown = self._shown()
+        except ssl.SSLCertVerificationError:
+            return []
+        hosts = [str(name) for kind, name in shown.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
+        return [name for name in hosts if "*" not in name]
+
+    def _shown(self) -> Mapping[str, Any]:
+        """The certificate as a client gets it, which checks its dates alone. ssl.SSLCertVerificationError where it refuses them."""
         self.check()
         if self.key is None or self.certificate is None:
             raise ValueError("A TLS server needs both a certificate and a key.")
@@ -153,13 +175,10 @@ class Tls:
         to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
         server = of_server.wrap_bio(to_server, to_client, server_side=True)
         client = of_client.wrap_bio(to_client, to_server)
-        try:
-            for side in (client, server, client):
-                with contextlib.suppress(ssl.SSLWantReadError):
-                    side.do_handshake()
-        except ssl.SSLCertVerificationError as error:
-            return error.verify_message
-        return None
+        for side in (client, server, client):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+        return client.getpeercert() or {}
 
 
 def channel_options(*, tls: Tls | None, proxied: bool) -> list[tuple[str, int | str]]:
