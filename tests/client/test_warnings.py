@@ -165,6 +165,23 @@ def test_a_hub_source_that_is_probably_mistyped_is_reported(uri: str, warning: s
 
 
 @pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("stabilityai/sd-turbo", "; for the repository of a hub, write hf://stabilityai/sd-turbo"),
+        ("huggingface.co/stabilityai/sd-turbo", "; for the repository of a hub, write hf://stabilityai/sd-turbo"),
+        ("models/shapes", "; a uri begins below the model root: write shapes"),
+        ("~/models/castle", "; ~ and variables are not expanded"),
+        ("file:///$HOME/models/castle", "; ~ and variables are not expanded"),
+        ("shapes/castle", " does not exist"),
+    ],
+)
+def test_what_a_missing_source_was_meant_to_be_is_suggested(uri: str, words: str) -> None:
+    (found,) = warnings.of(workflow(source={"uri": uri}), model_root=MODELS)
+    assert found.startswith("models[base].source.uri: ")
+    assert found.endswith(words)
+
+
+@pytest.mark.parametrize(
     "uri", ["shapes/loras/neon/pytorch_lora_weights.safetensors", "hf://org/repo/neon.safetensors"]
 )
 def test_a_lora_store_whose_source_is_a_file_is_reported(uri: str) -> None:

@@ -79,7 +79,8 @@ def _of_folder(field: str, model: Model, source: Source, model_root: Path | None
     inside = folder / source.subfolder if source.subfolder is not None else folder
     if not os.path.exists(folder):
         if not _is_in_a_volume(model, source):
-            yield f"{field}.uri: {_missing(folder, is_absolute=_scheme(source.uri) == 'file')}"
+            missing = _missing(folder, is_absolute=_scheme(source.uri) == "file")
+            yield f"{field}.uri: {missing}{_meant(source.uri, model_root)}"
     elif not os.path.exists(inside):
         yield f"{field}.subfolder: {_missing(inside, is_absolute=False)}"
     elif _scheme(source.uri) == "" and model_root and not folder.resolve().is_relative_to(model_root.resolve()):
@@ -107,6 +108,21 @@ def _missing(path: Path, *, is_absolute: bool) -> str:
         return f"{path} was not checked: {first.parent} cannot be read ({error.strerror})"
     alike = difflib.get_close_matches(first.name, names, n=1)
     return f"{path} does not exist" + (f"; did you mean {first.parent / alike[0]}?" if alike else "")
+
+
+def _meant(uri: str, model_root: Path | None) -> str:
+    """What a source that this machine does not have was probably meant to be, as the end of a clause; empty if nothing shows it."""
+    if uri.removeprefix("file:///").startswith(("~", "$")):
+        return "; ~ and variables are not expanded"
+    if model_root is None or _scheme(uri) != "":
+        return ""
+    root = model_root.absolute()
+    if uri.startswith(f"{root.name}/") and os.path.exists(root.parent / uri):
+        return f"; a uri begins below the model root: write {uri.removeprefix(f'{root.name}/')}"
+    repository = source_uri.bare_repository(uri)
+    if repository and not os.path.exists(root / repository.split("/")[0]):
+        return f"; for the repository of a hub, write hf://{repository}"
+    return ""
 
 
 def _is_in_a_volume(model: Model, source: Source) -> bool:

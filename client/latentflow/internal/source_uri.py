@@ -56,6 +56,14 @@ def doubt_of_repository(uri: str) -> str | None:
     return None
 
 
+def bare_repository(uri: str) -> str | None:
+    """The repository of a hub that a relative URI may mean, with or without the host of the hub; None if it has another form."""
+    host, _, rest = uri.partition("/")
+    named = rest if host.lower() in _HUBS else uri
+    organisation, _, name = named.partition("/")
+    return named if _HUB_NAME.fullmatch(organisation) and _HUB_NAME.fullmatch(name) else None
+
+
 def is_single_file(uri: str) -> bool:
     """Whether a source names a file that holds all weights of a model."""
     return uri.endswith(SINGLE_FILE)
