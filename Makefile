@@ -128,7 +128,7 @@ bench: setup ## Measure the overhead of serving compared with plain diffusers (n
 	$(PY) bench/overhead.py
 
 .PHONY: bench-engine
-bench-engine: setup ## Run all benches of the engine: the next five and `make bench` (half an hour, on an idle machine)
+bench-engine: setup ## Run all benches of the engine: the next six and `make bench` (half an hour, on an idle machine)
 	$(PY) bench/engine.py
 
 .PHONY: bench-batching
@@ -146,6 +146,10 @@ bench-merge: setup ## Measure merging and undoing a LoRA, beside PEFT (needs an 
 .PHONY: bench-latent
 bench-latent: setup ## Measure two replicas that share a request, beside one (needs an idle machine with two cores)
 	$(PY) bench/parallelism.py
+
+.PHONY: bench-tensor
+bench-tensor: setup ## Measure weights that two processes share, beside one process (needs an idle machine with two cores)
+	$(PY) bench/tensor.py
 
 .PHONY: bench-controlnet
 bench-controlnet: setup ## Measure a ControlNet on a server of its own, beside one in line (needs an idle machine with two cores)

@@ -1,7 +1,8 @@
 """The models that the benches measure, by name. Weights are random, from a fixed seed: time does not depend on values.
 
 `shapes` is the committed pack, so small that overhead dominates. `mid` is arithmetic for the most part: on one thread
-two rows take at least 1.6 times as long as one. `sd15` has the sizes of Stable Diffusion 1.5.
+two rows take at least 1.6 times as long as one. `wide` has few layers, as wide as those of large models. `sd15` has the sizes
+of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -53,6 +54,21 @@ def mid_unet() -> UNet2DConditionModel:
     )
 
 
+def wide_unet() -> UNet2DConditionModel:
+    """121 million parameters in few layers, as wide as those of large models, for the text encoder and the VAE of the shapes pack."""
+    return UNet2DConditionModel(
+        sample_size=12,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(768,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=_SHAPES_CONTEXT,
+        attention_head_dim=12,
+    )
+
+
 def sd15_unet() -> UNet2DConditionModel:
     """860 million parameters: diffusers' defaults are those of Stable Diffusion 1.x, but for the context's width."""
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
@@ -94,6 +110,7 @@ MODELS = {
     for model in (
         BenchModel(name="shapes", side=64, steps=20, parts=dict),
         BenchModel(name="mid", side=192, steps=20, parts=lambda: {"unet": mid_unet()}),
+        BenchModel(name="wide", side=96, steps=6, parts=lambda: {"unet": wide_unet()}),
         BenchModel(
             name="sd15",
             side=512,

@@ -239,6 +239,17 @@ class Reason(Documented):
         "A model server cannot use the device of its model.",
         "Check the driver and the number of the GPU, or give the model another device.",
     )
+    TENSOR_DEGREE = (
+        "TENSOR_DEGREE",
+        "A model's weights cannot be divided among as many ranks as `parallelism.tensor` requires: its attention heads, groups "
+        "or features are no multiple of it.",
+        "Set `parallelism.tensor` to one of the degrees that the message lists.",
+    )
+    RANK_FAILED = (
+        "RANK_FAILED",
+        "A process that holds a part of a model's weights (`parallelism.tensor`) ended, or was not ready in time.",
+        "Read the log of the rank that the message names.",
+    )
     PORT_TAKEN = (
         "PORT_TAKEN",
         "A server cannot listen on its address.",

@@ -36,6 +36,7 @@ class ProcessSpec:
         options: Arguments of its `main`, except the engine and the two addresses.
         engine: How its model is run; None: it runs no model.
         gpu: Number of the GPU that its device "cuda" means; None: the first GPU.
+        ranks: Number of its ranks, each of which uses a GPU: `gpu` and those after it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ProcessSpec:
     options: tuple[str, ...]
     engine: Engine | None = None
     gpu: int | None = None
+    ranks: int = 1
 
     @property
     def device(self) -> str | None:
@@ -124,8 +126,9 @@ def plan_models(
         options = _options(name, model, model_root, log_format)
         engine = _overridden(model, overrides)
         options["shared-memory"] = shared_memory
-        own_threads = threads or model.engine.threads or cores
-        if own_threads > 1 and capacity(model, threads=threads, device=device, cores=cores) == 1:
+        ranks = model.parallelism.tensor_degree
+        used = _cores(model, threads=threads, cores=cores)
+        if used > 1 and capacity(model, threads=threads, device=device, cores=cores) == 1:
             options["compute-lock"] = compute_lock
         specs.append(
             ProcessSpec(
@@ -137,18 +140,27 @@ def plan_models(
                 metrics=addresses[name][1],
                 options=_argv(options),
                 engine=engine,
-                gpu=next_gpu(engine.device, specs, gpus=gpus),
+                gpu=next_gpu(engine.device, specs, gpus=gpus, ranks=ranks),
+                ranks=ranks,
             )
         )
     return specs
 
 
-def next_gpu(device: str | None, others: Iterable[ProcessSpec], *, gpus: int) -> int | None:
-    """The GPU with the fewest of the other processes; None if the device is not "cuda" or there is only one GPU."""
-    if device != "cuda" or gpus < 2:
+def next_gpu(device: str | None, others: Iterable[ProcessSpec], *, gpus: int, ranks: int = 1) -> int | None:
+    """The GPU with the fewest of the other processes; None if the device is not "cuda" or there is only one GPU.
+
+    Args:
+        ranks: Number of GPUs that the process uses; the first of them is returned. InvalidRequestError for more than there are.
+    """
+    if device != "cuda" or (gpus < 2 and ranks == 1):
         return None
-    taken = Counter(spec.gpu for spec in others)
-    return min(range(gpus), key=lambda gpu: taken[gpu])
+    if ranks > gpus:
+        raise InvalidRequestError(
+            f"parallelism.tensor {ranks} needs as many GPUs, and this machine has {gpus}; lower it, or use --device cpu."
+        )
+    taken = Counter(spec.gpu + rank for spec in others if spec.gpu is not None for rank in range(spec.ranks))
+    return min(range(gpus - ranks + 1), key=lambda first: sum(taken[first + rank] for rank in range(ranks)))
 
 
 def plan_gateway(
@@ -209,7 +221,12 @@ def capacity(model: Model, *, threads: int | None, device: str | None, cores: in
     """
     if on_gpu(model, device=device):
         return None
-    return max(1, cores // (threads or model.engine.threads or cores))
+    return max(1, cores // _cores(model, threads=threads, cores=cores))
+
+
+def _cores(model: Model, *, threads: int | None, cores: int) -> int:
+    """How many cores a replica uses on the CPU: each of its ranks has at least one thread."""
+    return max(threads or model.engine.threads or cores, model.parallelism.tensor_degree)
 
 
 def on_gpu(model: Model, *, device: str | None) -> bool:
@@ -252,6 +269,7 @@ def _options(name: str, model: Model, root: Path, log_format: str) -> dict[str, 
         "model-root": root,
         "identity": name,
         "dtype": model.dtype,
+        "tensor": degree if (degree := model.parallelism.tensor_degree) > 1 else None,
         "log-format": log_format,
     }
 

@@ -87,7 +87,7 @@ class Replicas:
         self._addresses.keep(assigned)
         address, metrics = self._addresses.free(2)
         template = self._template[model]
-        gpu = next_gpu(template.device, present.values(), gpus=self._gpus)
+        gpu = next_gpu(template.device, present.values(), gpus=self._gpus, ranks=template.ranks)
         specs = (template.another(number, address=address, metrics=metrics, gpu=gpu) for number in count(1))
         return next(spec for spec in specs if spec.name not in present)
 

@@ -205,6 +205,6 @@ def _additional(
     for first in firsts:
         for number in range(2, initial(models[first.model]) + 1):
             address, metrics = free[2 * len(additional) : 2 * len(additional) + 2]
-            gpu = next_gpu(first.device, [*firsts, *additional], gpus=gpus)
+            gpu = next_gpu(first.device, [*firsts, *additional], gpus=gpus, ranks=first.ranks)
             additional.append(first.another(number, address=address, metrics=metrics, gpu=gpu))
     return additional

@@ -173,4 +173,4 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         return control_pb2.DrainResponse()
 
     def _devices(self) -> list[control_pb2.Device]:
-        return [control_pb2.Device(kind=self._context.settings.engine.device)]
+        return [control_pb2.Device(kind=device) for device in self._context.settings.devices]

@@ -33,6 +33,7 @@ class NodeSettings:
         metrics: host:port for /metrics.
         dtype: "float32", "float16" or "bfloat16".
         engine: How the model is run.
+        tensor: Number of ranks among which the weights of a Denoiser are divided.
         lease: Lifetime of a handle in seconds, unless it is renewed.
         drain: Seconds that running requests may take after SIGTERM.
         compute_lock: Lock file; servers of one machine that name the same one compute one after the other. None: no lock.
@@ -54,6 +55,7 @@ class NodeSettings:
     metrics: str = "127.0.0.1:0"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     engine: Engine = field(default_factory=Engine)
+    tensor: int = 1
     lease: float = 60.0
     drain: float = 30.0
     compute_lock: Path | None = None
@@ -64,8 +66,16 @@ class NodeSettings:
 
     @property
     def threads(self) -> int:
-        """CPU threads of one forward pass."""
-        return self.engine.threads or usable_cores()
+        """CPU threads of one forward pass, in each of its ranks."""
+        return max(1, (self.engine.threads or usable_cores()) // self.tensor)
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device of each rank: the CPU, or consecutive GPUs from the engine's device on."""
+        kind, _, first = self.engine.device.partition(":")
+        if self.tensor == 1 or kind == "cpu":
+            return (self.engine.device,) * self.tensor
+        return tuple(f"{kind}:{int(first or 0) + rank}" for rank in range(self.tensor))
 
 
 def usable_cores() -> int:
@@ -127,6 +137,13 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
         help='how the model is run: an object of the options that "engine" has in a workflow, such as '
         '\'{"device": "cuda"}\' (default: every option\'s default)',
     )
+    add(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="RANKS",
+        help="number of processes, each on a device of its own, among which the weights of a Denoiser are divided (default: 1)",
+    )
     add("--lease", type=float, default=60.0, help="lifetime of a handle in seconds unless it is renewed (default: 60)")
     add("--drain", type=float, default=30.0, help="seconds that running requests may take after SIGTERM (default: 30)")
     add(
@@ -153,6 +170,10 @@ def parse(argv: list[str] | None = None) -> NodeSettings:
         args.engine.check(Role(args.role))
     except ValueError as error:
         parser.error(f"--engine: {error}")
+    if not 1 <= args.tensor <= 16:
+        parser.error(f"--tensor must be from 1 to 16, not {args.tensor}")
+    if args.tensor > 1 and args.role != Role.DENOISER:
+        parser.error(f"--tensor is an option of Denoiser, not of {args.role}")
     if args.nets and args.role != Role.CONTROL_NET:
         parser.error(f"--nets: only a ControlNet has nets, a {args.role} has none")
     if args.variant and args.role == Role.LORA_STORE:

@@ -319,6 +319,7 @@ def _arguments(name: str, spec: ModelSpec, settings: OperatorSettings, ports: Co
         "shared-memory": _MEMORY if ports.shares_memory else None,
         "dtype": spec.dtype,
         "engine": json.dumps(engine) if (engine := spec.engine.options()) else None,
+        "tensor": degree if (degree := spec.parallelism.tensor_degree) > 1 else None,
         "drain": settings.drain_seconds,
         "log-format": "json",
     }

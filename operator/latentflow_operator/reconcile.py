@@ -264,8 +264,10 @@ class Reconciler:
             "replicas": len(alive),
             "readyReplicas": ready,
             "selector": f"{MODEL_LABEL}={host}",
-            # The servers of this version do not divide weights.
-            "parallelism": {"latent": conditions.latent(spec.parallelism.latent, ready=ready), "tensor": 1},
+            "parallelism": {
+                "latent": conditions.latent(spec.parallelism.latent, ready=ready),
+                "tensor": spec.parallelism.tensor_degree,
+            },
         }
         if pinned is not None:
             resolved = pinned.model_dump(mode="json", by_alias=True, exclude_none=True, include={"source", "nets"})

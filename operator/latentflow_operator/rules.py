@@ -72,6 +72,10 @@ def _engine() -> Iterator[Rule]:
             )
 
 
+def _undivided(parallelism: str) -> str:
+    return f"({parallelism}.tensor == 'Auto' || {parallelism}.tensor == 1)"
+
+
 # A store reads every file of its folder.
 _STORE_VARIANT = Rule(
     cel="self.role != 'LoRAStore' || !has(self.source) || !has(self.source.variant)",
@@ -81,6 +85,13 @@ _STORE_VARIANT = Rule(
 _NETS = Rule(
     cel="!has(self.nets) || self.role == 'ControlNet'",
     message="'only a ControlNet has nets, a ' + self.role + ' has none; remove them'",
+    computed=True,
+)
+
+_DIVIDED = Rule(
+    cel="self.role == 'Denoiser' || !has(self.parallelism) || !has(self.parallelism.tensor) || "
+    + _undivided("self.parallelism"),
+    message="'parallelism.tensor is for a Denoiser, not for a ' + self.role + '; remove it'",
     computed=True,
 )
 
@@ -175,6 +186,7 @@ _OWN: dict[str, tuple[Rule, ...]] = {
         *_engine(),
         _STORE_VARIANT,
         _NETS,
+        _DIVIDED,
         Rule(
             cel="has(self.source) != has(self.modelRef)",
             message='"model \'" + self.name + "\' needs exactly one of source and modelRef"',
@@ -244,6 +256,12 @@ _OWN: dict[str, tuple[Rule, ...]] = {
         *_engine(),
         _STORE_VARIANT,
         _NETS,
+        _DIVIDED,
+        Rule(
+            cel="self.parallelism.tensor == oldSelf.parallelism.tensor || "
+            f"({_undivided('self.parallelism')} && {_undivided('oldSelf.parallelism')})",
+            message="parallelism.tensor is part of the model's identity and cannot change; make another DiffusionModel",
+        ),
         *(
             Rule(
                 cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",

@@ -18,7 +18,7 @@ from latentflow.api import (
     merge_scaling,
     placed,
 )
-from latentflow.api.types import Engine, Net, Parallelism
+from latentflow.api.types import Engine, Net
 from support.paths import EXAMPLES
 
 BASE: dict[str, Any] = {"name": "base", "role": "Denoiser", "source": {"uri": "shapes"}}
@@ -98,7 +98,7 @@ def test_what_changes_the_served_model_changes_the_identity() -> None:
         model(source={"uri": "shapes.safetensors"}),
         model(engine={"threads": 2}),
         model(resources={"limits": {"cpu": 1}}),
-        model().model_copy(update={"parallelism": Parallelism().model_copy(update={"tensor": 2})}),
+        model(parallelism={"tensor": 2}),
         with_engine(compile=True),
         with_engine(step_cache="Auto"),
         model().model_copy(update={"nets": [Net(name="a", source=Source(uri="b"))]}),

@@ -52,6 +52,18 @@ def test_examples_have_no_warning_about_devices(path: Path) -> None:
             {"resources": {"limits": {"nvidia.com/gpu": 1}}},
             "models[base].engine.device: the model requests nvidia.com/gpu and runs on the CPU",
         ),
+        (
+            {
+                "engine": {"device": "cuda"},
+                "parallelism": {"tensor": 4},
+                "resources": {"limits": {"cpu": 8, "nvidia.com/gpu": 2}},
+            },
+            "models[base].resources: the weights are divided among 4 devices (parallelism.tensor), and the model requests 2,",
+        ),
+        (
+            {"engine": {"device": "cuda"}, "parallelism": {"tensor": 2}},
+            "models[base].resources: the model runs on cuda and",
+        ),
         ({"source": {"uri": "absent"}}, f"models[base].source.uri: {MODELS}/absent does not exist"),
         (
             {"source": {"uri": "shapes", "subfolder": "absent"}},
@@ -69,6 +81,18 @@ def test_a_probable_mistake_is_reported_with_its_field(base: dict[str, Any], war
 )
 def test_a_model_that_requests_a_device_for_cuda_has_no_warning(resources: dict[str, Any]) -> None:
     assert warnings.of(workflow(engine={"device": "cuda"}, resources=resources), model_root=MODELS) == []
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"engine": {"device": "cuda"}, "resources": {"limits": {"nvidia.com/gpu": "2"}}},
+        {"engine": {"device": "cuda"}, "resources": {"claims": [{"name": "gpus"}]}},
+        {},
+    ],
+)
+def test_a_divided_model_that_requests_enough_devices_has_no_warning(base: dict[str, Any]) -> None:
+    assert warnings.of(workflow(parallelism={"tensor": 2}, **base), model_root=MODELS) == []
 
 
 def test_weights_of_pipelines_of_different_classes_are_reported(tmp_path: Path) -> None:

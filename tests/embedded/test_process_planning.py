@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from latentflow.api import DiffusionWorkflow, Model, Source, identity, load_workflows
+from latentflow.errors import InvalidRequestError
 from latentflow_local import addresses
 from latentflow_local.planning import ProcessSpec, bounds, capacity, initial, max_pixels, next_gpu, plan_models
 from latentflow_nodes import settings
@@ -138,6 +139,42 @@ def devices(specs: list[ProcessSpec]) -> list[str]:
 def test_models_on_cuda_are_spread_over_the_gpus() -> None:
     assert devices(planned(device="cuda", gpus=2)) == ["cuda:0", "cuda:1", "cuda:0"]
     assert devices(planned(device="cuda", gpus=1)) == ["cuda"] * 3
+
+
+def divided(degree: int, **base: Any) -> DiffusionWorkflow:
+    """A workflow whose denoiser is divided."""
+    (one,) = load_workflows(EXAMPLES / "shapes-minimal.yaml")
+    body = one.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for found in body["spec"]["models"]:
+        if found["role"] == "Denoiser":
+            found |= {"parallelism": {"tensor": degree}} | base
+    return DiffusionWorkflow.model_validate(body)
+
+
+def test_the_ranks_of_a_denoiser_use_consecutive_gpus_that_others_use_least() -> None:
+    specs = planned(device="cuda", gpus=4, workflow=divided(2))
+    ranks = {spec.role: settings.parse(list(spec.argv)).devices for spec in specs}
+    assert ranks == {"TextEncoder": ("cuda:0",), "Denoiser": ("cuda:1", "cuda:2"), "VAE": ("cuda:3",)}
+    assert next_gpu("cuda", specs, gpus=4) == 0
+    # Not 1 and 2, of which the denoiser has both, nor one of them.
+    assert next_gpu("cuda", [one for one in specs if one.role == "Denoiser"], gpus=5, ranks=2) == 3
+
+
+def test_a_denoiser_of_more_ranks_than_gpus_is_refused() -> None:
+    for gpus in (0, 1, 2):
+        with pytest.raises(
+            InvalidRequestError, match=f"parallelism.tensor 3 needs as many GPUs, and this machine has {gpus}"
+        ):
+            planned(device="cuda", gpus=gpus, workflow=divided(3))
+
+
+@pytest.mark.parametrize(("threads", "each"), [(1, 1), (2, 1), (5, 2), (None, 4)])
+def test_ranks_on_the_cpu_share_the_threads_of_their_replica(threads: int | None, each: int) -> None:
+    specs = planned(threads=threads or 8, cores=8, workflow=divided(2))
+    (found,) = (settings.parse(list(spec.argv)) for spec in specs if spec.role == "Denoiser")
+    assert (found.threads, found.devices) == (each, ("cpu", "cpu"))
+    one = model(parallelism={"tensor": 2})
+    assert capacity(one, threads=threads, device=None, cores=8) == 8 // max(threads or 8, 2)
 
 
 def test_models_on_one_numbered_gpu_all_use_that_gpu() -> None:

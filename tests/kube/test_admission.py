@@ -100,6 +100,23 @@ def test_the_fields_of_a_model_s_identity_cannot_change(api_server: ApiServer, f
     assert f"{field} is part of the model's identity and cannot change" in refusal(caught)
 
 
+def test_the_tensor_degree_of_a_model_cannot_change_and_auto_is_one(api_server: ApiServer) -> None:
+    api = kube.CustomObjectsApi(api_server.client())
+    spec = {"role": "Denoiser", "source": {"uri": "shapes"}, "parallelism": {"tensor": "Auto"}}
+    body = {"apiVersion": API_VERSION, "kind": "DiffusionModel", "metadata": {"name": "divided"}, "spec": spec}
+    create(api_server, body, plural="diffusionmodels")
+
+    def patch(degree: Any) -> Any:
+        change = {"spec": {"parallelism": {"tensor": degree}}}
+        return api.patch_namespaced_custom_object(GROUP, VERSION, "default", "diffusionmodels", "divided", change)
+
+    assert patch(1)["spec"]["parallelism"]["tensor"] == 1
+    assert patch("Auto")["spec"]["parallelism"]["tensor"] == "Auto"
+    with pytest.raises(kube.ApiException) as caught:
+        patch(2)
+    assert "parallelism.tensor is part of the model's identity and cannot change" in refusal(caught)
+
+
 def test_replicas_have_no_default_and_are_written_through_scale(api_server: ApiServer) -> None:
     api = kube.CustomObjectsApi(api_server.client())
     body = {"apiVersion": API_VERSION, "kind": "DiffusionModel", "metadata": {"name": "vae-scaled"}, "spec": MODEL}

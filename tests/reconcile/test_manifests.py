@@ -43,13 +43,21 @@ def test_the_server_accepts_its_arguments() -> None:
         source={"uri": "hf://org/repo", "subfolder": "vae", "revision": "main", "variant": "fp16"},
         engine={"threads": 2, "maxRunning": 3, "maxWaiting": 5},
         dtype="bfloat16",
+        parallelism={"tensor": 2},
     )["containers"]
     settings = parse([argument.replace("$(POD_IP)", "10.1.2.3") for argument in container["args"]])
     assert (settings.role, settings.uri) == ("Denoiser", "hf://org/repo")
     assert (settings.subfolder, settings.revision, settings.variant) == ("vae", "main", "fp16")
     assert (settings.engine, settings.dtype) == (Engine(threads=2, max_running=3, max_waiting=5), "bfloat16")
+    assert settings.tensor == 2
     assert settings.advertise == "10.1.2.3:8500"
     assert settings.identity == "vae-1"
+
+
+@pytest.mark.parametrize("degree", [1, "Auto"])
+def test_a_model_that_is_not_divided_has_the_arguments_of_earlier_versions(degree: Any) -> None:
+    divided, plain = (pod(role="Denoiser", **one) for one in ({"parallelism": {"tensor": degree}}, {}))
+    assert divided == plain
 
 
 def test_the_termination_grace_period_exceeds_the_drain() -> None:

@@ -36,7 +36,7 @@ def identity(model: Model) -> str:
         "source": model.source.model_dump(exclude_none=True),
         "dtype": model.dtype,
         # Auto starts at degree 1; another degree is another model.
-        "tensor": 1 if model.parallelism.tensor == "Auto" else model.parallelism.tensor,
+        "tensor": model.parallelism.tensor_degree,
         "nets": {net.name: net.source.model_dump(exclude_none=True) for net in model.nets or ()},
         "engine": model.engine.distinguishing(model.role),
         "resources": model.resources,

@@ -269,14 +269,20 @@ class Parallelism(Typed):
     )
     tensor: Literal["Auto"] | Annotated[int, Field(ge=1, le=16)] = field(
         default=1,
-        description="Devices among which one replica's weights are divided: 1 to 16 or Auto.",
-        limits=Limits(only=["Auto", 1], without_effect=["Auto"]),
+        description="Devices among which the weights of one replica of a Denoiser are divided: 1 to 16 or Auto. On the CPU, "
+        "processes that share the threads of the engine.",
+        limits=Limits(without_effect=["Auto"]),
     )
     context: Literal["Auto"] | Annotated[int, Field(ge=1, le=8)] = field(
         default=1,
         description="Devices, each with whole weights, among which one request's tokens are divided: 1 to 8 or Auto.",
         limits=Limits(only=["Auto", 1], without_effect=["Auto"]),
     )
+
+    @property
+    def tensor_degree(self) -> int:
+        """The number of devices among which weights are divided. Auto: they are not."""
+        return 1 if self.tensor == "Auto" else self.tensor
 
 
 class Net(Typed):

@@ -92,3 +92,9 @@ class ScaledModel(ServedModel):
     pod: Pod = Field(
         default_factory=Pod, description="Passed through to the model's pods, to each of their containers."
     )
+
+    @model_validator(mode="after")
+    def _only_denoisers_are_divided(self) -> Self:
+        if self.role is not Role.DENOISER and self.parallelism.tensor_degree > 1:
+            raise ValueError(f"parallelism.tensor is for a Denoiser, not for a {self.role}; remove it")
+        return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -50,18 +50,29 @@ def unchecked(workflow: DiffusionWorkflow, *, model_root: Path | None) -> list[s
 def _of_devices(model: Model) -> Iterator[str]:
     requested = {**model.resources.get("requests", {}), **model.resources.get("limits", {})}
     # Kubernetes names devices with a domain, such as nvidia.com/gpu.
-    devices = sorted(name for name in requested if "/" in name)
+    devices = {name: number for name, number in sorted(requested.items()) if "/" in name}
     claims = model.resources.get("claims") or model.pod.resource_claims
+    ranks = model.parallelism.tensor_degree
     if model.engine.device.startswith("cuda") and not devices and not claims:
         yield (
             f"models[{model.name}].resources: the model runs on {model.engine.device} and requests no device, so a pod on "
-            "Kubernetes has no GPU; add limits, such as nvidia.com/gpu: 1"
+            f"Kubernetes has no GPU; add limits, such as nvidia.com/gpu: {ranks}"
         )
     if devices and model.engine.device == "cpu":
         yield (
             f"models[{model.name}].engine.device: the model requests {', '.join(devices)} and runs on the CPU; "
             "set device: cuda"
         )
+    if devices and not claims and model.engine.device != "cpu" and (count := _count(devices)) < ranks:
+        yield (
+            f"models[{model.name}].resources: the weights are divided among {ranks} devices (parallelism.tensor), and the model "
+            f"requests {count}, so its servers cannot load it"
+        )
+
+
+def _count(devices: Mapping[str, object]) -> int:
+    """The number of devices; one that is no number counts as one device."""
+    return sum(int(str(number)) if str(number).isdecimal() else 1 for number in devices.values())
 
 
 def _of_uri(field: str, model: Model, source: Source) -> Iterator[str]:

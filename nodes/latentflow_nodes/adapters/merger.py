@@ -53,7 +53,7 @@ class Merger:
                     "remove one of them from its file."
                 )
             changed[target] = name
-            shape = self._weight(target).shape
+            shape = self._shape(target)
             fits = layer.b.shape[0] == shape[0] and layer.a.shape[1] == shape[1]
             if not fits or math.prod(layer.a.shape[1:]) != math.prod(shape[1:]):
                 raise _mismatch(
@@ -70,7 +70,7 @@ class Merger:
         terms: dict[str, list[tuple[Layer, float]]] = {}
         for layers, weight in adapters:
             for name, layer in layers.items():
-                terms.setdefault(self._names[_flat(name)], []).append((layer, weight))
+                terms.setdefault(self._target(name), []).append((layer, weight))
         for name in self._changed - terms.keys():
             self._restore(name)
         for name, of_layer in terms.items():
@@ -97,6 +97,14 @@ class Merger:
             exact.addmm_(b, a, alpha=strength * layer.scale)
         if exact is not matrix:
             matrix.copy_(exact)
+
+    def _target(self, name: str) -> str:
+        """The layer of the module that an adapter's layer changes."""
+        return self._names[_flat(name)]
+
+    def _shape(self, name: str) -> Sequence[int]:
+        """The shape of a layer's weight, which adapters have to fit."""
+        return self._weight(name).shape
 
     def _weight(self, name: str) -> torch.nn.Parameter:
         weight = self._module.get_submodule(name).weight

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from latentflow.errors import InternalError, LatentflowError
@@ -19,7 +19,7 @@ from latentflow.errors import InternalError, LatentflowError
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.forward_time import ForwardTime, Stopwatch
 from latentflow_nodes.engine.member import Member
-from latentflow_nodes.families.base import Family, Residuals, stack
+from latentflow_nodes.families.base import Family, LazyResiduals, Residuals, stack
 
 
 class SampleError(Exception):
@@ -104,7 +104,7 @@ class EagerRunner:
         with self._lock:
             self._stopwatch.start()
             try:
-                predicted = self._family.predict(self._network, stacked, timestep, inputs=inputs, residuals=residuals)
+                predicted = self._predict(stacked, timestep, inputs, residuals)
                 noise = predicted.split(rows)
             except _NoResiduals:
                 pass
@@ -117,6 +117,11 @@ class EagerRunner:
             time=taken,
             residuals_wait_ns=residuals.waited_ns if residuals else 0,
         )
+
+    def _predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, inputs: dict[str, Any], residuals: LazyResiduals | None
+    ) -> torch.Tensor:
+        return self._family.predict(self._network, latents, timestep, inputs=inputs, residuals=residuals)
 
     def reserve(self) -> None:
         self._lock.take()

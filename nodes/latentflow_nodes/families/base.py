@@ -22,6 +22,8 @@ from latentflow.internal.source_folder import SourceFolder
 from latentflow.reasons import Reason
 from PIL import Image
 
+from latentflow_nodes.families.splits import Plan, Shard
+
 NEGATIVE = "negative_"
 # Size of the dimensions that the warm-up request may choose.
 _WARM_UP_TOKENS = 8
@@ -130,7 +132,15 @@ class Family(Protocol):
         """Every text encoder and tokenizer that an index names. FailedPreconditionError where they do not match."""
         ...
 
-    def load_denoiser(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module: ...
+    def load_denoiser(
+        self, folder: Path, *, dtype: torch.dtype, variant: str | None, shard: Shard | None = None
+    ) -> torch.nn.Module:
+        """A denoiser, or with a shard a rank's part of one, which needs sums over the ranks to compute."""
+        ...
+
+    def plan_split(self, folder: Path) -> Plan:
+        """How a denoiser can be divided among ranks. Reads no weights."""
+        ...
 
     def load_control_net(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module: ...
 

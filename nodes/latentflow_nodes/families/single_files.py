@@ -125,20 +125,37 @@ def index(file: Path, parts: Mapping[str, str]) -> dict[str, Any]:
 
 def network(cls: Any, file: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
     """A network of diffusers. FailedPreconditionError where the file lacks some of its weights, or has others."""
-    described = config(file, part)
+    module = empty(cls, file, part)
+    module.load_state_dict(converted(cls, file, part, module.state_dict()), assign=True)
+    return module.to(dtype).eval()
+
+
+def empty(cls: Any, file: Path, part: str) -> torch.nn.Module:
+    """A network of diffusers without weights."""
     with init_empty_weights():
-        module: torch.nn.Module = cls.from_config(described)
-    needed = module.state_dict()
+        module: torch.nn.Module = cls.from_config(config(file, part))
+    return module
+
+
+def converted(cls: Any, file: Path, part: str, needed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a network by their names in diffusers, mapped into memory. Raises as `network`.
+
+    Args:
+        needed: The state of the network, of which only names and shapes count.
+    """
     tensors = _tensors(file)
     try:
         # Some files have the keys of diffusers already.
-        found = tensors if needed.keys() == tensors.keys() else _CONVERSIONS[cls.__name__](tensors, config=described)
+        found = (
+            tensors
+            if needed.keys() == tensors.keys()
+            else _CONVERSIONS[cls.__name__](tensors, config=config(file, part))
+        )
     except KeyError as missing:
         found = {}
         needed = {str(missing.args[0]): torch.empty(0)}
     _check(file, part, needed, found)
-    module.load_state_dict(found, assign=True)
-    return module.to(dtype).eval()
+    return found
 
 
 def text_encoder(cls: Any, file: Path, part: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -169,14 +186,10 @@ def text_encoder(cls: Any, file: Path, part: str, dtype: torch.dtype) -> torch.n
 
 
 def _check(file: Path, part: str, needed: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    shared = needed.keys() & found.keys()
-    report = {
-        "missing_keys": needed.keys() - found.keys(),
-        "unexpected_keys": found.keys() - needed.keys(),
-        "mismatched_keys": [
-            (key, found[key].shape, needed[key].shape) for key in shared if found[key].shape != needed[key].shape
-        ],
-    }
+    report = files.differences(
+        needed={name: tensor.shape for name, tensor in needed.items()},
+        found={name: tensor.shape for name, tensor in found.items()},
+    )
     if any(report.values()):
         files.check_complete(file, report, part=part, remedy=_assumed(file, part))
 

@@ -17,7 +17,7 @@ from latentflow.internal.guidance import Guidance
 from latentflow.internal.source_folder import SourceFolder, is_present
 from latentflow.reasons import Reason
 
-from latentflow_nodes.families import kinds, layer_names, single_files
+from latentflow_nodes.families import kinds, layer_names, shards, single_files, splits
 from latentflow_nodes.families.base import (
     AdapterPart,
     Conditioning,
@@ -28,6 +28,7 @@ from latentflow_nodes.families.base import (
     VaeGeometry,
     halves,
 )
+from latentflow_nodes.families.splits import Plan, Shard
 from latentflow_nodes.weights import files
 
 _WARM_UP_SIDE = 16
@@ -103,8 +104,18 @@ class UNetFamily(ABC):
     def text_pipeline(self, parts: Mapping[str, Any], *, index: Mapping[str, Any]) -> Any:
         """diffusers' pipeline of the family with only its text parts."""
 
-    def load_denoiser(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
+    def load_denoiser(
+        self, folder: Path, *, dtype: torch.dtype, variant: str | None, shard: Shard | None = None
+    ) -> torch.nn.Module:
+        if shard is not None:
+            return shards.network(UNet2DConditionModel, folder, "unet", dtype=dtype, variant=variant, shard=shard)
         return _network(UNet2DConditionModel, folder, "unet", kinds.of_denoiser, dtype, variant)
+
+    def plan_split(self, folder: Path) -> Plan:
+        _check_kind(folder, "unet", kinds.of_denoiser)
+        if folder.is_dir():
+            _refuse_quantised(folder)
+        return splits.of_unet(shards.empty(UNet2DConditionModel, folder, "unet"))
 
     def load_control_net(self, folder: Path, *, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
         network: Any = _network(ControlNetModel, folder, "controlnet", kinds.of_control_net, dtype, variant)
@@ -279,24 +290,22 @@ def _network(
     variant: str | None,
 ) -> torch.nn.Module:
     """The network of a component folder, or of a part of a single file."""
-    is_single_file = path.is_file()
     # Before anything is loaded, which may take minutes.
-    if other := kind(single_files.config(path, part) if is_single_file else weight_files.config(path)):
+    _check_kind(path, part, kind)
+    return single_files.network(cls, path, part, dtype) if path.is_file() else _load(cls, path, dtype, variant)
+
+
+def _check_kind(path: Path, part: str, kind: Callable[[kinds.Config], str | None]) -> None:
+    """FailedPreconditionError for a network that these families do not run, by its configuration."""
+    if other := kind(single_files.config(path, part) if path.is_file() else weight_files.config(path)):
         raise FailedPreconditionError(
             f"{path} is {other}; this version does not serve it. Set the source to a {part} for text-to-image.",
             reason=Reason.UNSUPPORTED_FAMILY,
         )
-    return single_files.network(cls, path, part, dtype) if is_single_file else _load(cls, path, dtype, variant)
 
 
 def _load(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> torch.nn.Module:
-    if (quantisation := weight_files.config(folder).get("quantization_config")) is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise FailedPreconditionError(
-            f"The weights in {folder} are quantised ({method or 'by an unknown method'}), which this version does not serve. Use "
-            "the weights in float16, bfloat16 or float32.",
-            reason=Reason.UNSUPPORTED_FAMILY,
-        )
+    _refuse_quantised(folder)
     # With `ignore_mismatched_sizes` the report names them all; without it the loader's error names the first.
     module, report = cls.from_pretrained(
         folder,
@@ -310,6 +319,16 @@ def _load(cls: Any, folder: Path, dtype: torch.dtype, variant: str | None) -> to
     files.check_complete(folder, report)
     loaded: torch.nn.Module = module
     return loaded
+
+
+def _refuse_quantised(folder: Path) -> None:
+    if (quantisation := weight_files.config(folder).get("quantization_config")) is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise FailedPreconditionError(
+            f"The weights in {folder} are quantised ({method or 'by an unknown method'}), which this version does not serve. Use "
+            "the weights in float16, bfloat16 or float32.",
+            reason=Reason.UNSUPPORTED_FAMILY,
+        )
 
 
 def _text_encoder(source: SourceFolder, part: str, name: str, dtype: torch.dtype) -> torch.nn.Module:

@@ -17,15 +17,13 @@ from latentflow.reasons import Reason
 from latentflow.v1 import control_pb2, stage_pb2
 
 from latentflow_nodes import families
-from latentflow_nodes.adapters.merger import Merger
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine import samplers
 from latentflow_nodes.engine.engine import Engine
-from latentflow_nodes.engine.runner import EagerRunner
 from latentflow_nodes.engine.sample import Assignment, Sample, Settings, initial_noise
 from latentflow_nodes.engine.samplers import Sampler
 from latentflow_nodes.families.base import Conditioning, warm_up_conditioning
-from latentflow_nodes.roles import guidance_peers
+from latentflow_nodes.roles import denoiser_network, guidance_peers
 from latentflow_nodes.roles.conditioning import check_conditioning
 from latentflow_nodes.roles.guests import Guests, adapter_key
 from latentflow_nodes.roles.guidance_peers import GuidancePeers, open_controls
@@ -54,17 +52,15 @@ class Denoiser(Role):
         self._scheduler = families.scheduler_config(source)
         self._fewest_steps = samplers.fewest(self._scheduler)
         self.content_digest = files.digest(files.check(folder, variant=source.variant))
-        network = self._family.load_denoiser(folder, dtype=context.dtype, variant=source.variant)
-        self._network = network.to(context.device).eval()
-        self._merger = Merger(
-            self._network, names=self._family.layer_names(self._component, self._network), what="denoiser"
+        loaded = denoiser_network.load(
+            context, self._family, component=self._component, path=folder, variant=source.variant
         )
+        self._network, self._merger = loaded.module, loaded.merger
+        self._end_ranks = loaded.close
         settings = context.settings
         self._engine = Engine(
-            runner=EagerRunner(
-                network=self._network, family=self._family, device=context.device, lock=context.compute_lock
-            ),
-            merger=self._merger,
+            runner=loaded.runner,
+            merger=loaded.merger,
             max_running=settings.engine.max_running,
             max_waiting=settings.engine.max_waiting,
             threads=settings.threads,
@@ -110,6 +106,7 @@ class Denoiser(Role):
 
     def close(self) -> None:
         self._engine.stop()
+        self._end_ranks()
 
     def predict_noise(
         self, requests: AsyncIterator[stage_pb2.PredictNoiseRequest]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,18 @@ def check_complete(path: Path, report: Mapping[str, Any], *, part: str = "", rem
             f"{'; '.join(problems)}. Fetch them again, or convert them to this layout.{remedy}",
             reason=Reason.WEIGHTS_MISMATCH,
         )
+
+
+def differences(*, needed: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """A report for `check_complete`, of the shapes of the tensors by name."""
+    shared = [name for name in needed if name in found]
+    return {
+        "missing_keys": needed.keys() - found.keys(),
+        "unexpected_keys": found.keys() - needed.keys(),
+        "mismatched_keys": [
+            (name, found[name], needed[name]) for name in shared if tuple(found[name]) != tuple(needed[name])
+        ],
+    }
 
 
 def _shape(shape: Iterable[int]) -> str:
