@@ -167,6 +167,15 @@ async def test_a_single_file_of_another_kind_is_refused_as_what_it_is(file: Path
 
 
 @pytest.mark.parametrize("role", ["Denoiser", "VAE", "TextEncoder"])
+async def test_a_lora_in_place_of_a_model_is_refused_as_one(file: Path, role: str) -> None:
+    for part in ("unet", "vae", "text_encoder"):
+        shutil.rmtree(file.parent / part)
+    pair = {f"lora_unet_mid_block.lora_{name}.weight": torch.ones(2, 2) for name in ("down", "up")}
+    save_file(pair, file)
+    assert f"{file} is a LoRA (key {next(iter(pair))}). Put it into the folder" in (await refused(file, role)).message
+
+
+@pytest.mark.parametrize("role", ["Denoiser", "VAE", "TextEncoder"])
 async def test_a_single_file_with_quantised_weights_is_refused(file: Path, role: str) -> None:
     key = "model.diffusion_model.input_blocks.1.1.proj_in.scale_weight"
     save_file(load_file(file) | {key: torch.ones(1)}, file)

@@ -56,6 +56,11 @@ def config(file: Path, part: str) -> dict[str, Any]:
     if (folder := _beside(file, part)) is not None:
         return weight_files.config(folder)
     known = kind(file)
+    if known is None and (key := next((key for key in files.keys(file) if ".lora_" in key), None)):
+        raise FailedPreconditionError(
+            f"{file} is a LoRA (key {key}). Put it into the folder of a LoRA store, and name the base model here.",
+            reason=Reason.WEIGHTS_MISMATCH,
+        )
     if known is None:
         raise FailedPreconditionError(
             f"{file} is no whole model of Stable Diffusion, and there is no {part}/config.json beside it. If it holds a "
@@ -166,7 +171,7 @@ def text_encoder(cls: Any, file: Path, part: str, dtype: torch.dtype) -> torch.n
     prefix = next((one for one in _ENCODERS[part] if any(key.startswith(one) for key in tensors)), None)
     if prefix is None:
         raise FailedPreconditionError(
-            f"{file} contains no weights of {part}: no key begins with {' or '.join(_ENCODERS[part])}. Name a file that "
+            f"{file} contains no weights of {part}: no key begins with {' or '.join(_ENCODERS[part])}; name a file that "
             "contains them.",
             reason=Reason.WEIGHTS_MISMATCH,
         )
