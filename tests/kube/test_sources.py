@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kube.simulated_kubelet import ready, report, serve, workflow
@@ -114,6 +116,27 @@ def test_the_models_of_a_workflow_are_pinned_to_one_commit(operator: Operator, h
     revisions = {one for body in deployments.values() for one in arguments(body) if one.startswith("--revision=")}
     assert len(revisions) == 1
     assert hub.requests["revision"] == 1
+
+
+def test_the_nets_of_a_controlnet_are_pinned_and_recorded(operator: Operator, hub: Hub, namespace: Namespace) -> None:
+    net: Any = {
+        "name": "layout",
+        "source": {"uri": "hf://org/shapes", "subfolder": "controlnet-layout", "revision": "main"},
+    }
+    body = workflow()
+    next(model for model in body["spec"]["models"] if model["name"] == "edges")["nets"] = [net]
+    commit = hub.push("org/shapes", SHAPES)
+    namespace.create(body)
+    pinned = [{"name": "layout", "source": net["source"] | {"revision": commit}}]
+    models = namespace.until(
+        "DiffusionModel", lambda found: any("nets" in one.get("status", {}) for one in found.values())
+    )
+    (name,) = (name for name, one in models.items() if one["spec"]["role"] == "ControlNet")
+    assert models[name]["status"]["nets"] == pinned
+    assert models[name]["spec"]["nets"] == [net]
+    deployment = namespace.until("Deployment", lambda found: name in found)[name]
+    (option,) = (one for one in arguments(deployment) if one.startswith("--nets="))
+    assert json.loads(option.removeprefix("--nets=")) == pinned
 
 
 def test_a_commit_is_used_without_the_hub(operator: Operator, hub: Hub, namespace: Namespace) -> None:

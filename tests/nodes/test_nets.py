@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import shutil
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,32 @@ async def test_a_net_whose_files_are_gone_fails_its_requests_alone(
         assert isinstance(error, FailedPreconditionError)
         assert "The net 'layout'" in error.message
         await assert_equal(stack, Request(controls=[("edges", edge_image, 0.7)]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="files are mapped into memory on Linux only")
+async def test_a_net_that_leaves_the_device_leaves_memory_while_its_request_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mapped() -> list[str]:
+        """The nets whose weights are in the memory of this process."""
+        maps = Path("/proc/self/maps").read_text()
+        return [name for name in ("edges", "layout") if str(tmp_path / f"shapes/controlnet-{name}") in maps]
+
+    shutil.copytree(SHAPES, tmp_path / "shapes")
+    monkeypatch.setattr(control_net, "free_bytes", lambda _: 0)
+    async with with_nets(net("layout"), root=tmp_path) as stack:
+        calls = []
+        for name, expected in (("", "edges"), ("layout", "layout"), ("", "edges")):
+            call = stack.stage("edges").Residuals(timeout=SECONDS)
+            await call.write(stage_pb2.ResidualsRequest(open=await opening(stack, name)))
+            assert (await call.read()).opened
+            step = stage_pb2.ResidualsStep(timestep=1, sample=codec.inline(torch.zeros(2, 4, 8, 8)), scale=1)
+            await call.write(stage_pb2.ResidualsRequest(step=step))
+            assert (await call.read()).forward_ns > 0
+            assert mapped() == [expected]
+            calls.append(call)
+        for call in calls:
+            call.cancel()
 
 
 async def test_a_net_of_bgr_images_beside_one_of_rgb_equals_diffusers(

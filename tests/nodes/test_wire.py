@@ -156,6 +156,7 @@ async def test_calls_that_are_not_served_are_unimplemented(shapes: Stack) -> Non
     ("fields", "error", "message"),
     [
         ({"half": stage_pb2.GUIDANCE_HALF_UNSPECIFIED}, InvalidRequestError, "is not a guidance half"),
+        ({"conditioning": {}}, InvalidRequestError, "The conditioning lacks negative_prompt_embeds, prompt_embeds."),
         ({"image": images_pb2.EncodedImage(media_type="image/webp")}, InvalidRequestError, "media type 'image/webp'"),
         (
             {"image": images_pb2.EncodedImage(data=png(Image.new("RGB", (64, 64))), media_type="image/jpeg")},

@@ -136,6 +136,8 @@ class Worker(Generic[Item, Result]):
             with self._changed:
                 self._running = []
                 self._report()
+            # A thread that waits for calls keeps nothing of the last ones, such as a network that leaves the device.
+            del batch
 
     def _next(self) -> list[_Call[Item, Result]]:
         """Waits for calls and for the lock; the first of the queue and those of its group. Empty: the worker is closed."""

@@ -1,4 +1,4 @@
-"""The check that a request's conditioning fits a denoiser."""
+"""The check that a request's conditioning fits a denoiser or a ControlNet."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_conditioning(conditioning: Conditioning, shapes: dict[str, Shape], gui
         found = tuple(conditioning[name].shape)
         if len(found) != len(shape) or any(b is not None and a != b for a, b in zip(found, shape, strict=True)):
             raise FailedPreconditionError(
-                f"The text encoder's {name} is of shape {_written(found)}, this denoiser takes {_written(shape)}; "
+                f"The text encoder's {name} is of shape {_written(found)}, this model takes {_written(shape)}; "
                 "they belong to different base models.",
                 reason=Reason.TEXT_ENCODER_MISMATCH,
             )

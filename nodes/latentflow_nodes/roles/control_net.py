@@ -10,6 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from latentflow.errors import InvalidRequestError
 from latentflow.internal import images, strengths
+from latentflow.internal.guidance import Guidance
 from latentflow.v1 import control_pb2, stage_pb2, tensors_pb2
 
 from latentflow_nodes.context import Context
@@ -19,6 +20,7 @@ from latentflow_nodes.engine.memory import free_bytes
 from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.families.base import of_half, stack, warm_up_conditioning
 from latentflow_nodes.roles import nets
+from latentflow_nodes.roles.conditioning import check_conditioning
 from latentflow_nodes.roles.resident_nets import ResidentNets
 from latentflow_nodes.roles.role import Role
 from latentflow_nodes.tensors import codec
@@ -159,22 +161,29 @@ class ControlNet(Role):
                     continue
                 if stream is None:
                     raise InvalidRequestError("The first message of a Residuals stream must be `open`.")
-                async with self._resident.use(stream.net) as network:
-                    step = self._step(request.step, stream, network)
-                    bundle, forward_ns = await self._worker.run(
-                        step, group=stream.group, size=step.size, resumed=resumed
-                    )
+                bundle, forward_ns = await self._residuals(request.step, stream, resumed=resumed)
                 for chunk in sender.pieces(bundle, memory=request.step.shared_memory):
                     yield stage_pb2.ResidualsResponse(
                         step=request.step.step, chunk=chunk, forward_ns=forward_ns if chunk.last else 0
                     )
                 resumed = True
 
+    async def _residuals(
+        self, request: stage_pb2.ResidualsStep, stream: _Stream, *, resumed: bool
+    ) -> tuple[dict[str, torch.Tensor], int]:
+        """The residuals of a step. Nothing refers to the net afterwards, so that it can leave the device."""
+        async with self._resident.use(stream.net) as network:
+            step = self._step(request, stream, network)
+            return await self._worker.run(step, group=stream.group, size=step.size, resumed=resumed)
+
     async def _stream(self, opening: stage_pb2.ResidualsOpen) -> _Stream:
         """Raises NotFoundError, FailedPreconditionError or InvalidRequestError for an opening that cannot be served."""
         self._nets.check(opening.net)
         rows = _rows(opening)
         conditioning = await self._conditioning(opening)
+        # A request with two rows has a guidance scale above 1.
+        guidance = Guidance(scale=rows, is_embedded=False)
+        check_conditioning(conditioning, self._conditioning_shapes, guidance)
         async with self._resident.use(opening.net) as network:
             inputs = self._inputs(network, conditioning, rows=rows, width=opening.width, height=opening.height)
         image = _ControlImage(pixels=self._pixels(opening))
