@@ -159,10 +159,13 @@ async def test_calls_of_several_requests_share_passes_per_net(tmp_path: Path) ->
             load = watching(stack)
             while (await load.read()).queued < len(calls):
                 pass
-            load.cancel()
         for call in calls:
             assert (await call.read()).forward_ns > 0
             call.cancel()
+        # A pass is recorded after its results have been sent.
+        while (state := await load.read()).running or state.queued:
+            pass
+        load.cancel()
         assert stack.passes("edges") - before == 2
 
 
