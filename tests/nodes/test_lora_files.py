@@ -179,6 +179,16 @@ def test_values_of_a_type_that_no_model_runs_in_are_read_as_float32(tmp_path: Pa
     assert torch.equal(layer.scale * b @ a, torch.full((8, 8), 2.0))
 
 
+def test_an_alpha_may_have_one_dimension_and_another_type_than_the_matrices(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save(
+        path,
+        {key: one.half() for key, one in kohya().items()} | {f"{KOHYA}.alpha": torch.tensor([3], dtype=torch.int64)},
+    )
+    (layer,) = read(path).components["unet"].values()
+    assert (layer.alpha, layer.a.dtype) == (3.0, torch.float16)
+
+
 @pytest.mark.parametrize(("text", "message"), [("{", "header is not JSON"), ("[]", "header is no JSON object")])
 def test_a_damaged_configuration_in_a_header_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "a.safetensors"

@@ -57,6 +57,22 @@ async def test_a_single_file_of_stable_diffusion_equals_diffusers(file: Path, wr
     assert equal(image, reference(SHAPES, Request())[1])
 
 
+async def test_what_published_files_have_beside_the_weights_changes_nothing(file: Path) -> None:
+    tensors = load_file(file)
+    averages = {
+        f"model_ema.{key.removeprefix('model.').replace('.', '')}": 2 * tensor for key, tensor in tensors.items()
+    }
+    others = {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(32, dtype=torch.float16)[None],
+        "alphas_cumprod": torch.ones(1000),
+        "global_step": torch.tensor(5),
+    }
+    save_file(tensors | averages | others, file)
+    async with started(file.parent.parent, "one") as stack:
+        _, image = await stack.generate(Request())
+    assert equal(image, reference(SHAPES, Request())[1])
+
+
 async def test_a_single_file_with_the_text_encoder_of_version_2_equals_diffusers(tmp_path: Path) -> None:
     file = single_files.written(SHAPES, tmp_path / "one", second_version=True)
     assert any(key.startswith("cond_stage_model.model.transformer.resblocks.") for key in load_file(file))
