@@ -128,7 +128,7 @@ bench: setup ## Measure the overhead of serving compared with plain diffusers (n
 	$(PY) bench/overhead.py
 
 .PHONY: bench-engine
-bench-engine: setup ## Run all benches of the engine: the next six and `make bench` (half an hour, on an idle machine)
+bench-engine: setup ## Run all benches of the engine: the next seven and `make bench` (half an hour, on an idle machine)
 	$(PY) bench/engine.py
 
 .PHONY: bench-batching
@@ -142,6 +142,10 @@ bench-arrivals: setup ## Measure joining at step boundaries, beside static batch
 .PHONY: bench-merge
 bench-merge: setup ## Measure merging and undoing a LoRA, beside PEFT (needs an idle machine and 16 GB of memory)
 	$(PY) bench/merging.py
+
+.PHONY: bench-loras
+bench-loras: setup ## Measure concurrent requests with four LoRAs, by row and merged in turn (needs an idle machine)
+	$(PY) bench/loras.py
 
 .PHONY: bench-latent
 bench-latent: setup ## Measure two replicas that share a request, beside one (needs an idle machine with two cores)

@@ -119,6 +119,7 @@ class Steps:
         self._network = network.eval()
         self._threads = threads
         self._family = families.of_pipeline(models.SHAPES)
+        self._names = self._family.layer_names("unet", network)
         self._scheduler = weight_files.config(models.SHAPES / "scheduler", "scheduler_config.json")
         self._embeds = torch.randn(2, TOKENS, network.config.cross_attention_dim)
 
@@ -126,7 +127,7 @@ class Steps:
         metrics = Instruments(NODE, model=self._model.name, role="Denoiser")
         return cls(
             runner=EagerRunner(network=self._network, family=self._family, device=CPU, lock=ComputeLock(None)),
-            merger=Merger(self._network, names={}, what="denoiser"),
+            merger=Merger(self._network, names=self._names, what="denoiser"),
             max_running=CONCURRENT,
             max_waiting=10_000,
             threads=self._threads,
@@ -134,9 +135,9 @@ class Steps:
             metrics=metrics,
         )
 
-    def sample(self, key: int, listener: Arrivals, *, steps: int) -> Sample:
+    def sample(self, key: int, listener: Arrivals, *, steps: int, guidance_scale: float = GUIDANCE) -> Sample:
         side = self._model.side // 8
-        guidance = Guidance(scale=GUIDANCE, is_embedded=False)
+        guidance = Guidance(scale=guidance_scale, is_embedded=False)
         settings = Settings(seed=key, steps=steps, shape=(1, 4, side, side), guidance=guidance, sampler="")
         generator = torch.Generator().manual_seed(key)
         listener.started[key] = time.perf_counter()
@@ -144,7 +145,7 @@ class Steps:
             key=key,
             request_id=str(key),
             settings=settings,
-            inputs={"encoder_hidden_states": self._embeds},
+            inputs={"encoder_hidden_states": self._embeds[-guidance.rows :]},
             sampler=Sampler(name="", config=self._scheduler, steps=steps, device=CPU),
             generator=generator,
             latents=initial_noise(settings.shape, generator=generator, dtype=torch.float32, device=CPU),

@@ -121,7 +121,7 @@ async def test_requests_with_one_lora_at_four_weights_share_few_merges() -> None
         requests = [Request(steps=20, loras=[("neon", weight)]) for weight in (0.25, 0.5, 0.75, 1.0)]
         openings = await asyncio.gather(*(stack.denoise_open(one) for one in requests))
         await asyncio.gather(*(_finish(stack, opening) for opening in openings))
-        assert 4 <= _loads(stack, "merge") <= 24
+        assert _loads(stack, "merge") <= 24
         assert _loads(stack, "adapter") == 1
 
 

@@ -142,8 +142,8 @@ def sample(
 class Recording(EagerRunner):
     """Records the requests of each pass, and runs out of memory where a pass has more than `room` of them."""
 
-    def __init__(self, *, room: int = 64) -> None:
-        super().__init__(network=NETWORK, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None))
+    def __init__(self, *, room: int = 64, network: torch.nn.Module = NETWORK) -> None:
+        super().__init__(network=network, family=FAMILY, device=torch.device("cpu"), lock=ComputeLock(None))
         self.room = room
         self.passes: list[list[int]] = []
 
@@ -158,17 +158,22 @@ class Recording(EagerRunner):
 def engine_of(
     runner: Runner,
     *,
+    network: torch.nn.Module = NETWORK,
     max_running: int = 2,
     max_waiting: int = 1,
     load: Load | None = None,
     metrics: Instruments | None = None,
 ) -> Engine:
-    """An engine that steps when the test calls it."""
+    """An engine that steps when the test calls it.
+
+    Args:
+        network: That of the runner, into which adapters are merged.
+    """
     torch.set_num_threads(1)
     metrics = metrics or Instruments(NODE, model="m", role="Denoiser")
     return Engine(
         runner=runner,
-        merger=Merger(NETWORK, names={}, what="denoiser"),
+        merger=Merger(network, names=FAMILY.layer_names("unet", network), what="denoiser"),
         max_running=max_running,
         max_waiting=max_waiting,
         threads=1,

@@ -1,1 +1,1 @@
-"""LoRA adapters: file formats, layers, and merging."""
+"""LoRA adapters: file formats, layers, merging, and applying them by row."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,27 @@ class Layer:
 
 
 Layers = Mapping[str, Layer]
+
+
+def flat(name: str) -> str:
+    """A layer's name as the keys of `Family.layer_names` have it."""
+    return name.replace(".", "_")
+
+
+def by_module(
+    adapters: Sequence[tuple[Layers, float]], *, names: Mapping[str, str]
+) -> dict[str, list[tuple[Layer, float]]]:
+    """The layers of adapters, each with the weight of its adapter, by the name of the module that they change.
+
+    Args:
+        adapters: With their weights; the order of the adapters is kept.
+        names: As `Family.layer_names` returns them.
+    """
+    found: dict[str, list[tuple[Layer, float]]] = {}
+    for layers, weight in adapters:
+        for name, layer in layers.items():
+            found.setdefault(names[flat(name)], []).append((layer, weight))
+    return found
 
 
 def pack_layers(layers: Layers) -> dict[str, torch.Tensor]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from latentflow.errors import FailedPreconditionError
 from latentflow.reasons import Reason
 
-from latentflow_nodes.adapters.layers import Layer
+from latentflow_nodes.adapters.layers import Layer, by_module, flat
 
 
 class Merger:
@@ -27,11 +28,17 @@ class Merger:
     Args:
         names: The names of the module's layers in adapter files, as `Family.layer_names` returns them.
         what: The module's name in messages.
+
+    Attributes:
+        module, names: As the arguments.
+        has_whole_layers: The module has all of each layer, so that adapters can be applied to it by row too (`RowAdapters`).
     """
 
+    has_whole_layers: ClassVar = True
+
     def __init__(self, module: torch.nn.Module, *, names: Mapping[str, str], what: str) -> None:
-        self._module = module
-        self._names = names
+        self.module = module
+        self.names = names
         self._what = what
         self._pristine: dict[str, torch.Tensor] = {}
         # The weights that may differ from their copies.
@@ -41,7 +48,7 @@ class Merger:
         """FailedPreconditionError unless every layer exists here, once, and has this shape."""
         changed: dict[str, str] = {}
         for name, layer in layers.items():
-            target = self._names.get(_flat(name))
+            target = self.names.get(flat(name))
             if target is None:
                 raise _mismatch(
                     f"LoRA {adapter!r} changes layer {name!r}, which this {self._what} does not have; "
@@ -67,10 +74,7 @@ class Merger:
 
         After an error in the middle of it, the next call starts from the pristine weights as well.
         """
-        terms: dict[str, list[tuple[Layer, float]]] = {}
-        for layers, weight in adapters:
-            for name, layer in layers.items():
-                terms.setdefault(self._target(name), []).append((layer, weight))
+        terms = by_module(adapters, names=self.names)
         for name in self._changed - terms.keys():
             self._restore(name)
         for name, of_layer in terms.items():
@@ -100,14 +104,14 @@ class Merger:
 
     def _target(self, name: str) -> str:
         """The layer of the module that an adapter's layer changes."""
-        return self._names[_flat(name)]
+        return self.names[flat(name)]
 
     def _shape(self, name: str) -> Sequence[int]:
         """The shape of a layer's weight, which adapters have to fit."""
         return self._weight(name).shape
 
     def _weight(self, name: str) -> torch.nn.Parameter:
-        weight = self._module.get_submodule(name).weight
+        weight = self.module.get_submodule(name).weight
         if not isinstance(weight, torch.nn.Parameter):
             raise TypeError(f"{name} has no weight")
         return weight
@@ -119,10 +123,6 @@ def _copied(weight: torch.Tensor) -> torch.Tensor:
         return weight.detach().clone()
     except torch.OutOfMemoryError:
         return weight.detach().to("cpu", copy=True)
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
 
 
 def _mismatch(message: str) -> FailedPreconditionError:

@@ -21,6 +21,8 @@ class ShardMerger(Merger):
         shard: The part of the network that the module holds.
     """
 
+    has_whole_layers = False
+
     def __init__(self, module: torch.nn.Module, *, names: Mapping[str, str], what: str, shard: Shard) -> None:
         super().__init__(module, names=names, what=what)
         self._shard = shard

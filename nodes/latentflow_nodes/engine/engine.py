@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import structlog
 import torch
@@ -20,7 +21,8 @@ from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 
 from latentflow_nodes.adapters.merger import Merger
-from latentflow_nodes.engine.batching import Candidate, Merged, choose
+from latentflow_nodes.engine.applied_adapters import AppliedAdapters
+from latentflow_nodes.engine.batching import BY_ROW, Candidate, Limits, choose
 from latentflow_nodes.engine.load import Load, PassSize, moving_mean
 from latentflow_nodes.engine.member import Member
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
@@ -71,13 +73,10 @@ class Engine:
         metrics: Instruments,
     ) -> None:
         self._runner = runner
-        self._merger = merger
-        self._merged: Hashable = ()
-        self._merged_at = 0.0
-        self._mean_merge = 0.0
+        self._adapters = AppliedAdapters(merger, metrics)
         self._max_running = max_running
-        # Most samples in a forward pass; the device's memory may allow fewer than run at a time.
-        self._largest_batch = max_running
+        # The device's memory may allow fewer samples in a forward pass than run at a time.
+        self._limits = Limits(merged=max_running, by_row=max_running if self._adapters.is_by_row_supported else 0)
         self._max_waiting = max_waiting
         self._load = load
         self._metrics = metrics
@@ -141,21 +140,22 @@ class Engine:
                 self._expire(sample)
         self._request()
         with self._changed:
-            batch = self._choose()
+            batch, by_row = self._choose()
         if not batch:
             return False
         started = time.perf_counter()
         size = _size(batch)
         try:
-            self._run(batch)
+            self._run(batch, by_row=by_row)
         except SampleError as failure:
             self._fail(failure.sample, failure.error)
         except Exception as error:
-            if len(batch) == 1:
+            if is_out_of_memory(error) and (by_row or len(batch) > 1):
+                fewer = {"by_row" if by_row else "merged": len(batch) // 2}
+                self._limits = replace(self._limits, **fewer)
+                _log.warning("forward pass out of memory", requests=len(batch), largest_batch=fewer)
+            elif len(batch) == 1:
                 self._fail(batch[0], _as_error(error))
-            elif is_out_of_memory(error):
-                self._largest_batch = len(batch) // 2
-                _log.warning("forward pass out of memory", requests=len(batch), largest_batch=self._largest_batch)
             else:
                 self._run_alone(batch)
         seconds = time.perf_counter() - started
@@ -179,9 +179,11 @@ class Engine:
         """Whether a queued sample may start: samples that sit out occupy nobody's slot."""
         return bool(self._queued) and sum(not s.sits_out for s in self._running.values()) < self._max_running
 
-    def _choose(self) -> list[Member]:
+    def _choose(self) -> tuple[list[Member], bool]:
+        """The members of the next pass, and whether each row has its own adapters."""
         now = time.monotonic()
-        ready = {key: sample for key, sample in self._running.items() if not sample.sits_out}
+        # Adapters that were loaded since `_request` take effect at the next step boundary.
+        ready = {key: one for key, one in self._running.items() if not (one.sits_out or one.lacks_adapters)}
         sizes = {tuple(sample.latents.shape[-2:]) for sample in ready.values()}
         seconds = {size: self._profile.seconds(*size) for size in sizes}
         candidates = [
@@ -189,6 +191,7 @@ class Engine:
                 key=key,
                 group=sample.group,
                 adapters=sample.adapter_key,
+                must_merge=sample.must_merge,
                 waited=now - self._served_at[key],
                 received=self._shares.of(key),
                 age=now - self._admitted_at[key],
@@ -198,10 +201,9 @@ class Engine:
             )
             for key, sample in ready.items()
         ]
-        merged = Merged(adapters=self._merged, age=now - self._merged_at, merge_seconds=self._mean_merge)
-        chosen = set(choose(candidates, merged=merged, limit=self._largest_batch))
-        self._served_at.update(dict.fromkeys(chosen, now))
-        return [sample for key, sample in self._running.items() if key in chosen]
+        choice = choose(candidates, merged=self._adapters.merged(), limits=self._limits)
+        self._served_at.update(dict.fromkeys(choice.keys, now))
+        return [sample for key, sample in self._running.items() if key in choice.keys], choice.by_row
 
     @torch.inference_mode()
     def _request(self) -> None:
@@ -213,8 +215,8 @@ class Engine:
                 self._fail(sample, _as_error(error))
 
     @torch.inference_mode()
-    def _run(self, batch: Sequence[Member]) -> None:
-        self._merge(batch[0])
+    def _run(self, batch: Sequence[Member], *, by_row: bool) -> None:
+        self._adapters.apply(batch, by_row=by_row)
         now = time.monotonic_ns()
         for sample in batch:
             sample.first_step_ns = sample.first_step_ns or now
@@ -224,7 +226,7 @@ class Engine:
         seconds = (time.perf_counter_ns() - started - prediction.residuals_wait_ns) / 1e9
         self._mean_step = moving_mean(self._mean_step, seconds)
         if any(noise is not None for noise in prediction.noise):
-            self._profile.add(_size(batch), prediction.time)
+            self._profile.add(_size(batch), prediction.time, factor=BY_ROW if by_row else 1.0)
         for sample, noise in zip(batch, prediction.noise, strict=True):
             if noise is None:
                 self._sit_out(sample)
@@ -274,7 +276,7 @@ class Engine:
             return math.inf
         limit = _RESIDUAL_SECONDS
         if sample.own_half is not None:
-            usual = _HALF_LIMIT_PASSES * self._mean_step + _HALF_LIMIT_MERGES * self._mean_merge
+            usual = _HALF_LIMIT_PASSES * self._mean_step + _HALF_LIMIT_MERGES * self._adapters.merge_seconds
             limit = max(_LEAST_HALF_SECONDS, usual)
         return max(0.0, sample.requested_at + limit - time.monotonic())
 
@@ -295,25 +297,11 @@ class Engine:
         """Runs each sample of a failed batch by itself, so that only the sample at fault fails."""
         for sample in batch:
             try:
-                self._run([sample])
+                self._run([sample], by_row=False)
             except SampleError as failure:
                 self._fail(sample, failure.error)
             except Exception as error:
                 self._fail(sample, _as_error(error))
-
-    def _merge(self, sample: Member) -> None:
-        if sample.adapter_key == self._merged:
-            return
-        started = time.perf_counter()
-        # Unknown until the merge has succeeded: after a failed one the next starts from the pristine weights.
-        self._merged = None
-        self._merger.apply(sample.adapters)
-        self._merged = sample.adapter_key
-        self._merged_at = time.monotonic()
-        seconds = time.perf_counter() - started
-        self._mean_merge = moving_mean(self._mean_merge, seconds)
-        self._metrics.of("latentflow_loads_total", kind="merge").inc()
-        self._metrics.of("latentflow_load_seconds_total", kind="merge").inc(seconds)
 
     def _deliver(self, sample: Member) -> None:
         if sample.index < sample.total:

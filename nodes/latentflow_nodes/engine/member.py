@@ -60,7 +60,7 @@ class Member(ABC):
     Attributes:
         inputs: The network's inputs besides latents and timestep, with one row for each guidance half, negative first.
         is_guest: It leaves the places in the queue to the samples of this server.
-        adapters: Layers to merge with their weights, and `adapter_key`, equal for equal sets.
+        adapters: Layers to apply, with their weights, and `adapter_key`, equal for equal sets; (): none.
         latents: [1, channels, height, width].
         is_deterministic: It shares no forward pass, so that its result is bit-identical whatever else the server runs.
         index: Steps done.
@@ -171,10 +171,15 @@ class Member(ABC):
         return not all(future.done() for future in self.awaited())
 
     @property
+    def must_merge(self) -> bool:
+        """Its adapters are merged in every pass, because its result depends on how they are applied in the last bits."""
+        return self.is_deterministic
+
+    @property
     def group(self) -> Hashable:
-        """Equal for members that can share a forward pass: shapes alone decide, and the adapters that are merged."""
+        """Equal for members that can share a forward pass if their adapters allow it: shapes alone decide."""
         shapes = tuple((name, _shape(value)) for name, value in sorted(self.inputs.items()))
-        return (tuple(self.latents.shape), shapes, self.adapter_key, self.key if self.is_deterministic else None)
+        return (tuple(self.latents.shape), shapes, self.key if self.is_deterministic else None)
 
 
 def _shape(value: Any) -> Hashable:

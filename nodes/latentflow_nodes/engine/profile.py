@@ -39,12 +39,16 @@ class Profile:
     def __init__(self) -> None:
         self._sizes: LRUCache[tuple[int, int], _Size] = LRUCache(_SIZES)
         # Passes that the device may not have reached the end of.
-        self._under_way: deque[tuple[PassSize, ForwardTime]] = deque()
+        self._under_way: deque[tuple[PassSize, ForwardTime, float]] = deque()
 
-    def add(self, size: PassSize, time: ForwardTime) -> None:
-        """Records a pass that was started."""
+    def add(self, size: PassSize, time: ForwardTime, *, factor: float = 1.0) -> None:
+        """Records a pass that was started.
+
+        Args:
+            factor: How many times as long as a usual pass of its rows it takes; what is recorded is the usual one.
+        """
         if time.spans:
-            self._under_way.append((size, time))
+            self._under_way.append((size, time, factor))
 
     def seconds(self, height: int, width: int) -> Mapping[int, float]:
         """Seconds of a pass with latents of this size, by its rows; without the rows for which they are not known."""
@@ -58,8 +62,8 @@ class Profile:
 
     def _collect(self) -> None:
         while self._under_way and self._under_way[0][1].is_over():
-            size, time = self._under_way.popleft()
+            size, time, factor = self._under_way.popleft()
             of_size = self._sizes.setdefault((size.height, size.width), _Size())
             of_size.passes += 1
             of_size.last[size.rows] = of_size.passes
-            of_size.seconds.setdefault(size.rows, deque(maxlen=_NEWEST)).append(time.nanoseconds() / 1e9)
+            of_size.seconds.setdefault(size.rows, deque(maxlen=_NEWEST)).append(time.nanoseconds() / 1e9 / factor)
