@@ -159,6 +159,10 @@ bench-tensor: setup ## Measure weights that two processes share, beside one proc
 bench-controlnet: setup ## Measure a ControlNet on a server of its own, beside one in line (needs an idle machine with two cores)
 	$(PY) bench/steering.py
 
+.PHONY: bench-sleep
+bench-sleep: setup ## Measure putting a server to sleep and waking it (needs an idle machine and 6 GB of memory)
+	$(PY) bench/sleeping.py
+
 .PHONY: bench-operator
 bench-operator: setup ## Measure the cost of the operator on a real API server
 	$(KUBE) $(PY) bench/reconciling.py

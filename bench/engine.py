@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHES = ("overhead", "batching", "arrivals", "steering", "merging", "loras", "parallelism", "tensor")
+BENCHES = ("overhead", "batching", "arrivals", "steering", "merging", "loras", "parallelism", "tensor", "sleeping")
 
 
 def bench(name: str) -> tuple[dict[str, float], bool]:

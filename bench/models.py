@@ -1,8 +1,8 @@
 """The models that the benches measure, by name. Weights are random, from a fixed seed: time does not depend on values.
 
 `shapes` is the committed pack, so small that overhead dominates. `mid` is arithmetic for the most part: on one thread
-two rows take at least 1.6 times as long as one. `wide` has few layers, as wide as those of large models. `sd15` has the sizes
-of Stable Diffusion 1.5.
+two rows take at least 1.6 times as long as one. `wide` has few layers, as wide as those of large models. `gib` has a denoiser
+of one GiB in float32. `sd15` has the sizes of Stable Diffusion 1.5.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "models/shapes"
 SEED = 0
 _SHAPES_CONTEXT = 96
+# Width of the embeddings that the denoiser of `gib` takes.
+GIB_CONTEXT = 768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,13 @@ def wide_unet() -> UNet2DConditionModel:
     )
 
 
+def gib_unet() -> UNet2DConditionModel:
+    """267 million parameters: Stable Diffusion 1.x with narrower blocks."""
+    return UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=GIB_CONTEXT, block_out_channels=(192, 352, 704, 704)
+    )
+
+
 def sd15_unet() -> UNet2DConditionModel:
     """860 million parameters: diffusers' defaults are those of Stable Diffusion 1.x, but for the context's width."""
     return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
@@ -111,6 +120,7 @@ MODELS = {
         BenchModel(name="shapes", side=64, steps=20, parts=dict),
         BenchModel(name="mid", side=192, steps=20, parts=lambda: {"unet": mid_unet()}),
         BenchModel(name="wide", side=96, steps=6, parts=lambda: {"unet": wide_unet()}),
+        BenchModel(name="gib", side=128, steps=1, parts=lambda: {"unet": gib_unet()}),
         BenchModel(
             name="sd15",
             side=512,

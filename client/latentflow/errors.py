@@ -98,7 +98,7 @@ class ConflictError(LatentflowError):
 
 
 class OverloadedError(LatentflowError):
-    """A bounded queue is full; `retry_after` is when to send the request again."""
+    """A bounded queue or a device is full; `retry_after` is when to send the request again."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     default_reason = Reason.QUEUE_FULL
@@ -106,7 +106,7 @@ class OverloadedError(LatentflowError):
 
 
 class UnavailableError(LatentflowError):
-    """A server is starting, draining or gone."""
+    """A server is starting, asleep, draining or gone."""
 
     code = grpc.StatusCode.UNAVAILABLE
     default_reason = Reason.UNAVAILABLE

@@ -118,6 +118,16 @@ class Reason(Documented):
         "The server is ending: it finishes its running calls and admits no new ones.",
         "Send the request again; the client does, and another replica serves it.",
     )
+    ASLEEP = (
+        "ASLEEP",
+        "The weights of the model server are not on its device, or are about to leave it.",
+        "Send the request again; the client does. Another replica serves it, or this one after its Wake.",
+    )
+    DEVICE_FULL = (
+        "DEVICE_FULL",
+        "The device of a sleeping model server has too little free memory for its weights and the first forward pass.",
+        "Put another server on the device to sleep, then repeat the Wake. Until then the server stays asleep.",
+    )
     GATEWAY_UNREACHABLE = (
         "GATEWAY_UNREACHABLE",
         "No gateway responds at the client's target.",
@@ -228,6 +238,11 @@ class Reason(Documented):
         "PROTOCOL_MISMATCH",
         "Two servers have versions of the wire protocol that are more than one apart.",
         "Upgrade the older of the two.",
+    )
+    STALE_EPOCH = (
+        "STALE_EPOCH",
+        "A Sleep or Wake is older than another decision about the same model server.",
+        "Make a decision with a greater epoch; WatchLoad reports the epoch in effect. Only one scheduler may decide.",
     )
     SHARED_MEMORY_UNUSABLE = (
         "SHARED_MEMORY_UNUSABLE",

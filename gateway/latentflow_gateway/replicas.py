@@ -23,7 +23,7 @@ from latentflow.internal import hosts, rpc
 from latentflow.internal.directory import Directory
 from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
-from latentflow.v1 import control_pb2, control_pb2_grpc
+from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2
 
 from latentflow_gateway.loans import Loan
 
@@ -31,6 +31,7 @@ from latentflow_gateway.loans import Loan
 AdapterSet: TypeAlias = tuple[tuple[str, str, float], ...]
 
 _log = structlog.get_logger()
+_STAGE = stage_pb2.DESCRIPTOR.services_by_name["Stage"].full_name
 _RECONNECT_SECONDS = 0.1
 _DESCRIBE_SECONDS = 10.0
 _REREAD_SECONDS = 2.0
@@ -75,9 +76,9 @@ class Replica:
             self._watch.cancel()
 
     async def states(self) -> AsyncIterator[bool]:
-        """Whether its health is SERVING, now and at every change; ends with the connection."""
+        """Whether it admits requests, now and at every change; ends with the connection. A sleeping server does not."""
         stub = health_pb2_grpc.HealthStub(self.channel)
-        self._watch = watch = stub.Watch(health_pb2.HealthCheckRequest(service=""), wait_for_ready=False)
+        self._watch = watch = stub.Watch(health_pb2.HealthCheckRequest(service=_STAGE), wait_for_ready=False)
         async for response in watch:
             yield response.status == health_pb2.HealthCheckResponse.SERVING
 

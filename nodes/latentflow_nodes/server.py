@@ -34,6 +34,7 @@ from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.load import Load
 from latentflow_nodes.servicers import ControlServicer, StageServicer, TensorsServicer
 from latentflow_nodes.settings import NodeSettings
+from latentflow_nodes.sleeping import Sleeping
 from latentflow_nodes.tensors.peers import Peers
 from latentflow_nodes.tensors.shared_memory import Memory
 from latentflow_nodes.tensors.store import TensorStore
@@ -41,11 +42,14 @@ from latentflow_nodes.tensors.transfer import Transport
 
 _log = structlog.get_logger()
 _SWEEP_SECONDS = 1.0
+_STAGE = stage_pb2.DESCRIPTOR.services_by_name["Stage"].full_name
 _SERVICES = (
-    stage_pb2.DESCRIPTOR.services_by_name["Stage"].full_name,
+    _STAGE,
     tensors_pb2.DESCRIPTOR.services_by_name["Tensors"].full_name,
     control_pb2.DESCRIPTOR.services_by_name["Control"].full_name,
 )
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +62,14 @@ class Node:
     health: health.aio.HealthServicer
     calls: Calls
 
+    async def report(self, is_admitting: bool) -> None:
+        """Reports whether the server is awake, in the health of its Stage service alone: its process is ready in any case."""
+        admits = is_admitting and not self.context.load.is_draining
+        await self.health.set(_STAGE, _SERVING if admits else _NOT_SERVING)
+
     async def drain(self, grace: float) -> None:
         """Admits no new requests; waits at most `grace` seconds for the running ones and for tensors that peers still need."""
-        await _set_health(self.health, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await _set_health(self.health, _NOT_SERVING)
         self.context.load.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
@@ -123,10 +132,12 @@ async def serve(node: NodeSettings) -> AsyncIterator[Node]:
         )
         stage_pb2_grpc.add_StageServicer_to_server(StageServicer(role, calls), server)
         tensors_pb2_grpc.add_TensorsServicer_to_server(TensorsServicer(context), server)
-        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(context, role, running.drain), server)
+        sleeping = Sleeping(context, role, running=calls.running, report=running.report)
+        stack.push_async_callback(sleeping.close)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(context, role, sleeping, running.drain), server)
         health_pb2_grpc.add_HealthServicer_to_server(running.health, server)
         reflecting.enable(server, (*_SERVICES, health.SERVICE_NAME))
-        await _set_health(running.health, health_pb2.HealthCheckResponse.SERVING)
+        await _set_health(running.health, _SERVING)
         await server.start()
         stack.push_async_callback(server.stop, 1.0)
         sweeper = asyncio.create_task(_sweep(store, memory))

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-from latentflow.errors import FailedPreconditionError, InvalidRequestError, UnimplementedError
+from latentflow.errors import FailedPreconditionError, InvalidRequestError
 from latentflow.internal import rpc, unserved
 from latentflow.reasons import Reason
 from latentflow.v1 import (
@@ -22,7 +22,9 @@ from latentflow.v1 import (
 from latentflow_nodes import roles
 from latentflow_nodes.calls import Calls, streaming, unary
 from latentflow_nodes.context import Context
+from latentflow_nodes.engine.device_memory import DeviceMemory, measure
 from latentflow_nodes.roles import Role
+from latentflow_nodes.sleeping import Sleeping
 
 T = TypeVar("T", stage_pb2.DenoiseRequest, stage_pb2.ResidualsRequest, stage_pb2.PredictNoiseRequest)
 
@@ -106,13 +108,14 @@ class TensorsServicer(tensors_pb2_grpc.TensorsServicer):
 
 
 class ControlServicer(control_pb2_grpc.ControlServicer):
-    """Description and drain of the server."""
+    """Description and load of the server, and the calls that put it to sleep, wake it and drain it."""
 
     calls = None
 
-    def __init__(self, context: Context, role: Role, drain: Callable[[float], Any]) -> None:
+    def __init__(self, context: Context, role: Role, sleeping: Sleeping, drain: Callable[[float], Any]) -> None:
         self._context = context
         self._role = role
+        self._sleeping = sleeping
         self._drain = drain
 
     @unary
@@ -152,7 +155,8 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                         control_pb2.PassTime(rows=size.rows, height=size.height, width=size.width, seconds=seconds)
                         for size, seconds in state.pass_seconds.items()
                     ],
-                    awake=True,
+                    awake=state.is_awake,
+                    epoch=state.epoch,
                     draining=state.is_draining,
                     nets=state.nets,
                     devices=self._devices(),
@@ -160,17 +164,43 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
 
     @unary
     async def Sleep(self, request: control_pb2.SleepRequest) -> Any:
-        raise UnimplementedError("This version does not put models to sleep.")
+        result = await self._sleeping.sleep(request.epoch, grace=self._grace(request))
+        response = control_pb2.SleepResponse(devices=self._devices(result.memory))
+        response.duration.FromNanoseconds(int(result.seconds * 1e9))
+        return response
 
     @unary
     async def Wake(self, request: control_pb2.WakeRequest) -> Any:
-        raise UnimplementedError("This version does not put models to sleep.")
+        result = await self._sleeping.wake(request.epoch)
+        response = control_pb2.WakeResponse(devices=self._devices(result.memory))
+        response.duration.FromNanoseconds(int(result.seconds * 1e9))
+        return response
 
     @unary
     async def Drain(self, request: control_pb2.DrainRequest) -> Any:
-        given = request.grace.ToTimedelta().total_seconds() if request.HasField("grace") else None
-        await self._drain(self._context.settings.drain if given is None else given)
+        await self._drain(self._grace(request))
         return control_pb2.DrainResponse()
 
-    def _devices(self) -> list[control_pb2.Device]:
-        return [control_pb2.Device(kind=device) for device in self._context.settings.devices]
+    def _grace(self, request: control_pb2.DrainRequest | control_pb2.SleepRequest) -> float:
+        """Seconds that running calls may take; the server's own limit where the request has none."""
+        if not request.HasField("grace"):
+            return self._context.settings.drain
+        return float(request.grace.ToTimedelta().total_seconds())
+
+    def _devices(self, memory: DeviceMemory | None = None) -> list[control_pb2.Device]:
+        """The devices of the ranks: that of this process as it was measured or is now, the others by their kind."""
+        memory = memory or measure(self._context.device)
+        return [
+            control_pb2.Device(
+                kind=memory.kind,
+                uuid=memory.uuid,
+                name=memory.name,
+                total_bytes=memory.total,
+                free_bytes=memory.free,
+                used_bytes=memory.used,
+                weights_bytes=self._role.weights_bytes,
+                awake_peak_bytes=memory.peak,
+                asleep_bytes=self._sleeping.asleep_bytes,
+            ),
+            *(control_pb2.Device(kind=device.partition(":")[0]) for device in self._context.settings.devices[1:]),
+        ]

@@ -1,4 +1,4 @@
-"""What surrounds a call is the same for every server: its status, what is recorded of it, refusal while draining."""
+"""What surrounds a call is the same for every server: its status, what is recorded of it, refusal, interruption."""
 
 from __future__ import annotations
 
@@ -107,3 +107,25 @@ async def test_a_draining_server_refuses_new_calls_and_waits_for_the_admitted_on
         await asyncio.wait_for(draining, 10)
         # The refused call is not recorded: it took no time and would distort what is measured of the others.
         assert servicer.outcomes.qsize() == 1
+
+
+async def test_a_paused_server_refuses_new_calls_and_can_end_those_that_wait() -> None:
+    async def handler() -> AsyncIterator[generation_pb2.GenerateResponse]:
+        yield STEP
+        await asyncio.Event().wait()
+
+    async with serving(handler) as (servicer, client):
+        running = client.stream("a")
+        await anext(running)
+        servicer.running.pause(lambda: UnavailableError("It sleeps.", reason=Reason.ASLEEP))
+        with pytest.raises(UnavailableError, match="It sleeps") as caught:
+            await client.generate("b")
+        assert caught.value.reason == Reason.ASLEEP
+        servicer.running.interrupt()
+        with pytest.raises(UnavailableError, match="It sleeps"):
+            _: list[Event] = [event async for event in running]
+        await asyncio.wait_for(servicer.running.ended(), 10)
+        servicer.running.resume()
+        with servicer.running.admitted():
+            pass
+    assert (await servicer.outcomes.get()).reason == Reason.ASLEEP

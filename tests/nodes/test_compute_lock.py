@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import IO
 
 import pytest
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from support import forked
+from support.locks import until_locked
 
 SECONDS = 30
 
@@ -24,18 +22,6 @@ def _hold(path: Path, held: Event) -> None:
     with ComputeLock(path):
         held.set()
         signal.pause()
-
-
-def until_locked(file: IO[str]) -> None:
-    """Returns when another one holds the kernel's lock of a file."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        fcntl.flock(file, fcntl.LOCK_UN)
-    raise TimeoutError
 
 
 def test_the_lock_of_a_killed_server_is_released(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from latentflow.api.types import Engine
 from latentflow.errors import FailedPreconditionError, InvalidRequestError, LatentflowError
 from latentflow.internal.status import error_from
 from latentflow.reasons import Reason
-from latentflow.v1 import stage_pb2, stage_pb2_grpc
+from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2, stage_pb2_grpc
 from latentflow_nodes.engine.samplers import SAMPLERS
 from latentflow_nodes.server import serve
 from latentflow_nodes.settings import NodeSettings
@@ -197,6 +197,20 @@ async def test_a_peer_that_drains_ends_its_guests_and_their_requests_continue(pa
         assert pair.nodes["base"].context.load.state().running == 1
         await events.rest(call)
     assert events.peers == [other.address, ""]
+    await assert_equal(pair, SHAPES, request, events)
+
+
+async def test_a_peer_that_falls_asleep_ends_its_guests_and_their_requests_continue(pair: Stack) -> None:
+    request = Request(steps=100)
+    settings = NodeSettings(role="Denoiser", uri="shapes", model_root=MODELS, engine=Engine(threads=1))
+    async with serve(settings) as other:
+        call, events = await with_peer(pair, request, stage_pb2.Peer(address=other.address))
+        await events.until_change(call)
+        control = control_pb2_grpc.ControlStub(pair.peers.channel(other.address))
+        await control.Sleep(control_pb2.SleepRequest(epoch=1), timeout=SECONDS)
+        await events.rest(call)
+    assert events.peers == [other.address, ""]
+    assert events.reasons[1] == Reason.PEER_UNAVAILABLE
     await assert_equal(pair, SHAPES, request, events)
 
 

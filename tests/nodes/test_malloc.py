@@ -1,4 +1,4 @@
-"""A server's forward passes use the memory that earlier ones freed."""
+"""A server's forward passes use the memory that earlier ones freed, and a server that sleeps returns it."""
 
 from __future__ import annotations
 
@@ -39,3 +39,33 @@ def test_later_passes_take_no_new_memory_from_the_kernel() -> None:
     ended = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, check=True)
     # The passes write 20 times 8800 pages of 4 KiB.
     assert int(ended.stdout) < 1000
+
+
+# Small blocks, such as weights that were converted. The last one keeps the heap from shrinking.
+_FALL_ASLEEP = """
+import torch
+from latentflow_nodes.engine import malloc
+from latentflow_nodes.engine.device_memory import measure
+
+def used():
+    return measure(torch.device("cpu")).used
+
+torch.set_num_threads(1)
+malloc.keep_freed_memory()
+before = used()
+blocks = [torch.ones(200_000) for _ in range(250)]
+last = torch.ones(1000)
+del blocks
+kept = used()
+malloc.return_freed_memory()
+print(kept - before, used() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of another C library is left as it is")
+def test_a_server_that_falls_asleep_returns_the_memory_that_it_kept() -> None:
+    ended = subprocess.run([sys.executable, "-c", _FALL_ASLEEP], capture_output=True, text=True, check=True)
+    kept, left = map(int, ended.stdout.split())
+    # The blocks are 200 MB.
+    assert kept > 150e6
+    assert left < 20e6

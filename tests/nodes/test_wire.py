@@ -16,7 +16,6 @@ from latentflow.internal.status import error_from, error_of_peer
 from latentflow.reasons import Reason
 from latentflow.v1 import (
     control_pb2,
-    control_pb2_grpc,
     generation_pb2,
     images_pb2,
     stage_pb2,
@@ -138,18 +137,6 @@ async def test_every_unserved_field_is_one_of_the_wire() -> None:
     assert {field for field, _ in UNSERVED} == {
         field for field in unserved.FIELDS if field.split(".")[0] in stage_pb2.DESCRIPTOR.message_types_by_name
     }
-
-
-async def test_calls_that_are_not_served_are_unimplemented(shapes: Stack) -> None:
-    control = control_pb2_grpc.ControlStub(shapes.channel("base"))
-    calls = (
-        control.Sleep(control_pb2.SleepRequest(epoch=1), timeout=SECONDS),
-        control.Wake(control_pb2.WakeRequest(epoch=1), timeout=SECONDS),
-    )
-    for call in calls:
-        error = await refused(call)
-        assert isinstance(error, UnimplementedError)
-        assert error.message.startswith("This version")
 
 
 @pytest.mark.parametrize(

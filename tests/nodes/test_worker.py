@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import threading
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from latentflow.internal.metrics import NODE, Instruments
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.load import Load, PassSize
 from latentflow_nodes.engine.worker import Worker
+from support.locks import until_locked
 
 ANY_SIZE = PassSize(rows=1)
 
@@ -150,3 +153,34 @@ async def test_closing_cancels_queued_calls() -> None:
         await asyncio.wait([queued])
         assert queued.cancelled()
     await closing
+
+
+async def test_a_worker_that_was_closed_runs_calls_again_after_a_start() -> None:
+    held = Held()
+    async with held.running():
+        pass
+    held.worker.start()
+    assert await held.worker.run("a", group="g", size=ANY_SIZE) == "A"
+    held.worker.close()
+
+
+async def test_a_worker_that_is_closed_while_it_waits_for_the_lock_does_not_keep_it(tmp_path: Path) -> None:
+    other = ComputeLock(tmp_path / "lock")
+    other.take()
+    worker: Worker[str, str] = Worker(
+        lambda items: list(items),
+        threads=1,
+        max_running=1,
+        max_waiting=1,
+        lock=ComputeLock(tmp_path / "lock"),
+        load=Load(Instruments(NODE, model="controlnet-1", role="ControlNet")),
+    )
+    call = asyncio.create_task(worker.run("a", group="g", size=ANY_SIZE))
+    with (tmp_path / "lock.next").open() as next_place:
+        await asyncio.to_thread(until_locked, next_place)
+    closing = asyncio.create_task(asyncio.to_thread(worker.close))
+    await asyncio.wait([call])
+    other.close()
+    await closing
+    with (tmp_path / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -28,6 +28,7 @@ from latentflow.reasons import Reason
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _log = structlog.get_logger()
+_END = object()
 # Of the call that the present task serves.
 _deadline: contextvars.ContextVar[float] = contextvars.ContextVar("deadline", default=math.inf)
 
@@ -87,23 +88,30 @@ class Outcome:
 
 
 class Running:
-    """The calls that a server has admitted and not ended. A server that drains admits no more."""
+    """The calls that a server has admitted and not ended. A server that drains or is paused admits no more."""
 
     def __init__(self) -> None:
         self._count = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        # Makes the error of calls while the server is paused; None: it is not.
+        self._refusal: Callable[[], UnavailableError] | None = None
+        self._interrupted = False
+        # Those of the admitted calls that await their next response.
+        self._limits: set[asyncio.Timeout] = set()
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
-        """Counts a call while entered. UnavailableError, reason DRAINING, where the server drains."""
+        """Counts a call while entered. UnavailableError, reason DRAINING, where the server drains; the refusal of a pause."""
         if self.draining:
             raise UnavailableError(
                 "This server is draining and admits no new calls; try another replica.",
                 reason=Reason.DRAINING,
                 retry_after=0.2,
             )
+        if self._refusal is not None:
+            raise self._refusal()
         self._count += 1
         self._idle.clear()
         try:
@@ -116,7 +124,43 @@ class Running:
     async def drained(self) -> None:
         """Admits no new calls from now on; returns when the admitted ones have ended."""
         self.draining = True
+        await self.ended()
+
+    async def ended(self) -> None:
+        """Returns when no admitted call is left."""
         await self._idle.wait()
+
+    def pause(self, refusal: Callable[[], UnavailableError]) -> None:
+        """Refuses new calls until `resume`; the admitted ones continue."""
+        self._refusal = refusal
+
+    def resume(self) -> None:
+        """Ends the pause."""
+        self._refusal, self._interrupted = None, False
+
+    def interrupt(self) -> None:
+        """During a pause: ends the admitted calls with its refusal. They do not wait for their next response any more."""
+        self._interrupted = True
+        now = asyncio.get_running_loop().time()
+        for limit in self._limits:
+            limit.reschedule(now)
+
+    @contextlib.asynccontextmanager
+    async def interruptible(self) -> AsyncGenerator[None, None]:
+        """Entered by an admitted call while it awaits its next response. Raises the refusal where it is interrupted."""
+        if self._interrupted and self._refusal is not None:
+            raise self._refusal()
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                self._limits.add(limit)
+                yield
+        except TimeoutError:
+            if limit.expired() and self._refusal is not None:
+                raise self._refusal() from None
+            raise
+        finally:
+            self._limits.discard(limit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +191,16 @@ async def accounted(
     _deadline.set(call.deadline)
     code, reason, admitted = grpc.StatusCode.OK, "", False
     try:
-        with accounting.running.admitted() if accounting.running is not None else contextlib.nullcontext():
+        running = accounting.running
+        with running.admitted() if running is not None else contextlib.nullcontext():
             admitted = True
             accounting.started()
-            async for response in responses:
+            following = aiter(responses)
+            while True:
+                async with running.interruptible() if running is not None else contextlib.nullcontext():
+                    response = await anext(following, _END)
+                if response is _END:
+                    break
                 yield response
     except (asyncio.CancelledError, GeneratorExit):
         code, reason = CancelledError.code, CancelledError.default_reason

@@ -100,8 +100,8 @@ NODE: tuple[Metric, ...] = (
         name="latentflow_loads_total",
         kind="counter",
         labels=("kind",),
-        help="Weights loaded: the model at start-up (model), LoRAs pulled (adapter), sets of LoRAs merged (merge), "
-        "nets of a ControlNet that has several, moved to the device (net).",
+        help="Weights loaded: the model at start-up (model) and after a sleep (wake), LoRAs pulled (adapter), sets of LoRAs "
+        "merged (merge), nets of a ControlNet that has several, moved to the device (net).",
     ),
     Metric(
         name="latentflow_load_seconds_total",
@@ -125,7 +125,28 @@ NODE: tuple[Metric, ...] = (
         kind="gauge",
         help="Bytes of the weights to download at start-up in all.",
     ),
-    Metric(name="latentflow_ready", kind="gauge", help="1 when the server is warmed up and admits requests."),
+    Metric(name="latentflow_ready", kind="gauge", help="1 when the server has loaded its model and is warmed up."),
+    Metric(
+        name="latentflow_awake",
+        kind="gauge",
+        help="1 while the weights are on the device; 0 from a Sleep until the end of the next Wake.",
+    ),
+    Metric(
+        name="latentflow_weights_bytes",
+        kind="gauge",
+        help="Size of the model's weights on its device while it is awake.",
+    ),
+    Metric(
+        name="latentflow_asleep_bytes",
+        kind="gauge",
+        help="Memory of the device that the server used when it last fell asleep.",
+    ),
+    Metric(name="latentflow_sleeps_total", kind="counter", help="How often the weights have left the device."),
+    Metric(
+        name="latentflow_sleep_seconds_total",
+        kind="counter",
+        help="Time from the arrival of a Sleep until the weights have left, for all that latentflow_sleeps_total counts.",
+    ),
 )
 
 # Gateways.

@@ -43,6 +43,10 @@ class AdapterCache:
         # A request that is cancelled ends its own wait only.
         return await asyncio.shield(self._pulls[key])
 
+    def clear(self) -> None:
+        """Drops the kept adapters."""
+        self._kept.clear()
+
     async def close(self) -> None:
         """Cancels the pulls in flight."""
         pulls = list(self._pulls.values())

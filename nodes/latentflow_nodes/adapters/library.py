@@ -120,6 +120,11 @@ class Library:
         self._keep(adapter)
         return adapter
 
+    def drop(self) -> None:
+        """Frees the memory of all adapters; they stay listed, and `get` reads their files again."""
+        with self._lock:
+            self._cache.clear()
+
     def _present(self, name: str) -> Adapter | None:
         """The adapter that the folder has now, whatever was listed; None where it has none that can be used."""
         try:

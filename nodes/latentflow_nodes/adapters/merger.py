@@ -82,6 +82,11 @@ class Merger:
                 self._restore(name)
             self._add(name, of_layer)
 
+    def forget(self) -> None:
+        """Undoes every merge and drops the copies, so that the memory of the weights may be replaced."""
+        self.apply([])
+        self._pristine.clear()
+
     def _restore(self, name: str) -> None:
         # In place, here and below: the address stays, so captured graphs and shared storage stay valid.
         self._weight(name).copy_(self._pristine[name])

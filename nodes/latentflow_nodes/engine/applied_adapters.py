@@ -58,6 +58,12 @@ class AppliedAdapters:
             self._rows.remove()
             self._merge(batch[0].adapter_key, batch[0].adapters)
 
+    def undo(self) -> None:
+        """Undoes all adapters, and drops the copies of the weights that they changed."""
+        self._rows.remove()
+        self._merger.forget()
+        self._merged = ()
+
     def _merge(self, key: Hashable, adapters: Sequence[tuple[Layers, float]]) -> None:
         if key == self._merged:
             return

@@ -91,9 +91,13 @@ class Engine:
         self._cancelled: set[int] = set()
         self._stopping = False
         self._mean_step = 0.0
-        self._thread = threading.Thread(target=self._loop, args=(threads,), name="engine", daemon=True)
+        self._threads = threads
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Starts the loop, for the first time or after `stop`."""
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, args=(self._threads,), name="engine", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -101,9 +105,12 @@ class Engine:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        # It has not started where the model could not be warmed up.
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
+
+    def undo_adapters(self) -> None:
+        """After `stop`: undoes all adapters and frees their memory, so that the memory of the weights may be replaced."""
+        self._adapters.undo()
 
     def submit(self, sample: Member) -> None:
         """Queues a sample. OverloadedError when the queue is full; for a guest, when all slots are taken."""
@@ -363,6 +370,8 @@ class Engine:
                 # A defect of ours: no request hangs, and later ones are served.
                 _log.exception("step loop failed")
                 self._fail_all(_as_error(error))
+        # A lock that is still held would stop the other servers of the machine.
+        self._runner.idle()
         self._fail_all(UnavailableError("This server is stopping; retry on another replica.", reason=Reason.DRAINING))
 
 

@@ -44,6 +44,8 @@ class LoadState:
         queued: Requests that wait until they may run.
         is_draining: The server refuses new requests.
         nets: Names of a ControlNet's networks that are on the device.
+        is_awake: The server admits requests, as far as its weights are concerned.
+        epoch: Of the last Sleep or Wake that took effect; 0: none.
         pass_seconds: Mean duration of a pass, by its size.
     """
 
@@ -51,6 +53,8 @@ class LoadState:
     queued: int
     is_draining: bool
     nets: tuple[str, ...]
+    is_awake: bool
+    epoch: int
     pass_seconds: Mapping[PassSize, float]
 
 
@@ -68,6 +72,9 @@ class Load:
         self._queued = 0
         self._is_draining = False
         self._nets: tuple[str, ...] = ()
+        self._is_awake = True
+        self._epoch = 0
+        metrics.of("latentflow_awake").set(1)
         self._pass_seconds: LRUCache[PassSize, float] = LRUCache(_KEPT_SIZES)
         self._watchers: dict[object, Callable[[], object]] = {}
 
@@ -101,9 +108,26 @@ class Load:
             self._nets = names
             self._notify()
 
+    def set_awake(self, is_awake: bool) -> None:
+        """Records whether the server admits requests, as far as its weights are concerned."""
+        self._metrics.of("latentflow_awake").set(is_awake)
+        with self._lock:
+            self._is_awake = is_awake
+            self._notify()
+
+    def took_effect(self, epoch: int) -> None:
+        """Records that a Sleep or Wake is complete."""
+        with self._lock:
+            self._epoch = epoch
+            self._notify()
+
     @property
     def is_draining(self) -> bool:
         return self._is_draining
+
+    @property
+    def is_awake(self) -> bool:
+        return self._is_awake
 
     def state(self) -> LoadState:
         with self._lock:
@@ -112,6 +136,8 @@ class Load:
                 queued=self._queued,
                 is_draining=self._is_draining,
                 nets=self._nets,
+                is_awake=self._is_awake,
+                epoch=self._epoch,
                 pass_seconds=dict(self._pass_seconds),
             )
 

@@ -1,14 +1,16 @@
-"""Lets the C library keep the memory that forward passes free, so that the next pass uses it again.
+"""Lets the C library keep the memory that forward passes free, until the server sleeps.
 
 A forward pass allocates and frees its activations in turn. By default glibc gives much of that memory back to the kernel at
 once, more so in a thread other than the main one, and the next pass takes a page fault for every 4 KiB of it, in which the
 kernel clears the page. How much depends on the sizes and on the addresses that the process happens to have (decision 0014).
+A server that sleeps has no next pass, and returns it all.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 # The parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -27,12 +29,23 @@ def keep_freed_memory() -> None:
     Free memory at the end of a heap stays with the process: at most 64 MiB of the main thread's heap, and of another thread
     as much as it has used at a time.
     """
+    if (mallopt := _function("mallopt")) is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)
+        mallopt(_M_TRIM_THRESHOLD, _HEAP)
+        mallopt(_M_TOP_PAD, _HEAP)
+
+
+def return_freed_memory() -> None:
+    """Returns the free memory of all heaps to the kernel. Has no effect where the C library is not glibc."""
+    if (malloc_trim := _function("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _function(name: str) -> Any:
+    """A function of the C library; None where that is not glibc."""
     if not sys.platform.startswith("linux"):
-        return
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)
-    mallopt(_M_TRIM_THRESHOLD, _HEAP)
-    mallopt(_M_TOP_PAD, _HEAP)
+        return None

@@ -1,14 +1,16 @@
-"""The device's memory: how much is free, how running out of it is recognised, and the error of the request that caused it."""
+"""The device's memory: how much is free, how running out of it is recognised, and the errors that report it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from latentflow.errors import FailedPreconditionError, LatentflowError
+from latentflow.errors import FailedPreconditionError, LatentflowError, OverloadedError
 from latentflow.reasons import Reason
 
 _CGROUP = Path("/sys/fs/cgroup")
+# On the CPU torch raises a RuntimeError; safetensors passes the message of the system on.
+_MESSAGES = ("can't allocate memory", "Cannot allocate memory")
 
 
 def free_bytes(device: torch.device) -> int:
@@ -23,10 +25,9 @@ def free_bytes(device: torch.device) -> int:
     return min(machine, max(0, int(limit) - used))
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a forward pass failed because its device has no memory left."""
-    # On the CPU torch raises a RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward pass or a load failed because its device has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(one in str(error) for one in _MESSAGES)
 
 
 def out_of_memory() -> LatentflowError:
@@ -35,6 +36,16 @@ def out_of_memory() -> LatentflowError:
         "The memory of the server's device does not suffice for this request alone. Request a smaller image, or give the "
         "model a device with more memory or a half-precision dtype.",
         reason=Reason.OUT_OF_MEMORY,
+    )
+
+
+def device_full(error: BaseException) -> LatentflowError:
+    """The error of a Wake whose weights or first forward pass do not fit."""
+    problem = str(error).partition("\n")[0].rstrip(". ")
+    return OverloadedError(
+        f"The device has too little free memory for this server, which stays asleep ({problem}). Put another server on the "
+        "device to sleep and repeat the Wake.",
+        reason=Reason.DEVICE_FULL,
     )
 
 

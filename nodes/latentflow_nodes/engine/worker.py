@@ -86,9 +86,8 @@ class Worker(Generic[Item, Result]):
         self._changed = threading.Condition()
         self._queued: deque[_Call[Item, Result]] = deque()
         self._running: list[_Call[Item, Result]] = []
-        self._closed = False
-        self._thread = threading.Thread(target=self._loop, args=(threads,), name="model", daemon=True)
-        self._thread.start()
+        self._threads = threads
+        self.start()
 
     async def run(self, item: Item, *, group: Hashable, size: PassSize, resumed: bool = False) -> Result:
         """The item's result. OverloadedError when the queue is full; a cancelled caller's item is not run.
@@ -113,8 +112,14 @@ class Worker(Generic[Item, Result]):
                     self._queued.remove(call)
                     self._report()
 
+    def start(self) -> None:
+        """Starts the thread again after `close`."""
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, args=(self._threads,), name="model", daemon=True)
+        self._thread.start()
+
     def close(self) -> None:
-        """Ends after the running pass; queued calls are cancelled."""
+        """Ends the thread after the running pass; queued calls are cancelled."""
         with self._changed:
             self._closed = True
             for call in self._queued:
@@ -138,6 +143,8 @@ class Worker(Generic[Item, Result]):
                 self._report()
             # A thread that waits for calls keeps nothing of the last ones, such as a network that leaves the device.
             del batch
+        # A lock that is still held would stop the other servers of the machine.
+        self._lock.idle()
 
     def _next(self) -> list[_Call[Item, Result]]:
         """Waits for calls and for the lock; the first of the queue and those of its group. Empty: the worker is closed."""

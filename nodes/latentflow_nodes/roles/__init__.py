@@ -14,7 +14,7 @@ from latentflow_nodes.context import Context
 from latentflow_nodes.roles.control_net import ControlNet
 from latentflow_nodes.roles.denoiser import Denoiser
 from latentflow_nodes.roles.lora_store import LoRAStore
-from latentflow_nodes.roles.role import Role
+from latentflow_nodes.roles.role import LOAD_ERRORS, Role, does_not_load
 from latentflow_nodes.roles.text_encoder import TextEncoder
 from latentflow_nodes.roles.vae import VAE
 
@@ -46,13 +46,8 @@ def load(context: Context) -> Role:
     cls: type = ROLES[context.settings.role][0]
     try:
         role: Role = cls(context)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        settings, why = context.settings, " ".join(str(error).split()).rstrip(". ")
-        raise FailedPreconditionError(
-            f"{settings.role} {settings.uri}{'/' + settings.subfolder if settings.subfolder else ''} does not load: "
-            f"{type(error).__name__}: {why}. Check that the folder is complete and holds a {settings.role}.",
-            reason=Reason.WEIGHTS_UNAVAILABLE,
-        ) from error
+    except LOAD_ERRORS as error:
+        raise does_not_load(context.settings, error) from error
     return role
 
 

@@ -21,8 +21,8 @@ from latentflow_nodes.engine.worker import Worker
 from latentflow_nodes.families.base import of_half, stack, warm_up_conditioning
 from latentflow_nodes.roles import nets
 from latentflow_nodes.roles.conditioning import check_conditioning
+from latentflow_nodes.roles.network_role import NetworkRole
 from latentflow_nodes.roles.resident_nets import ResidentNets
-from latentflow_nodes.roles.role import Role
 from latentflow_nodes.tensors import codec
 
 _WARM_UP_SIDE = 8
@@ -83,7 +83,7 @@ class _Step:
         return PassSize(rows=rows, height=height, width=width)
 
 
-class ControlNet(Role):
+class ControlNet(NetworkRole):
     """One ControlNet, or several nets of one architecture, shared by all requests that name it."""
 
     calls = ("Residuals",)
@@ -100,9 +100,12 @@ class ControlNet(Role):
         self._channels = self._family.latent_shape(network, height=1, width=1)[1]
         self._image_scale = self._family.image_scale(network)
         self._conditioning_shapes = self._family.conditioning_shapes(network)
+        size = nets.size(network)
+        capacity = nets.capacity(size=size, free=free_bytes(device), count=len(self._nets.served))
+        self.weights_bytes = size * capacity
         self._resident = ResidentNets(
             {name: net.read_again for name, net in self._nets.served.items()},
-            capacity=nets.capacity(size=nets.size(network), free=free_bytes(device), count=len(self._nets.served)),
+            capacity=capacity,
             first=(first.name, network.to(device)),
             device=device,
             load=context.load,
@@ -143,6 +146,15 @@ class ControlNet(Role):
             latents = self._on_device(torch.zeros(2, self._channels, _WARM_UP_SIDE, _WARM_UP_SIDE))
             step = _Step(stream=stream, network=network, latents=latents, timestep=1.0, scale=1.0)
             await self._worker.run(step, group=None, size=step.size)
+
+    def start(self) -> None:
+        self._worker.start()
+
+    async def release(self) -> None:
+        self._resident.clear()
+
+    async def restore(self) -> None:
+        """The warm-up brings the nets back."""
 
     def close(self) -> None:
         self._worker.close()

@@ -28,16 +28,15 @@ from latentflow_nodes.roles.conditioning import check_conditioning
 from latentflow_nodes.roles.guests import Guests, adapter_key
 from latentflow_nodes.roles.guidance_peers import GuidancePeers, open_controls
 from latentflow_nodes.roles.loading_adapters import Adapters, LoadingAdapters
-from latentflow_nodes.roles.role import Role
+from latentflow_nodes.roles.mailbox import Mailbox
+from latentflow_nodes.roles.network_role import NetworkRole
+from latentflow_nodes.roles.role import asleep
 from latentflow_nodes.weights import files
 
 _MAX_STEPS = 1000
-# Progress is for people to watch. Messages of quicker steps are left out, because each one takes the processor from the
-# step loop for a while (20 steps of 9 ms each took 12 % longer).
-_PROGRESS_SECONDS = 0.25
 
 
-class Denoiser(Role):
+class Denoiser(NetworkRole):
     """A denoiser network and its engine."""
 
     calls = ("Denoise", "PredictNoise")
@@ -51,12 +50,14 @@ class Denoiser(Role):
         folder = source.part(self._component)
         self._scheduler = families.scheduler_config(source)
         self._fewest_steps = samplers.fewest(self._scheduler)
-        self.content_digest = files.digest(files.check(folder, variant=source.variant))
+        read = files.LoadedFiles(files.check(folder, variant=source.variant))
+        self.content_digest = read.digest
         loaded = denoiser_network.load(
             context, self._family, component=self._component, path=folder, variant=source.variant
         )
         self._network, self._merger = loaded.module, loaded.merger
         self._end_ranks = loaded.close
+        self._keep({"": self._network}, files=read, load=lambda: {"": loaded.read()})
         settings = context.settings
         self._engine = Engine(
             runner=loaded.runner,
@@ -82,6 +83,9 @@ class Denoiser(Role):
             merger=self._merger,
             next_key=lambda: next(self._keys),
         )
+        # The requests in the engine.
+        self._submitted: dict[Mailbox, Sample] = {}
+        self.start()
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         described = response.denoiser
@@ -95,14 +99,25 @@ class Denoiser(Role):
     async def warm_up(self) -> None:
         side = self._family.warm_up_side(self._network)
         opening = stage_pb2.DenoiseOpen(
-            steps=self._fewest_steps, guidance_scale=2.0, width=side, height=side, scale_factor=1
+            steps=self._fewest_steps, guidance_scale=1.0, width=side, height=side, scale_factor=1
         )
         conditioning = warm_up_conditioning(self._conditioning, self._context.device)
-        mailbox = _Mailbox(checkpoint_interval=0)
+        mailbox = Mailbox(checkpoint_interval=0)
         sample = self._sample(opening, self._sampler(opening), conditioning, (), mailbox, Assignment())
-        self._engine.start()
         self._engine.submit(sample)
         await mailbox.get()
+
+    def start(self) -> None:
+        self._engine.start()
+
+    def undo_merges(self) -> None:
+        self._engine.undo_adapters()
+
+    async def stop_calls(self) -> None:
+        submitted = dict(self._submitted)
+        for mailbox, sample in submitted.items():
+            mailbox.stop_with(asleep(), sample)
+        await asyncio.gather(*(mailbox.left.wait() for mailbox in submitted))
 
     def close(self) -> None:
         self._engine.stop()
@@ -137,7 +152,7 @@ class Denoiser(Role):
         # The calls to the peers leave before the sampler is made, which takes about as long as their answers.
         await asyncio.sleep(0)
         sampler = self._sampler(opening)
-        mailbox = _Mailbox(checkpoint_interval=opening.checkpoint_interval)
+        mailbox = Mailbox(checkpoint_interval=opening.checkpoint_interval)
         async with AsyncExitStack() as stack:
             stack.callback(loading.cancel)
             guidance = await stack.enter_async_context(
@@ -163,12 +178,15 @@ class Denoiser(Role):
                 sample.restore(opening.checkpoint)
                 mailbox.checkpoint = stage_pb2.Checkpoint(state=opening.checkpoint, step=sample.index)
             self._engine.submit(sample)
+            self._submitted[mailbox] = sample
             following = asyncio.create_task(_follow(later, sample, mailbox, guidance))
             try:
                 while (event := await mailbox.get()) is not None:
                     yield event
             finally:
                 self._engine.cancel(sample.key)
+                del self._submitted[mailbox]
+                mailbox.left.set()
                 following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
         took = {
@@ -209,7 +227,7 @@ class Denoiser(Role):
         sampler: Sampler,
         conditioning: Conditioning,
         adapters: Adapters,
-        mailbox: _Mailbox,
+        mailbox: Mailbox,
         assignment: Assignment,
     ) -> Sample:
         device, dtype = self._context.device, self._context.dtype
@@ -251,77 +269,8 @@ class Denoiser(Role):
         )
 
 
-class _Mailbox:
-    """Carries a sample's progress from the engine's thread to the event loop, and a request to stop the other way.
-
-    Attributes:
-        is_stopped: `stop` has ended the sample before its last step.
-        checkpoint: Where a stopped sample can be resumed; None: at its start.
-    """
-
-    def __init__(self, *, checkpoint_interval: int) -> None:
-        self.is_stopped = False
-        self.checkpoint: stage_pb2.Checkpoint | None = None
-        self._stopping = False
-        self._loop = asyncio.get_running_loop()
-        self._interval = checkpoint_interval
-        self._posted_at = time.monotonic()
-        self._queue: asyncio.Queue[stage_pb2.DenoiseResponse | LatentflowError | None] = asyncio.Queue()
-
-    def stepped(self, sample: Sample) -> None:
-        if self._stopping:
-            self.checkpoint = _checkpoint(sample)
-            self._end_stopped()
-            return
-        keep = self._interval and sample.index % self._interval == 0
-        now = time.monotonic()
-        if not keep and now - self._posted_at < _PROGRESS_SECONDS:
-            return
-        self._posted_at = now
-        progress = stage_pb2.DenoiseProgress(step=sample.index, total=sample.total)
-        if keep:
-            progress.checkpoint.CopyFrom(_checkpoint(sample))
-        self._post(stage_pb2.DenoiseResponse(progress=progress))
-
-    def finished(self, sample: Sample) -> None:
-        progress = stage_pb2.DenoiseProgress(step=sample.index, total=sample.total)
-        self._post(stage_pb2.DenoiseResponse(progress=progress))
-        self._post(None)
-
-    def failed(self, sample: Sample, error: LatentflowError) -> None:
-        self._post(error)
-
-    def stop(self, sample: Sample) -> None:
-        """Ends the sample at its next step boundary, or now if it has not begun its first step. From the event loop."""
-        self._stopping = True
-        if not sample.first_step_ns:
-            self._end_stopped()
-
-    def refuse(self, error: LatentflowError) -> None:
-        """Ends the sample with an error of its caller's."""
-        self._post(error)
-
-    def guidance_changed(self, change: stage_pb2.DenoiseGuidanceChanged) -> None:
-        """Another guidance peer is in effect. From the event loop."""
-        self._post(stage_pb2.DenoiseResponse(guidance=change))
-
-    async def get(self) -> stage_pb2.DenoiseResponse | None:
-        """The next event; None at the end. Raises the error that failed the sample."""
-        posted = await self._queue.get()
-        if isinstance(posted, LatentflowError):
-            raise posted
-        return posted
-
-    def _end_stopped(self) -> None:
-        self.is_stopped = True
-        self._post(None)
-
-    def _post(self, item: stage_pb2.DenoiseResponse | LatentflowError | None) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-
-
 async def _follow(
-    later: AsyncIterator[stage_pb2.DenoiseRequest], sample: Sample, mailbox: _Mailbox, guidance: GuidancePeers
+    later: AsyncIterator[stage_pb2.DenoiseRequest], sample: Sample, mailbox: Mailbox, guidance: GuidancePeers
 ) -> None:
     """Acts on the messages after the opening one."""
     try:
@@ -335,11 +284,6 @@ async def _follow(
                     raise InvalidRequestError("Only the first message of a Denoise stream can be `open`.")
     except LatentflowError as error:
         mailbox.refuse(error)
-
-
-def _checkpoint(sample: Sample) -> stage_pb2.Checkpoint:
-    """The sample's state. In the engine's thread: a step later it would be another."""
-    return stage_pb2.Checkpoint(state=sample.checkpoint(), step=sample.index)
 
 
 def _check(opening: stage_pb2.DenoiseOpen) -> None:

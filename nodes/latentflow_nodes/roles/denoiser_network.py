@@ -23,12 +23,14 @@ class DenoiserNetwork:
         module: The network; of a divided one rank 0's part.
         merger: Merges adapters into it.
         runner: Runs its forward passes.
+        read: Reads the whole network again, on the CPU.
         close: Ends the other ranks, after the engine has stopped.
     """
 
     module: torch.nn.Module
     merger: Merger
     runner: Runner
+    read: Callable[[], torch.nn.Module]
     close: Callable[[], None]
 
 
@@ -39,18 +41,26 @@ def load(context: Context, family: Family, *, component: str, path: Path, varian
         component: Folder of the network in its pipeline.
         path: The component's folder, or a single file.
     """
+
+    def read() -> torch.nn.Module:
+        return family.load_denoiser(path, dtype=context.dtype, variant=variant)
+
     if context.settings.tensor > 1:
-        return _divided(context, family, component=component, path=path, variant=variant)
-    module = family.load_denoiser(path, dtype=context.dtype, variant=variant).to(context.device).eval()
+        divided = _divided(context, family, component=component, path=path, variant=variant)
+        return DenoiserNetwork(
+            module=divided.network, merger=divided.merger, runner=divided.runner, read=read, close=divided.close
+        )
+    module = read().to(context.device).eval()
     return DenoiserNetwork(
         module=module,
         merger=Merger(module, names=family.layer_names(component, module), what="denoiser"),
         runner=EagerRunner(network=module, family=family, device=context.device, lock=context.compute_lock),
+        read=read,
         close=lambda: None,
     )
 
 
-def _divided(context: Context, family: Family, *, component: str, path: Path, variant: str | None) -> DenoiserNetwork:
+def _divided(context: Context, family: Family, *, component: str, path: Path, variant: str | None) -> DividedDenoiser:
     settings = context.settings
     weights = Weights(
         family=family,
@@ -61,10 +71,9 @@ def _divided(context: Context, family: Family, *, component: str, path: Path, va
         plan=family.plan_split(path),
     )
     name = settings.identity or settings.role
-    divided = DividedDenoiser(
+    return DividedDenoiser(
         weights,
         Process(name=name, log_format=settings.log_format, threads=settings.threads),
         devices=[torch.device(device) for device in settings.devices],
         lock=context.compute_lock,
     )
-    return DenoiserNetwork(module=divided.network, merger=divided.merger, runner=divided.runner, close=divided.close)

@@ -23,6 +23,7 @@ from latentflow_nodes.engine.guest import Guest
 from latentflow_nodes.families.base import Conditioning, Family, of_half
 from latentflow_nodes.roles.conditioning import check_conditioning
 from latentflow_nodes.roles.guidance_peers import open_controls
+from latentflow_nodes.roles.role import asleep
 from latentflow_nodes.tensors import codec
 
 _HALVES = (stage_pb2.GUIDANCE_HALF_POSITIVE, stage_pb2.GUIDANCE_HALF_NEGATIVE)
@@ -88,6 +89,8 @@ class Guests:
                 if self._context.load.is_draining:
                     # The caller computes both halves itself, so nobody has to wait for the end of its request.
                     raise UnavailableError("This server is draining.", reason=Reason.DRAINING)
+                if not self._context.load.is_awake:
+                    raise asleep()
                 noise = await self._step(guest, request.step, opening, adapters)
                 before, forward_ns = forward_ns, guest.forward_time.nanoseconds()
                 for chunk in sender.pieces({"noise": noise}, memory=request.step.shared_memory):

@@ -1,4 +1,4 @@
-"""The LoRA store: serves the adapters of a folder, and follows the folder while it runs."""
+"""The LoRA store: serves the adapters of a folder, and follows the folder while it is awake."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class LoRAStore(Role):
         if not self._library.listed:
             _log.warning("the folder has no LoRA yet", folder=str(self._folder))
         self._following: asyncio.Task[None] | None = None
+        # Adapters are in host memory.
+        self.weights_bytes = 0
 
     def describe(self, response: control_pb2.DescribeResponse) -> None:
         for listed in self._library.listed.values():
@@ -49,6 +51,14 @@ class LoRAStore(Role):
     async def warm_up(self) -> None:
         """Nothing has to run; from here on the folder is followed."""
         self._following = asyncio.create_task(self._follow())
+
+    async def sleep(self) -> None:
+        self.close()
+        self._library.drop()
+
+    async def wake(self) -> None:
+        await asyncio.to_thread(self._scan, settled=False)
+        await self.warm_up()
 
     def close(self) -> None:
         if self._following is not None:

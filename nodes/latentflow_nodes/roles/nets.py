@@ -19,10 +19,8 @@ from latentflow_nodes import families
 from latentflow_nodes.context import Context
 from latentflow_nodes.engine.memory import is_out_of_memory
 from latentflow_nodes.families.base import Family
+from latentflow_nodes.roles.role import LOAD_ERRORS
 from latentflow_nodes.weights import files
-
-# What loading a network raises whose files are damaged, incomplete or of another kind.
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,7 @@ class Net:
         name: As ControlNetRef.net.
         folder: Its component folder or single file.
         digest: SHA-256 of its weights, hexadecimal.
+        loaded: Its files, as they were when it was checked.
     """
 
     name: str
@@ -41,6 +40,7 @@ class Net:
     variant: str | None
     dtype: torch.dtype
     digest: str
+    loaded: files.LoadedFiles
 
     def read(self) -> torch.nn.Module:
         """The network in host memory.
@@ -50,10 +50,11 @@ class Net:
         return self.family.load_control_net(self.folder, dtype=self.dtype, variant=self.variant).eval()
 
     def read_again(self) -> torch.nn.Module:
-        """As `read`, of a net that was read before. FailedPreconditionError where that is no longer possible."""
+        """As `read`, of a net that was read before. FailedPreconditionError where its files are missing or have changed."""
+        self.loaded.check_unchanged()
         try:
             return self.read()
-        except (LatentflowError, *_LOAD_ERRORS) as error:
+        except (LatentflowError, *LOAD_ERRORS) as error:
             if is_out_of_memory(error):
                 raise
             raise FailedPreconditionError(
@@ -118,7 +119,7 @@ def with_further(context: Context, first: Net, network: torch.nn.Module) -> Nets
             served[one.name] = net
         except LatentflowError as error:
             problems[one.name] = error.message
-        except _LOAD_ERRORS as error:
+        except LOAD_ERRORS as error:
             problems[one.name] = f"It does not load: {_words(error)}."
     return Nets(served=served, problems=problems)
 
@@ -139,8 +140,16 @@ def capacity(*, size: int, free: int, count: int) -> int:
 def _net(context: Context, name: str, source: SourceFolder) -> Net:
     family = families.of_source(source, "ControlNet")
     folder = source.part(family.parts["ControlNet"][0])
-    digest = files.digest(files.check(folder, variant=source.variant))
-    return Net(name=name, family=family, folder=folder, variant=source.variant, dtype=context.dtype, digest=digest)
+    loaded = files.LoadedFiles(files.check(folder, variant=source.variant))
+    return Net(
+        name=name,
+        family=family,
+        folder=folder,
+        variant=source.variant,
+        dtype=context.dtype,
+        digest=loaded.digest,
+        loaded=loaded,
+    )
 
 
 def _architecture(network: torch.nn.Module) -> Sequence[tuple[str, torch.Size]]:

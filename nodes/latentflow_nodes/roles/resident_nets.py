@@ -91,6 +91,11 @@ class ResidentNets:
             if name not in self._resident:
                 await self._bring(name)
 
+    def clear(self) -> None:
+        """Takes all networks off the device, while none is in use."""
+        self._resident.clear()
+        self._report()
+
     def _take(self, name: str) -> torch.nn.Module:
         self._resident.move_to_end(name)
         self._uses[name] += 1

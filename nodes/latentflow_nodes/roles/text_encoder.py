@@ -20,8 +20,8 @@ from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import measure
 from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
-from latentflow_nodes.families.base import Shape
-from latentflow_nodes.roles.role import Role
+from latentflow_nodes.families.base import Shape, TextModel
+from latentflow_nodes.roles.network_role import NetworkRole
 from latentflow_nodes.weights import files
 
 # Measured on two cores: 0.3 million parameters take 2 ms with one thread, and 8 ms with two of which one sleeps between
@@ -56,7 +56,7 @@ class _Call:
         return PassSize(rows=2 if self.request.guidance else 1)
 
 
-class TextEncoder(Role):
+class TextEncoder(NetworkRole):
     """Every text encoder of a pipeline with its tokenizer."""
 
     calls = ("Encode",)
@@ -69,12 +69,17 @@ class TextEncoder(Role):
         index = families.text_index(source, self._family)
         present = [name for name in self._family.encoders if is_present(index, name)]
         folders = [source.single_file] if source.single_file else [source.beside(name) for name in present]
-        weights = [path for folder in folders for path in files.check(folder, variant=source.variant)]
-        self.content_digest = files.digest(weights)
-        self._text = self._family.load_text(source, index=index, dtype=context.dtype)
+        loaded = files.LoadedFiles([path for folder in folders for path in files.check(folder, variant=source.variant)])
+        self.content_digest = loaded.digest
+
+        def load() -> TextModel:
+            return self._family.load_text(source, index=index, dtype=context.dtype)
+
+        self._text = load()
         encoders = self._text.encoders
         for encoder in encoders.values():
             encoder.to(context.device).eval()
+        self._keep(encoders, files=loaded, load=lambda: load().encoders)
         self._mergers = {
             name: Merger(encoder, names=self._family.layer_names(name, encoder), what="text encoder")
             for name, encoder in encoders.items()
@@ -103,6 +108,14 @@ class TextEncoder(Role):
         call = _Call(request=stage_pb2.EncodeRequest(), adapters={}, adapter_key=())
         encoded, _ = await self._worker.run(call, group=call.group, size=call.size)
         self._conditioning = {name: tuple(tensor.shape) for name, tensor in encoded.items()}
+
+    def start(self) -> None:
+        self._worker.start()
+
+    def undo_merges(self) -> None:
+        for merger in self._mergers.values():
+            merger.forget()
+        self._merged = ()
 
     def close(self) -> None:
         self._worker.close()

@@ -17,13 +17,13 @@ from latentflow_nodes.context import Context
 from latentflow_nodes.engine.forward_time import measure
 from latentflow_nodes.engine.load import PassSize
 from latentflow_nodes.engine.worker import Worker
-from latentflow_nodes.roles.role import Role
+from latentflow_nodes.roles.network_role import NetworkRole
 from latentflow_nodes.weights import files
 
 _WARM_UP_SIDE = 8
 
 
-class VAE(Role):
+class VAE(NetworkRole):
     """A pipeline's autoencoder, of which serving needs the decoder."""
 
     calls = ("Decode",)
@@ -34,9 +34,14 @@ class VAE(Role):
         self._family = families.of_source(source, "VAE")
         self.family = self._family.name
         folder = source.part(self._family.parts["VAE"][0])
-        self.content_digest = files.digest(files.check(folder, variant=source.variant))
-        vae = self._family.load_vae(folder, dtype=context.dtype, variant=source.variant)
-        self._vae = vae.to(context.device).eval()
+        loaded = files.LoadedFiles(files.check(folder, variant=source.variant))
+        self.content_digest = loaded.digest
+
+        def load() -> torch.nn.Module:
+            return self._family.load_vae(folder, dtype=context.dtype, variant=source.variant)
+
+        self._vae = load().to(context.device).eval()
+        self._keep({"vae": self._vae}, files=loaded, load=lambda: {"vae": load()})
         self._geometry = self._family.vae_geometry(self._vae)
         self._stopwatch = measure(self._family.decoding_modules(self._vae), device=context.device)
         settings = context.settings
@@ -56,6 +61,9 @@ class VAE(Role):
     async def warm_up(self) -> None:
         latents = torch.zeros(1, self._geometry.latent_channels, _WARM_UP_SIDE, _WARM_UP_SIDE)
         await self._worker.run(latents, group=latents.shape, size=_size(latents))
+
+    def start(self) -> None:
+        self._worker.start()
 
     def close(self) -> None:
         self._worker.close()

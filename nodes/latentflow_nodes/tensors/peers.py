@@ -150,6 +150,10 @@ class Peers:
             )
         )
 
+    def drop_adapters(self) -> None:
+        """Frees the memory of the adapters that were pulled."""
+        self._adapters.clear()
+
     async def _adapter(self, ref: stage_pb2.AdapterRef, component: str) -> Layers:
         if not ref.digest:
             return await self._pull(ref, component)

@@ -106,13 +106,58 @@ def keys(path: Path) -> list[str]:
         return list(opened.keys())
 
 
-def digest(files: list[Path]) -> str:
-    """SHA-256 over files' contents, in the order of their names within the model; lower-case hex."""
+class LoadedFiles:
+    """The files that a model is loaded from, as they were then; a server that wakes up reads them again.
+
+    Args:
+        weights: As `check` returns them, in the order of their names within the model.
+
+    Attributes:
+        digest: SHA-256 over the contents of the weights; lower-case hex.
+    """
+
+    def __init__(self, weights: Sequence[Path]) -> None:
+        configs = dict.fromkeys(path.with_name("config.json") for path in weights)
+        self._paths = [*weights, *(path for path in configs if path.is_file())]
+        # Before the contents, so that a change while they are read is seen later.
+        self._signatures = {path: _signature(path) for path in self._paths}
+        self._contents = {path: _content(path) for path in self._paths}
+        self.digest = hashlib.sha256(b"".join(self._contents[path] for path in weights)).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """FailedPreconditionError, which names them, where files are missing or have other contents now."""
+        missing = [path for path in self._paths if not path.is_file()]
+        if missing:
+            raise FailedPreconditionError(
+                f"{_listed(missing)} cannot be read any more, and this server loads its weights from there. Put the files "
+                "back, or start the server anew.",
+                reason=Reason.WEIGHTS_UNAVAILABLE,
+            )
+        signatures = {path: _signature(path) for path in self._paths}
+        touched = [path for path in self._paths if signatures[path] != self._signatures[path]]
+        if changed := [path for path in touched if _content(path) != self._contents[path]]:
+            raise FailedPreconditionError(
+                f"{_listed(changed)} has changed since this server loaded its weights from there. Put the file back, or "
+                "start the server anew with the new weights.",
+                reason=Reason.WEIGHTS_MISMATCH,
+            )
+        self._signatures = signatures
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return " and ".join(map(str, paths))
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    """Another one after the file was replaced or written to."""
+    found = path.stat()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _content(path: Path) -> bytes:
+    """SHA-256 of a file."""
     total = hashlib.sha256()
-    for path in files:
-        one = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                one.update(block)
-        total.update(one.digest())
-    return total.hexdigest()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            total.update(block)
+    return total.digest()
