@@ -33,7 +33,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             return self._generation.describe(request.workflow)
 
         described: generation_pb2.DescribeWorkflowResponse = await answered(
-            Call.of("DescribeWorkflow", context), description(), context
+            Call.of("DescribeWorkflow", context), description, context
         )
         return described
 

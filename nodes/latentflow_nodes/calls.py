@@ -56,7 +56,7 @@ def unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any, C
     @functools.wraps(method)
     async def handle(self: Any, request: Any, context: Context) -> Any:
         call = Call.of(method.__name__, context)
-        return await answered(call, method(self, request), context, _accounting(self, call))
+        return await answered(call, lambda: method(self, request), context, _accounting(self, call))
 
     return handle
 

@@ -109,7 +109,7 @@ class Sleeping:
         if last is None or epoch > last.epoch or last.has_failed:
             task = asyncio.create_task(self._act(epoch, last, act, arrived=time.perf_counter()))
             last = self._last = _Decision(epoch=epoch, wakes=wakes, task=task)
-            if self._grace is not None:
+            if self._grace is not None and not self._grace.expired():
                 self._grace.reschedule(asyncio.get_running_loop().time())
         return await asyncio.shield(last.task)
 

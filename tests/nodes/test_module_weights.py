@@ -29,7 +29,7 @@ def network() -> torch.nn.Sequential:
 def test_released_weights_return_to_the_same_tensors_with_the_same_values() -> None:
     used, inputs = network(), torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
     references, expected = list(used.parameters()), used(inputs)
-    weights = ModuleWeights({"a": used}, device=CPU, load=lambda: {"a": network()})
+    weights = ModuleWeights({"a": used}, device=CPU, load=lambda: {"a": network()}, keeps_copies=False)
     for _ in range(2):
         weights.release()
         assert sum(one.untyped_storage().nbytes() for one in used.state_dict().values()) == 0
@@ -47,7 +47,7 @@ def test_repeated_releases_and_restores_have_no_effect() -> None:
 
     used = network()
     expected = {name: value.clone() for name, value in used.state_dict().items()}
-    weights = ModuleWeights({"a": used}, device=CPU, load=load)
+    weights = ModuleWeights({"a": used}, device=CPU, load=load, keeps_copies=False)
     weights.restore()
     for step in (weights.release, weights.release, weights.restore, weights.restore):
         step()
@@ -65,13 +65,27 @@ def test_weights_whose_load_fails_stay_released_until_it_succeeds() -> None:
 
     used = network()
     expected = {name: value.clone() for name, value in used.state_dict().items()}
-    weights = ModuleWeights({"a": used}, device=CPU, load=load)
+    weights = ModuleWeights({"a": used}, device=CPU, load=load, keeps_copies=False)
     weights.release()
     with pytest.raises(OSError, match="away"):
         weights.restore()
     assert all(one.numel() == 0 for one in used.parameters())
     weights.restore()
     assert all(torch.equal(value, expected[name]) for name, value in used.state_dict().items())
+
+
+def test_weights_with_copies_in_host_memory_return_without_their_files() -> None:
+    def load() -> dict[str, torch.nn.Module]:
+        raise AssertionError("loads again")
+
+    used = network()
+    expected = {name: value.clone() for name, value in used.state_dict().items()}
+    weights = ModuleWeights({"a": used}, device=CPU, load=load, keeps_copies=True)
+    for _ in range(2):
+        weights.release()
+        assert all(one.numel() == 0 for one in used.parameters())
+        weights.restore()
+        assert all(torch.equal(value, expected[name]) for name, value in used.state_dict().items())
 
 
 # Its address space has no room for the weights at first, as a device that is full.
@@ -87,7 +101,7 @@ def network():
 torch.set_num_threads(1)
 used = network()
 expected = used["a"].weight.detach().clone()
-weights = ModuleWeights(used, device=torch.device("cpu"), load=network)
+weights = ModuleWeights(used, device=torch.device("cpu"), load=network, keeps_copies=False)
 weights.release()
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (16 << 20), resource.RLIM_INFINITY))

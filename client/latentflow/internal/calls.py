@@ -143,7 +143,8 @@ class Running:
         self._interrupted = True
         now = asyncio.get_running_loop().time()
         for limit in self._limits:
-            limit.reschedule(now)
+            if not limit.expired():
+                limit.reschedule(now)
 
     @contextlib.asynccontextmanager
     async def interruptible(self) -> AsyncGenerator[None, None]:
@@ -236,12 +237,16 @@ async def served(
 
 
 async def answered(
-    call: Call, response: Awaitable[Any], context: Context, accounting: Accounting = NO_ACCOUNTING
+    call: Call, respond: Callable[[], Awaitable[Any]], context: Context, accounting: Accounting = NO_ACCOUNTING
 ) -> Any:
-    """As `served`, for a call with one response, which it returns."""
+    """As `served`, for a call with one response, which it returns.
+
+    Args:
+        respond: Called if the call is admitted.
+    """
 
     async def once() -> AsyncGenerator[Any, None]:
-        yield await response
+        yield await respond()
 
     # Read to its end, so that the call counts as ended well.
     found = [one async for one in served(call, once(), context, accounting)]

@@ -82,17 +82,20 @@ class ControlServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Sleep(self, request, context):
-        """Moves the weights to host memory and returns when they have left the device. New requests are refused with
-        UNAVAILABLE, reason ASLEEP, from the call until the server is awake again. This version answers UNIMPLEMENTED.
+        """Returns when the weights have left the device: on a GPU for host memory if that has room; otherwise they are dropped. New
+        requests are refused with UNAVAILABLE, reason ASLEEP, from the call until the server is awake again. Held tensors can
+        be fetched all the time. A Sleep or Wake with a greater epoch ends a Sleep that still waits for requests, which is then
+        refused as an older one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Wake(self, request, context):
-        """Moves the weights back to the device and returns when the server accepts requests. RESOURCE_EXHAUSTED, reason
-        DEVICE_FULL, if the device has too little free memory; the server then stays asleep. This version answers
-        UNIMPLEMENTED.
+        """Moves the weights back to the device and returns after a first forward pass, when the server accepts requests.
+        RESOURCE_EXHAUSTED, reason DEVICE_FULL, if the device has too little free memory. FAILED_PRECONDITION if the weights
+        have to be read again and their files are missing (reason WEIGHTS_UNAVAILABLE) or have changed (WEIGHTS_MISMATCH). After
+        an error the server stays asleep, and the same call may be sent again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

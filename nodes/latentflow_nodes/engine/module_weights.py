@@ -16,7 +16,7 @@ from latentflow_nodes.engine.device_memory import measure
 
 _CPU = torch.device("cpu")
 # Pinned memory is allocated in powers of two.
-_PINNED_MARGIN = 2
+_MARGIN = 2
 
 Networks = Mapping[str, torch.nn.Module]
 
@@ -28,17 +28,21 @@ class ModuleWeights:
         networks: By name.
         device: Where they run.
         load: Makes the same networks again from their files, on the CPU.
+        keeps_copies: Released weights stay in host memory, where that has room for them.
 
     Attributes:
         total_bytes: Their size.
     """
 
-    def __init__(self, networks: Networks, *, device: torch.device, load: Callable[[], Networks]) -> None:
+    def __init__(
+        self, networks: Networks, *, device: torch.device, load: Callable[[], Networks], keeps_copies: bool
+    ) -> None:
         self._tensors = _tensors(networks)
         self._device = device
         self._load = load
+        self._keeps_copies = keeps_copies
         self._is_released = False
-        # In host memory, of a network that is released.
+        # In host memory, while the weights are released.
         self._kept: dict[str, torch.Tensor] | None = None
         self.total_bytes = sum(tensor.nbytes for tensor in self._tensors.values())
 
@@ -46,8 +50,8 @@ class ModuleWeights:
         """Frees their memory on the device. Has no effect on weights that are released already."""
         if self._is_released:
             return
-        if self._device.type == "cuda":
-            self._kept = self._pinned()
+        if self._keeps_copies and measure(_CPU).free > _MARGIN * self.total_bytes:
+            self._kept = self._copies()
         _empty(self._tensors)
         self._is_released = True
         if self._device.type == "cuda":
@@ -68,19 +72,19 @@ class ModuleWeights:
             _empty(loaded)
         self._kept = None
 
-    def _pinned(self) -> dict[str, torch.Tensor] | None:
-        """Copies in host memory; None where it has no room for them."""
-        if measure(_CPU).free < _PINNED_MARGIN * self.total_bytes:
-            return None
+    def _copies(self) -> dict[str, torch.Tensor] | None:
+        """Copies in host memory, pinned for a GPU; None where that cannot be had."""
+        is_gpu = self._device.type == "cuda"
+        copies = {}
         try:
-            copies = {
-                name: torch.empty_like(tensor, device=_CPU, pin_memory=True) for name, tensor in self._tensors.items()
-            }
+            for name, tensor in self._tensors.items():
+                copies[name] = torch.empty_like(tensor.data, device=_CPU, pin_memory=is_gpu)
+                copies[name].copy_(tensor.data, non_blocking=True)
         except RuntimeError:
             return None
-        for name, tensor in self._tensors.items():
-            copies[name].copy_(tensor.data, non_blocking=True)
-        torch.cuda.synchronize(self._device)
+        finally:
+            if is_gpu:
+                torch.cuda.synchronize(self._device)
         return copies
 
 

@@ -13,7 +13,7 @@ from latentflow_nodes import families
 from latentflow_nodes.adapters.layers import pack_layers
 from latentflow_nodes.adapters.library import Library
 from latentflow_nodes.context import Context
-from latentflow_nodes.roles.role import Role
+from latentflow_nodes.roles.role import Role, does_not_load
 
 _log = structlog.get_logger()
 # A changed file is in use after one to two of these. Notifications of the system do not work on network file systems.
@@ -57,7 +57,10 @@ class LoRAStore(Role):
         self._library.drop()
 
     async def wake(self) -> None:
-        await asyncio.to_thread(self._scan, settled=False)
+        try:
+            await asyncio.to_thread(self._scan, settled=False)
+        except OSError as error:
+            raise does_not_load(self._context.settings, error) from error
         await self.warm_up()
 
     def close(self) -> None:

@@ -34,7 +34,8 @@ class NetworkRole(Role):
             load: Loads the same networks again, on the CPU.
         """
         self._files = files
-        self._weights = ModuleWeights(networks, device=self._context.device, load=load)
+        device = self._context.device
+        self._weights = ModuleWeights(networks, device=device, load=load, keeps_copies=device.type != "cpu")
         self.weights_bytes = self._weights.total_bytes
 
     @abstractmethod

@@ -30,6 +30,7 @@ class Check:
 CHECKS = (
     Check(name="parity", seconds=150),
     Check(name="resuming", seconds=120),
+    Check(name="sleeping", seconds=60),
     Check(name="workflow", seconds=150),
     Check(name="steps", seconds=150),
     Check(name="decoding", seconds=60),
