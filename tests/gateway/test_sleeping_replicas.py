@@ -75,10 +75,10 @@ async def test_a_request_is_held_while_every_replica_of_a_model_sleeps(tmp_path:
 
 async def test_a_request_whose_denoiser_falls_asleep_continues_elsewhere_bit_for_bit(tmp_path: Path) -> None:
     async with served(tmp_path, denoisers=2) as servers, AsyncClient(servers.gateway.address) as client:
-        undisturbed = await client.generate(PROMPT, steps=300, seed=3, timeout=SECONDS)
+        undisturbed = await client.generate(PROMPT, steps=200, seed=3, timeout=SECONDS)
         images = []
         slept: Node | None = None
-        async for event in client.stream(PROMPT, steps=300, seed=3, timeout=SECONDS):
+        async for event in client.stream(PROMPT, steps=200, seed=3, timeout=SECONDS):
             if isinstance(event, Progress) and slept is None:
                 slept = next(node for node in denoisers(servers) if node.context.load.state().running)
                 await sleep(slept)
