@@ -254,26 +254,31 @@ async def test_a_later_wake_ends_a_sleep_that_waits_and_the_request_continues(sl
     assert (await sleepers.stack.denoise(Request(steps=2))).HasField("latents")
 
 
-async def test_a_server_whose_files_have_changed_stays_asleep_until_they_are_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "folder"), [("base", "unet"), ("edges", "controlnet-edges"), ("pixels", "vae")])
+async def test_a_server_whose_files_have_changed_stays_asleep_until_they_are_back(
+    tmp_path: Path, name: str, folder: str, edge_image: Image.Image
+) -> None:
     shutil.copytree(SHAPES, tmp_path / "pack")
-    weights = tmp_path / "pack/unet/diffusion_pytorch_model.safetensors"
-    async with started(tmp_path, "pack") as stack:
+    weights = tmp_path / "pack" / folder / "diffusion_pytorch_model.safetensors"
+    request = Request(controls=[("edges", edge_image, 1.0)])
+    async with started(tmp_path, "pack", controls={"edges": "controlnet-edges"}) as stack:
         sleepers = Sleepers(stack)
-        latents, _ = await stack.generate(Request())
-        await sleepers.sleeping("base")
+        latents, image = await stack.generate(request)
+        await sleepers.sleeping(name)
         epoch = sleepers.next_epoch()
         content = weights.read_bytes()
         weights.write_bytes(content[:-4] + b"\0\0\0\0")
-        error = await refused(sleepers.waking("base", epoch=epoch))
+        error = await refused(sleepers.waking(name, epoch=epoch))
         assert (error.reason, str(weights) in error.message) == (Reason.WEIGHTS_MISMATCH, True)
         weights.unlink()
-        error = await refused(sleepers.waking("base", epoch=epoch))
+        error = await refused(sleepers.waking(name, epoch=epoch))
         assert (error.reason, str(weights) in error.message) == (Reason.WEIGHTS_UNAVAILABLE, True)
-        assert not (await sleepers.load("base")).awake
+        assert not (await sleepers.load(name)).awake
         weights.write_bytes(content)
-        await sleepers.waking("base", epoch=epoch)
-        again, _ = await stack.generate(Request())
+        await sleepers.waking(name, epoch=epoch)
+        again, pixels = await stack.generate(request)
         assert torch.equal(again, latents)
+        assert pixels.tobytes() == image.tobytes()
 
 
 async def test_a_lora_store_sees_after_its_sleep_what_has_changed_in_its_folder(tmp_path: Path) -> None:

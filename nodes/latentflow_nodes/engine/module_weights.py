@@ -12,7 +12,7 @@ from itertools import chain
 
 import torch
 
-from latentflow_nodes.engine.device_memory import measure
+from latentflow_nodes.engine.memory import free_bytes
 
 _CPU = torch.device("cpu")
 # Pinned memory is allocated in powers of two.
@@ -50,7 +50,7 @@ class ModuleWeights:
         """Frees their memory on the device. Has no effect on weights that are released already."""
         if self._is_released:
             return
-        if self._keeps_copies and measure(_CPU).free > _MARGIN * self.total_bytes:
+        if self._keeps_copies and free_bytes(_CPU) > _MARGIN * self.total_bytes:
             self._kept = self._copies()
         _empty(self._tensors)
         self._is_released = True

@@ -51,10 +51,14 @@ class Net:
 
     def read_again(self) -> torch.nn.Module:
         """As `read`, of a net that was read before. FailedPreconditionError where its files are missing or have changed."""
-        self.loaded.check_unchanged()
         try:
+            self.loaded.check_unchanged()
             return self.read()
-        except (LatentflowError, *LOAD_ERRORS) as error:
+        except LatentflowError as error:
+            raise FailedPreconditionError(
+                f"The net {self.name!r} cannot be used any more: {error.message}", reason=Reason(error.reason)
+            ) from error
+        except LOAD_ERRORS as error:
             if is_out_of_memory(error):
                 raise
             raise FailedPreconditionError(
