@@ -6,17 +6,20 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import grpc
 import pytest
 import pytest_asyncio
 import torch
 from latentflow.api.types import Engine
-from latentflow.v1 import stage_pb2
+from latentflow.errors import UnimplementedError
+from latentflow.internal.status import error_from
+from latentflow.v1 import control_pb2, control_pb2_grpc, stage_pb2
 from latentflow_nodes.server import serve
 from latentflow_nodes.settings import NodeSettings
 from PIL import Image
 from support import single_files
 from support.packs import MODELS, SHAPES, tiny_sdxl
-from support.stack import Request, Stack, started
+from support.stack import SECONDS, Request, Stack, started
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 LATENTS = 1e-4
@@ -171,3 +174,11 @@ async def test_the_network_of_a_single_file_is_divided_too(tmp_path: Path, shape
     file = single_files.written(SHAPES, tmp_path / "one")
     async with replaced(shapes, tmp_path, f"one/{file.name}", ranks=2) as divided:
         await assert_equal(divided, shapes, Request())
+
+
+async def test_a_divided_denoiser_refuses_to_sleep_and_continues_to_serve(divided: Stack) -> None:
+    control = control_pb2_grpc.ControlStub(divided.channel("base"))
+    with pytest.raises(grpc.RpcError) as caught:
+        await control.Sleep(control_pb2.SleepRequest(epoch=1), timeout=SECONDS)
+    assert isinstance(error_from(caught.value), UnimplementedError)
+    assert (await divided.denoise(Request(steps=1))).HasField("latents")

@@ -56,7 +56,7 @@ class Net:
             return self.read()
         except LatentflowError as error:
             raise FailedPreconditionError(
-                f"The net {self.name!r} cannot be used any more: {error.message}", reason=Reason(error.reason)
+                f"The net {self.name!r} cannot be used any more: {error.message}", reason=Reason[error.reason]
             ) from error
         except LOAD_ERRORS as error:
             if is_out_of_memory(error):
