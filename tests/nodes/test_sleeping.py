@@ -103,8 +103,9 @@ async def test_results_are_the_same_bits_after_servers_of_every_role_have_slept(
 ) -> None:
     stack = sleepers.stack
     requests = [Request(loras=[("neon", 0.8)], controls=[("edges", edge_image, 1.0)]), Request(seed=8)]
-    # In this order LoRAs are merged when the servers fall asleep.
+    # In this order LoRAs are merged before the servers fall asleep, and then others are applied by row.
     before = [await stack.generate(one) for one in reversed(requests)][::-1]
+    await asyncio.gather(*(stack.denoise(Request(steps=8, loras=[(one, 1.0)])) for one in ("outline", "pastel")))
     for name in SERVERS:
         await sleepers.sleeping(name)
     for name in SERVERS:
