@@ -57,7 +57,7 @@ def mid_unet() -> UNet2DConditionModel:
 
 
 def wide_unet() -> UNet2DConditionModel:
-    """121 million parameters in few layers, as wide as those of large models, for the text encoder and the VAE of the shapes pack."""
+    """138 million parameters in few layers, as wide as those of large models, for the text encoder and the VAE of the shapes pack."""
     return UNet2DConditionModel(
         sample_size=12,
         in_channels=4,

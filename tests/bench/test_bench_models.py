@@ -34,3 +34,8 @@ def test_the_sd15_model_has_the_sizes_of_stable_diffusion_1_5() -> None:
         assert _count(models.sd15_unet()) == SD15_UNET_PARAMETERS
         assert _count(models.sd15_vae()) == 83_653_863
         assert 120e6 > _count(models.sd15_text_encoder()) > 80e6
+
+
+def test_the_wide_model_has_the_size_that_its_description_states() -> None:
+    with torch.device("meta"):
+        assert round(_count(models.wide_unet()) / 1e6) == 138

@@ -1,4 +1,4 @@
-"""Loads a rank's part of a network of diffusers: of the weight files it reads the slices that the rank needs, and no more."""
+"""Loads a rank's part of a network of diffusers: of the weight files it copies only the slices that the rank needs."""
 
 from __future__ import annotations
 
