@@ -133,6 +133,42 @@ def test_the_error_of_a_rank_that_cannot_load_reaches_the_server() -> None:
     assert caught.value.reason == Reason.WEIGHTS_UNAVAILABLE
 
 
+# Rank 0 fails in the middle of a pass, while rank 1 waits in a sum.
+FAILING = """
+from support.step_loop import engine_of, sample
+from latentflow_nodes.engine import ranks
+from test_ranks import divided_of
+
+def fails(*_):
+    raise MemoryError("none left")
+
+if __name__ == "__main__":
+    ranks.FAILURE_SECONDS = 0.5
+    divided = divided_of(2)
+    divided.network.mid_block.attentions[0].register_forward_hook(fails)
+    engine = engine_of(divided.runner)
+    engine.submit(sample(1)[0])
+    engine.step()
+    print("still there")
+"""
+
+
+def test_a_pass_that_fails_on_one_rank_alone_ends_the_server(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    path = os.pathsep.join(str(Path(__file__).parents[up]) for up in (0, 1))
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "failing.py"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=4 * SECONDS,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout.splitlines()[1:]) == (1, [])
+    assert "an operation failed on rank 0 and not on rank 1" in ended.stdout
+    assert "none left" in ended.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
