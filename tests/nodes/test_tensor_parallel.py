@@ -107,6 +107,11 @@ async def test_loras_are_merged_into_the_parts_and_undone_bit_for_bit(
     assert torch.equal(await latents(divided, Request()), before)
 
 
+async def test_concurrent_requests_with_different_loras_each_get_their_own(divided: Stack, shapes: Stack) -> None:
+    loras = [[("outline", 0.8)], [("neon", 0.5), ("pastel", -0.4)], []]
+    await assert_equal(divided, shapes, *(Request(seed=seed, loras=its) for seed, its in enumerate(loras)))
+
+
 async def test_concurrent_requests_that_differ_share_the_passes_of_all_ranks(
     divided: Stack, shapes: Stack, edge_image: Image.Image, layout_image: Image.Image
 ) -> None:
