@@ -143,6 +143,8 @@ def test_unknown_fields_are_refused_by_name_with_the_nearest_known_one() -> None
     inner = refusal({"prompt": "a", "control_images": {"edges": {"image": ENCODED, "sclae": 1}}})
     assert inner.details == {"field": "control_images.edges.sclae"}
     assert "did you mean 'scale'?" in inner.message
+    for name, field in (("width", "size"), ("num_inference_steps", "steps"), ("n_iter", "n")):
+        assert f"did you mean {field!r}?" in refusal({"prompt": "a", name: 1}).message
     assert "the fields are prompt, model, n" in refusal({"prompt": "a", "xyz": 1}).message
     assert "the fields are prompt, model, n" in refusal({"prompt": "a", "x.yz": 1}).message
 

@@ -30,6 +30,16 @@ _REFUSED = {
     "background": "Images are opaque.",
     "moderation": "The gateway does not moderate.",
 }
+# The fields for what A1111's API and diffusers name differently.
+_FIELD_FOR = {
+    "width": "size",
+    "height": "size",
+    "num_inference_steps": "steps",
+    "cfg_scale": "guidance_scale",
+    "batch_size": "n",
+    "n_iter": "n",
+    "num_images_per_prompt": "n",
+}
 # In pixels; longer ones cannot be written in these formats.
 _LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}
 _SIZE = "size must be WIDTHxHEIGHT in pixels, such as 512x512, or auto"
@@ -241,6 +251,7 @@ def _message(problem: Any, param: str) -> str:
     if kind == "extra_forbidden":
         known = ControlImage.model_fields if len(problem["loc"]) > 1 else ImageRequest.model_fields
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        near = [_FIELD_FOR[param]] if param in _FIELD_FOR else near
         hint = f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}."
         return f"The field {param!r} is unknown{hint}"
     if kind == "missing":
