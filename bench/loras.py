@@ -1,8 +1,10 @@
 """What adapters by row are worth: the rate of eight concurrent requests with four LoRA sets, two requests for each.
 
 The same engine runs them by row, so that all share each pass, and with one set merged for each pass, which the sets take in
-turn. The third side are the same requests without LoRAs. All run in turns, on networks of their own, in one step loop in this
-process. The LoRAs are those of the shapes pack, at their own ranks. Needs an idle machine. The last line is JSON.
+turn. The same requests without LoRAs are the third side. All run in turns, on networks of their own, in one step loop in this
+process. The LoRAs are those of the shapes pack, at their own ranks. The requests have one row each, and are measured again with
+both guidance halves: the more rows a set has, the less it gains from sharing its passes with others. Needs an idle machine. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import ranges
 import torch
 from arrivals import CONCURRENT, GUIDANCE, Arrivals, Steps
 from diffusers import UNet2DConditionModel
+from latentflow_nodes.adapters import folder, lora
 from latentflow_nodes.adapters.layers import Layers
-from latentflow_nodes.adapters.library import Library
 from latentflow_nodes.engine.engine import Engine
 from latentflow_nodes.settings import usable_cores
 from rich.console import Console
@@ -76,9 +78,8 @@ class Side:
 
 def sides(model: BenchModel, *, threads: int) -> dict[str, Side]:
     """The sides by name. Each has its own copy of the network, because engines change its adapters."""
-    library = Library(models.SHAPES / "loras")
-    library.scan(settled=False)
-    layers = {name: library.get(name).components["unet"] for name, _ in SETS}
+    entries = folder.find(models.SHAPES / "loras", ("unet", "text_encoder"))
+    layers = {name: lora.load(entries[name]).components["unet"] for name, _ in SETS}
     found = {}
     for name, cls, its in (("by row", Engine, layers), ("one set", OneSetEngine, layers), ("plain", Engine, {})):
         steps = Steps(
@@ -89,12 +90,12 @@ def sides(model: BenchModel, *, threads: int) -> dict[str, Side]:
 
 
 def bench(*, rounds: int, threads: int, console: Console) -> dict[str, float]:
-    """The figures, with both guidance halves and with one; prints a table with the rates."""
+    """The figures, without guidance and with it; prints a table with the rates."""
     torch.set_num_threads(threads)
     model = MODELS["shapes"]
     all_sides = sides(model, threads=threads)
     figures: dict[str, float] = {}
-    for suffix, guidance_scale in (("", GUIDANCE), ("_unguided", UNGUIDED)):
+    for suffix, guidance_scale in (("", UNGUIDED), ("_guided", GUIDANCE)):
         rates: dict[str, list[float]] = {name: [] for name in all_sides}
         for measured in track(range(-WARM_UP_ROUNDS, rounds), f"loras{suffix}", console=Console(stderr=True)):
             for name, side in all_sides.items():
