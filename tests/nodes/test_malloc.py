@@ -41,9 +41,9 @@ def test_later_passes_take_no_new_memory_from_the_kernel() -> None:
     assert int(ended.stdout) < 1000
 
 
-# Small blocks, such as weights that were converted. The last one keeps the heap from shrinking.
+# Small blocks, such as activations, in a thread that ends and in the main one.
 _FALL_ASLEEP = """
-import torch
+import threading, torch
 from latentflow_nodes.engine import malloc
 from latentflow_nodes.engine.device_memory import measure
 
@@ -51,14 +51,21 @@ def used():
     return measure(torch.device("cpu")).used
 
 torch.set_num_threads(1)
+def allocate():
+    blocks = [torch.ones(200_000) for _ in range(250)]
+    last = torch.ones(1000)
+    del blocks
+    kept.append(used())
+    malloc.return_freed_memory()
+
+kept = []
 malloc.keep_freed_memory()
 before = used()
-blocks = [torch.ones(200_000) for _ in range(250)]
-last = torch.ones(1000)
-del blocks
-kept = used()
-malloc.return_freed_memory()
-print(kept - before, used() - before)
+thread = threading.Thread(target=allocate)
+thread.start()
+thread.join()
+allocate()
+print(min(kept) - before, used() - before)
 """
 
 
@@ -66,6 +73,6 @@ print(kept - before, used() - before)
 def test_a_server_that_falls_asleep_returns_the_memory_that_it_kept() -> None:
     ended = subprocess.run([sys.executable, "-c", _FALL_ASLEEP], capture_output=True, text=True, check=True)
     kept, left = map(int, ended.stdout.split())
-    # The blocks are 200 MB.
-    assert kept > 150e6
+    # The blocks are 200 MB, of which glibc keeps at least one heap.
+    assert kept > 50e6
     assert left < 20e6

@@ -21,6 +21,7 @@ from latentflow.internal.metrics import Instruments
 from latentflow.reasons import Reason
 
 from latentflow_nodes.adapters.merger import Merger
+from latentflow_nodes.engine import malloc
 from latentflow_nodes.engine.applied_adapters import AppliedAdapters
 from latentflow_nodes.engine.batching import BY_ROW, Candidate, Limits, choose
 from latentflow_nodes.engine.load import Load, PassSize, moving_mean
@@ -373,6 +374,7 @@ class Engine:
         # A lock that is still held would stop the other servers of the machine.
         self._runner.idle()
         self._fail_all(UnavailableError("This server is stopping; retry on another replica.", reason=Reason.DRAINING))
+        malloc.return_freed_memory()
 
 
 def _no_residuals(sample: Member) -> LatentflowError:

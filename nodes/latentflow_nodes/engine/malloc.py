@@ -21,6 +21,8 @@ _M_MMAP_THRESHOLD = -3
 _LARGEST_BLOCK = 32 << 20
 # The size of a heap of another thread than the main one: such heaps are neither shrunk nor unmapped.
 _HEAP = 64 << 20
+# A block that comes from a heap, and large enough that its return shrinks the heap.
+_BLOCK = 1 << 20
 
 
 def keep_freed_memory() -> None:
@@ -36,9 +38,21 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Returns the free memory of all heaps to the kernel. Has no effect where the C library is not glibc."""
-    if (malloc_trim := _function("malloc_trim")) is not None:
-        malloc_trim(0)
+    """Returns free memory to the kernel: all of the calling thread's heap, and of the other heaps all but the end.
+
+    A thread that ends calls it for its own heap. Has no effect where the C library is not glibc.
+    """
+    mallopt, malloc_trim = _function("mallopt"), _function("malloc_trim")
+    if mallopt is None or malloc_trim is None:
+        return
+    mallopt(_M_TRIM_THRESHOLD, 0)
+    mallopt(_M_TOP_PAD, 0)
+    # The end of the heap of another thread than the main one is returned only by a call that frees a block in it.
+    malloc, free = _function("malloc"), _function("free")
+    malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    free(malloc(ctypes.c_size_t(_BLOCK)))
+    malloc_trim(0)
+    keep_freed_memory()
 
 
 def _function(name: str) -> Any:

@@ -20,6 +20,7 @@ import structlog
 import torch
 from latentflow.errors import LatentflowError, OverloadedError
 
+from latentflow_nodes.engine import malloc
 from latentflow_nodes.engine.compute_lock import ComputeLock
 from latentflow_nodes.engine.load import Load, PassSize, moving_mean
 from latentflow_nodes.engine.memory import is_out_of_memory, out_of_memory
@@ -145,6 +146,7 @@ class Worker(Generic[Item, Result]):
             del batch
         # A lock that is still held would stop the other servers of the machine.
         self._lock.idle()
+        malloc.return_freed_memory()
 
     def _next(self) -> list[_Call[Item, Result]]:
         """Waits for calls and for the lock; the first of the queue and those of its group. Empty: the worker is closed."""
