@@ -181,9 +181,9 @@ async def test_a_repeated_decision_returns_its_first_result_and_an_older_one_is_
     woken = await sleepers.waking("pixels", epoch=sleepers.next_epoch())
     assert woken.devices[0].weights_bytes > 0
     # A server that is awake already has nothing to do.
-    passes = sleepers.stack.passes("pixels")
+    wakes = sleepers.sample("pixels", "latentflow_loads_total", kind="wake")
     await sleepers.waking("pixels")
-    assert sleepers.stack.passes("pixels") == passes
+    assert sleepers.sample("pixels", "latentflow_loads_total", kind="wake") == wakes
 
 
 async def _running(sleepers: Sleepers, steps: int) -> tuple[stage_pb2.DenoiseOpen, Any]:
