@@ -176,7 +176,7 @@ class Reason(Documented):
     PICKLE_REFUSED = (
         "PICKLE_REFUSED",
         "A model's weights are a pickle, which can run code when it is loaded.",
-        "Convert them to safetensors, for instance with diffusers' `save_pretrained`.",
+        "Convert them to safetensors; docs/weights.md has a program for it.",
     )
     DATA_LOSS = (
         "DATA_LOSS",

@@ -307,6 +307,7 @@ def test_component_folders_and_single_files_are_checked(tmp_path: Path) -> None:
     shutil.copy(SHAPES / "scheduler/scheduler_config.json", tmp_path / "net")
     shutil.copytree(SHAPES / "text_encoder", tmp_path / "encoder")
     shutil.copy(SHAPES / f"vae/{NETWORK}", tmp_path / "all.safetensors")
+    shutil.copy(SHAPES / "vae/config.json", tmp_path)
     problems = partial(folders.problems, subfolder=None, variant=None)
     assert problems(Role.DENOISER, tmp_path / "net") == []
     (missing,) = problems(Role.TEXT_ENCODER, tmp_path / "encoder")
@@ -319,7 +320,50 @@ def test_component_folders_and_single_files_are_checked(tmp_path: Path) -> None:
     assert problems(Role.LORA_STORE, tmp_path / "net") == []
     (tmp_path / "all.ckpt").write_bytes(b"x")
     (pickle,) = problems(Role.VAE, tmp_path / "all.ckpt")
-    assert "holds a pickle (all.ckpt)" in pickle
+    assert "all.ckpt is a pickle. Weights load from safetensors only" in pickle
+
+
+@pytest.mark.parametrize("role", [Role.TEXT_ENCODER, Role.DENOISER, Role.CONTROL_NET, Role.VAE])
+def test_a_pickle_that_a_source_names_is_reported_as_one(tmp_path: Path, role: Role) -> None:
+    shutil.copy(SHAPES / f"vae/{NETWORK}", tmp_path / "new.safetensors")
+    (tmp_path / "old.ckpt").write_bytes(b"x")
+    found = folders.problems(role, tmp_path / "old.ckpt", subfolder=None, variant=None)[0]
+    assert found.startswith(f"{tmp_path}/old.ckpt is a pickle. ")
+    assert found.endswith("'Convert a pickle' in docs/weights.md has a program that converts it.")
+    assert "## Convert a pickle" in (ROOT / "docs/weights.md").read_text()
+
+
+def test_a_file_that_is_no_folder_of_weights_is_reported_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "net.gguf").write_bytes(b"x")
+    (tmp_path / "net.safetensors").write_bytes(b"x")
+    (other,) = folders.problems(Role.VAE, tmp_path / "net.gguf", subfolder=None, variant=None)
+    assert "net.gguf is no *.safetensors file" in other
+    (named,) = folders.problems(Role.VAE, tmp_path, subfolder="net.safetensors", variant=None)
+    assert "net.safetensors is a file, and source.subfolder names a folder. Name the file in the uri." in named
+
+
+@pytest.mark.parametrize(
+    ("role", "part"),
+    [
+        (Role.TEXT_ENCODER, "text_encoder"),
+        (Role.DENOISER, "unet"),
+        (Role.CONTROL_NET, "controlnet"),
+        (Role.VAE, "vae"),
+    ],
+)
+def test_single_files_that_a_server_of_the_role_refuses_are_reported(tmp_path: Path, role: Role, part: str) -> None:
+    shutil.copytree(SHAPES / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "part.safetensors"
+    shutil.copy(SHAPES / f"vae/{NETWORK}", file)
+    (found,) = folders.problems(role, file, subfolder=None, variant=None)
+    assert f"{file} is no whole model of Stable Diffusion, and there is no {part}/config.json beside it" in found
+    (tmp_path / part).mkdir()
+    (tmp_path / part / "config.json").write_text("{}")
+    assert folders.problems(role, file, subfolder=None, variant=None) == []
+    header = b'{"lora_unet_mid.lora_up.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    (found,) = folders.problems(role, file, subfolder=None, variant=None)
+    assert f"{file} is a LoRA (key lora_unet_mid.lora_up.weight). Put it into the folder of a LoRA store" in found
 
 
 def test_damaged_files_of_a_lora_store_are_reported(tmp_path: Path) -> None:
@@ -352,6 +396,7 @@ def test_a_subfolder_that_another_role_serves_is_reported(role: Role, subfolder:
 
 def test_a_single_file_has_no_variant_also_where_the_folder_is_named(tmp_path: Path) -> None:
     shutil.copy(SHAPES / f"vae/{NETWORK}", tmp_path / "all.safetensors")
+    shutil.copy(SHAPES / "vae/config.json", tmp_path)
     (found,) = folders.problems(Role.VAE, tmp_path, subfolder=None, variant="fp16")
     assert found == f"{tmp_path}/all.safetensors is a single file and has no variant. Remove source.variant."
 

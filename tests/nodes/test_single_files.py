@@ -183,9 +183,11 @@ async def test_a_single_file_of_another_kind_is_refused_as_what_it_is(file: Path
 
 
 @pytest.mark.parametrize("role", ["Denoiser", "VAE", "TextEncoder"])
-async def test_a_lora_in_place_of_a_model_is_refused_as_one(file: Path, role: str) -> None:
-    for part in ("unet", "vae", "text_encoder"):
-        shutil.rmtree(file.parent / part)
+@pytest.mark.parametrize("configurations", ["beside it", "absent"])
+async def test_a_lora_in_place_of_a_model_is_refused_as_one(file: Path, role: str, configurations: str) -> None:
+    if configurations == "absent":
+        for part in ("unet", "vae", "text_encoder", "scheduler"):
+            shutil.rmtree(file.parent / part)
     pair = {f"lora_unet_mid_block.lora_{name}.weight": torch.ones(2, 2) for name in ("down", "up")}
     save_file(pair, file)
     assert f"{file} is a LoRA (key {next(iter(pair))}). Put it into the folder" in (await refused(file, role)).message
@@ -293,3 +295,4 @@ async def test_a_single_pickle_is_refused_as_one(tmp_path: Path, uri: str) -> No
     (tmp_path / "one/model.ckpt").write_bytes(b"pickle")
     error = await refused(tmp_path / "one/model.ckpt", "Denoiser", uri=uri)
     assert error.reason == Reason.PICKLE_REFUSED
+    assert "'Convert a pickle' in docs/weights.md" in error.message

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from latentflow.api import Role
 from latentflow.errors import FailedPreconditionError, LatentflowError
-from latentflow.internal import weight_files, weight_names
+from latentflow.internal import single_file_parts, weight_files, weight_names
 from latentflow.internal.source_folder import SourceFolder, is_present
 
 # The part of a pipeline that a role serves where its source names no component.
-_NETWORKS = {Role.DENOISER: "unet", Role.CONTROL_NET: "controlnet", Role.VAE: "vae"}
+_PARTS = {Role.TEXT_ENCODER: "text_encoder", Role.DENOISER: "unet", Role.CONTROL_NET: "controlnet", Role.VAE: "vae"}
 # Parts of the class names of what a role serves.
 _CLASSES = {Role.DENOISER: ("UNet", "Transformer"), Role.CONTROL_NET: ("ControlNet",), Role.VAE: ("Autoencoder",)}
 
@@ -58,17 +58,22 @@ def _checks(role: Role, source: SourceFolder) -> Iterator[Callable[[], object]]:
         for file in _loras(source.alone):
             yield partial(weight_files.check_size, file)
         return
+    if source.single_file is not None:
+        yield partial(_check_single_file, source.single_file, _PARTS[role])
+        if role is Role.TEXT_ENCODER:
+            yield partial(weight_files.check_tokenizer, source.beside("tokenizer"))
+        return
     if role is Role.TEXT_ENCODER:
         yield from _checks_of_text(source)
         return
-    yield partial(_check_component, source.part(_NETWORKS[role]), source.variant, _CLASSES[role])
-    if role is Role.DENOISER and source.single_file is None:
+    yield partial(_check_component, source.part(_PARTS[role]), source.variant, _CLASSES[role])
+    if role is Role.DENOISER:
         yield partial(weight_files.config, source.beside("scheduler"), "scheduler_config.json")
 
 
 def _checks_of_text(source: SourceFolder) -> Iterator[Callable[[], object]]:
     if not source.is_pipeline:
-        yield partial(_check_component, source.single_file or source.alone, source.variant)
+        yield partial(_check_component, source.alone, source.variant)
         yield partial(weight_files.check_tokenizer, source.beside("tokenizer"))
         return
     if source.component is not None:
@@ -85,17 +90,22 @@ def _checks_of_text(source: SourceFolder) -> Iterator[Callable[[], object]]:
             yield partial(weight_files.check_tokenizer, source.pipeline / name)
 
 
+def _check_single_file(file: Path, part: str) -> None:
+    """Raises the error of a file from which a part of a model is read."""
+    if not file.name.endswith(weight_names.SUFFIX):
+        raise weight_names.refusal_of_file(str(file))
+    weight_files.check_size(file)
+    single_file_parts.check(file, weight_files.keys(file), part)
+
+
 def _check_component(path: Path, variant: str | None, classes: Collection[str] = ()) -> None:
     """Raises the error of a component's files.
 
     Args:
         classes: Parts of the class names of what the role serves; empty: any class.
     """
-    if path.is_file() and not path.name.endswith(weight_names.SUFFIX):
-        raise weight_names.refusal(str(path.parent), [path.name], variant=variant)
     if path.is_file():
-        weight_files.check_size(path)
-        return
+        raise weight_names.refusal_of_file(str(path))
     for file in weight_files.of_component(path, variant=variant):
         weight_files.check_size(file)
     name = weight_files.config(path).get("_class_name")

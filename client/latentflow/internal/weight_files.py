@@ -100,6 +100,13 @@ def check_size(path: Path) -> None:
         raise DataLossError(f"{path} {damage(path, problem)}.")
 
 
+def keys(path: Path) -> list[str]:
+    """The names of the tensors in a safetensors file that `check_size` has accepted. Reads the header alone."""
+    with path.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(_LENGTH), "little")))
+    return [name for name in header if name != "__metadata__"]
+
+
 def _problem_of_size(path: Path) -> str:
     with path.open("rb") as opened:
         size = os.fstat(opened.fileno()).st_size

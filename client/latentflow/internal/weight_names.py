@@ -20,6 +20,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = r"(?:-\d+-of-\d+)?"
 _NAME = re.compile(rf"(?:{'|'.join(STEMS)}){_SHARD}(?:\.([A-Za-z0-9_-]+?))?{_SHARD}\.safetensors")
 _SHOWN = 3
+_CONVERT = (
+    "Weights load from safetensors only: a pickle can run code. 'Convert a pickle' in docs/weights.md has a program that "
+    "converts it."
+)
 
 
 def whole(stem: str, variant: str | None) -> str:
@@ -79,8 +83,7 @@ def refusal(folder: str, names: Collection[str], *, variant: str | None) -> Fail
         )
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         return FailedPreconditionError(
-            f"{folder} holds a pickle ({pickles[0]}) and no safetensors. Weights load from safetensors only: "
-            "a pickle can run code. Convert it, for instance with diffusers' save_pretrained.",
+            f"{folder} holds a pickle ({pickles[0]}) and no safetensors. {_CONVERT}",
             reason=Reason.PICKLE_REFUSED,
         )
     if ggufs := sorted(name for name in names if name.endswith(".gguf")):
@@ -88,6 +91,15 @@ def refusal(folder: str, names: Collection[str], *, variant: str | None) -> Fail
             f"{folder} holds {listed(ggufs)}. Weights load from safetensors only; use a folder that has these."
         )
     return _refusal(f"{folder} holds no *{SUFFIX} file; check the source.")
+
+
+def refusal_of_file(file: str) -> FailedPreconditionError:
+    """Why a file cannot be read that a source names in its subfolder, or in its uri with another suffix than .safetensors."""
+    if file.endswith(PICKLES):
+        return FailedPreconditionError(f"{file} is a pickle. {_CONVERT}", reason=Reason.PICKLE_REFUSED)
+    if file.endswith(SUFFIX):
+        return _refusal(f"{file} is a file, and source.subfolder names a folder. Name the file in the uri.")
+    return _refusal(f"{file} is no *{SUFFIX} file. Weights load from safetensors only; name a file or folder of these.")
 
 
 def _not_read(folder: str, file: str, names: Collection[str]) -> FailedPreconditionError:

@@ -14,13 +14,12 @@ import torch
 from accelerate import init_empty_weights
 from diffusers.loaders import single_file_utils
 from latentflow.errors import FailedPreconditionError
-from latentflow.internal import weight_files
+from latentflow.internal import single_file_parts, weight_files
 from latentflow.reasons import Reason
 
 from latentflow_nodes.families.single_file_configs import CONFIGS, TITLES
 from latentflow_nodes.weights import files
 
-_NETWORK, _VAE = "model.diffusion_model.", "first_stage_model."
 _CONVERSIONS: Mapping[str, Any] = {
     "UNet2DConditionModel": single_file_utils.convert_ldm_unet_checkpoint,
     "AutoencoderKL": single_file_utils.convert_ldm_vae_checkpoint,
@@ -42,8 +41,7 @@ _MARKS = ("v_pred", "edm_vpred", "edm_mean")
 
 def kind(file: Path) -> str | None:
     """diffusers' name of what a single file holds; None where it is no whole model, but for instance a VAE."""
-    keys = files.keys(file)
-    if not any(key.startswith(_NETWORK) for key in keys):
+    if not single_file_parts.is_whole(files.keys(file)):
         return None
     return str(single_file_utils.infer_diffusers_model_type(_tensors(file)))
 
@@ -51,22 +49,12 @@ def kind(file: Path) -> str | None:
 def config(file: Path, part: str) -> dict[str, Any]:
     """The configuration of a part: the one beside the file, or the one of the file's kind.
 
-    FailedPreconditionError for a single file of another kind, and for a part alone without its configuration.
+    FailedPreconditionError for a LoRA, for a single file of another kind, and for a part alone without its configuration.
     """
-    if (folder := _beside(file, part)) is not None:
+    single_file_parts.check(file, files.keys(file), part)
+    if (folder := single_file_parts.config_folder(file, part)) is not None:
         return weight_files.config(folder)
-    known = kind(file)
-    if known is None and (key := next((key for key in files.keys(file) if ".lora_" in key), None)):
-        raise FailedPreconditionError(
-            f"{file} is a LoRA (key {key}). Put it into the folder of a LoRA store, and name the base model here.",
-            reason=Reason.WEIGHTS_MISMATCH,
-        )
-    if known is None:
-        raise FailedPreconditionError(
-            f"{file} is no whole model of Stable Diffusion, and there is no {part}/config.json beside it. If it holds a "
-            f"{part}, copy that file of the base model there; otherwise correct the source.",
-            reason=Reason.WEIGHTS_UNAVAILABLE,
-        )
+    known = str(kind(file))
     if known not in CONFIGS:
         raise FailedPreconditionError(
             f"{file} is a single file of the kind {known}; this version serves {', '.join(CONFIGS)}.",
@@ -81,24 +69,17 @@ def config(file: Path, part: str) -> dict[str, Any]:
 
 def role_config(file: Path, role: str) -> dict[str, Any]:
     """The configuration by which the family of a file is known: of a whole model that of its denoiser."""
-    is_whole = any(key.startswith(_NETWORK) for key in files.keys(file))
-    return config(file, "unet" if is_whole else _PARTS[role])
+    return config(file, "unet" if single_file_parts.is_whole(files.keys(file)) else _PARTS[role])
 
 
 def _assumed(file: Path, part: str) -> str:
     """What to do if the built-in configuration of a part is not that of the file; empty if the configuration is beside it."""
-    if _beside(file, part) is not None:
+    if single_file_parts.config_folder(file, part) is not None:
         return ""
     return (
         f" The file has no {part}/config.json beside it, so the built-in configuration of {TITLES[str(kind(file))]} was "
         f"assumed. If its {part} has other sizes, put its config.json into {file.parent / part}."
     )
-
-
-def _beside(file: Path, part: str) -> Path | None:
-    """The folder beside a single file that holds the configuration of a part."""
-    folders = (file.parent / part, *([file.parent] if part in ("vae", "controlnet") else []))
-    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def scheduler(file: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def locate(
         return SourceFolder(pipeline=file.parent, single_file=file)
     folder = root / subfolder if subfolder else root
     if folder.is_file():
-        raise weight_names.refusal(str(folder.parent), [folder.name], variant=None)
+        raise weight_names.refusal_of_file(str(folder))
     if not folder.is_dir():
         raise FailedPreconditionError(
             f"There is no weights folder {folder} (source {uri!r}); {_what_to_check(scheme, 'the uri', 'the subfolder')}.",
