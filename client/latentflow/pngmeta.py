@@ -113,7 +113,8 @@ def read(path: Path) -> Recipe:
         raise InvalidRequestError(f"{path} cannot be read as PNG: {error}.") from None
     if text is None:
         raise InvalidRequestError(
-            f"{path} contains no recipe; only PNG files that `latentflow generate` wrote contain one."
+            f"{path} contains no recipe; only PNG files that `latentflow generate` or the HTTP API of a gateway made contain "
+            "one, as long as no other program has written them again."
         )
     try:
         return Recipe.model_validate(json.loads(text))

@@ -77,7 +77,7 @@ class Reason(Documented):
     )
     API_KEY_MISSING = (
         "API_KEY_MISSING",
-        "The gateway requires an API key, and the call carries none.",
+        "The gateway requires an API key, and the call carries none, or not in the form `Bearer KEY`.",
         "Pass `api_key` to the client or `--api-key` to the command, set LATENTFLOW_API_KEY, or over HTTP send the header "
         "`Authorization: Bearer KEY`.",
     )

@@ -102,7 +102,7 @@ class ApiKeys:
         client = client_of(authorization, self._known)
         self._metrics.of("latentflow_gateway_authentications_total", client=client or "?").inc()
         if client is None:
-            raise _unknown() if authorization else _missing()
+            raise _refusal(authorization)
         _caller.set(client)
         structlog.contextvars.bind_contextvars(client=client)
 
@@ -133,6 +133,16 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):
             except AuthenticationError as error:
                 return refusing(error)
         return await continuation(details)
+
+
+def _refusal(authorization: str) -> AuthenticationError:
+    """Why an authorization header is not accepted; its content is not part of the message."""
+    if authorization and authorization.partition(" ")[0].lower() != "bearer":
+        return AuthenticationError(
+            "The authorization header does not begin with `Bearer` and a space. Send `Authorization: Bearer KEY`.",
+            reason=Reason.API_KEY_MISSING,
+        )
+    return _unknown() if authorization else _missing()
 
 
 def _missing() -> AuthenticationError:

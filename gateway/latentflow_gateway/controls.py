@@ -56,8 +56,14 @@ def plan(
     for given in request.control_images:
         name = control_names.written(given.model, given.net)
         if given.model not in known:
+            remedy = (
+                ""
+                if known
+                else f" Add a model with role: ControlNet and attachTo: {workflow.of_role(Role.DENOISER)[0].name} to it, as "
+                "docs/controlnets.md shows."
+            )
             raise NotFoundError(
-                f"Workflow {workflow.full_name} has no ControlNet {given.model!r}; it has {', '.join(known) or 'none'}.",
+                f"Workflow {workflow.full_name} has no ControlNet {given.model!r}; it has {', '.join(known) or 'none'}.{remedy}",
                 reason=Reason.UNKNOWN_MODEL,
                 details={FIELD: "control_images"},
             )

@@ -45,7 +45,8 @@ def plan(
     stores = workflow.of_role(Role.LORA_STORE)
     if not stores:
         raise NotFoundError(
-            f"Workflow {workflow.full_name} has no LoRA store.",
+            f"Workflow {workflow.full_name} has no LoRA store. Add a model with role: LoRAStore and "
+            f"attachTo: {workflow.of_role(Role.DENOISER)[0].name} to it, as docs/loras.md shows.",
             reason=Reason.UNKNOWN_ADAPTER,
             details={FIELD: "loras"},
         )

@@ -27,6 +27,7 @@ from latentflow_gateway.settings import Limits
 _MAX_SEED = (1 << 64) - 1
 _MAX_KEY = 128
 _MAX_PRIORITY = 100
+_NAME_ONE = "Name one: --workflow on the command line, workflow=… in Python, the field model over HTTP."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,7 @@ def find(workflows: tuple[DiffusionWorkflow, ...], name: str) -> DiffusionWorkfl
         if len(workflows) == 1:
             return workflows[0]
         raise NotFoundError(
-            f"The request names no workflow, and the gateway serves {known}. Name one: --workflow on the command line, "
-            "workflow=… in Python, the field model over HTTP.",
+            f"The request names no workflow, and the gateway serves {known}. {_NAME_ONE}",
             reason=Reason.UNKNOWN_WORKFLOW,
             details={FIELD: "workflow"},
         )
@@ -80,7 +80,7 @@ def find(workflows: tuple[DiffusionWorkflow, ...], name: str) -> DiffusionWorkfl
         if workflow.full_name == full:
             return workflow
     raise NotFoundError(
-        f"The gateway has no workflow {full!r}; it serves {known}.",
+        f"The gateway has no workflow {full!r}; it serves {known}. {_NAME_ONE}",
         reason=Reason.UNKNOWN_WORKFLOW,
         details={FIELD: "workflow"},
     )

@@ -57,7 +57,9 @@ def test_a_png_without_a_recipe_is_refused(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, "PNG")
     (tmp_path / "a.png").write_bytes(stream.getvalue())
-    with pytest.raises(InvalidRequestError, match="contains no recipe"):
+    with pytest.raises(
+        InvalidRequestError, match=r"contains no recipe; only PNG files that `latentflow generate` or the HTTP API"
+    ):
         pngmeta.read(tmp_path / "a.png")
 
 

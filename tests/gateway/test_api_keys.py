@@ -149,6 +149,15 @@ def test_files_without_a_key_that_can_be_sent_are_reported_by_name(tmp_path: Pat
     assert warnings == {"anna": "it is empty", "carla": unsendable, "dora": unsendable}
 
 
+@pytest.mark.parametrize("sent", [ANNA, f"Basic {ANNA}", f"Bearer:{ANNA}"])
+def test_a_key_without_its_scheme_is_refused_with_the_form_of_the_header(tmp_path: Path, sent: str) -> None:
+    keys = ApiKeys(mounted(tmp_path / "keys", anna=ANNA), metrics=Instruments(GATEWAY))
+    with pytest.raises(AuthenticationError, match="Send `Authorization: Bearer KEY`") as caught:
+        keys.admit(sent)
+    assert caught.value.reason == Reason.API_KEY_MISSING
+    assert ANNA not in caught.value.message
+
+
 async def test_a_key_may_contain_spaces(tmp_path: Path) -> None:
     async with serving(tmp_path, mounted(tmp_path / "keys", anna="four words in one\n")) as gateway:
         assert await listed(gateway, "four words in one") == [WORKFLOW.full_name]

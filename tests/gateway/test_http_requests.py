@@ -115,10 +115,15 @@ def test_options_that_have_no_meaning_here_are_accepted_where_they_are_harmless(
         ("size", "0x64", "must be WIDTHxHEIGHT"),
         ("n", 0, "greater than or equal to 1"),
         ("n", "2", "valid integer"),
-        ("seed", -1, "greater than or equal to 0"),
+        ("seed", -1, "greater than or equal to 0. Leave it out for a random seed."),
         ("guidance_scale", "5", "valid number"),
         ("prompt", 5, "valid string"),
-        ("loras", ["neon"], "should be an object"),
+        ("loras", ["neon"], 'must be an object such as {"neon": 0.8}, with the weights by LoRA name, not ["neon"].'),
+        (
+            "control_images",
+            ["x.png"],
+            'must be an object such as {"edges": {"image": "BASE64"}}, with the control images',
+        ),
     ],
 )
 def test_a_refusal_names_the_field_and_what_to_do(field: str, value: object, words: str) -> None:
@@ -126,6 +131,16 @@ def test_a_refusal_names_the_field_and_what_to_do(field: str, value: object, wor
     assert error.details == {"field": field}
     assert field in error.message
     assert words in error.message
+
+
+def test_a_control_image_that_is_no_object_is_refused_with_the_form_of_one() -> None:
+    error = refusal({"prompt": "a", "control_images": {"edges": "x.png"}})
+    assert error.details == {"field": "control_images.edges"}
+    assert error.message == (
+        'control_images.edges must be an object such as {"image": "BASE64"}, with the PNG or JPEG file as base64 or as a '
+        'data: URL, not "x.png".'
+    )
+    assert len(refusal({"prompt": "a", "control_images": {"edges": "A" * 10_000}}).message) < 250
 
 
 @pytest.mark.parametrize(("form", "longest"), [("webp", 16_383), ("jpeg", 65_500)])

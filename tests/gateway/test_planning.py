@@ -337,13 +337,39 @@ def test_a_task_that_is_not_served_is_refused() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("role", "fields", "words"),
+    [
+        (
+            Role.LORA_STORE,
+            {"loras": [generation_pb2.Lora(name="neon", weight=1)]},
+            "role: LoRAStore and attachTo: base",
+        ),
+        (Role.CONTROL_NET, {"control_images": [control()]}, "role: ControlNet and attachTo: base"),
+    ],
+)
+def test_a_workflow_without_a_role_is_refused_with_the_model_to_add(
+    role: Role, fields: dict[str, Any], words: str
+) -> None:
+    models = tuple(model for model in SHAPES.spec.models if model.role is not role)
+    lacking = SHAPES.model_copy(update={"spec": SHAPES.spec.model_copy(update={"models": models})})
+    with pytest.raises(NotFoundError, match=f"Add a model with {words} to it, as docs/"):
+        planning.plan(
+            workflow=lacking,
+            request=generation_pb2.GenerateRequest(prompt="x", **fields),
+            descriptions=descriptions(),
+            limits=LIMITS,
+            seed=0,
+        )
+
+
 @pytest.mark.parametrize("name", ["", "shapes", "default/shapes"])
 def test_a_workflow_is_found_by_its_name_or_by_being_the_only_one(name: str) -> None:
     assert planning.find((SHAPES,), name) is SHAPES
 
 
 def test_an_unknown_workflow_is_refused_with_the_names_of_those_served() -> None:
-    with pytest.raises(NotFoundError, match="no workflow 'default/nope'; it serves default/shapes"):
+    with pytest.raises(NotFoundError, match=r"no workflow 'default/nope'; it serves default/shapes\. Name one: --work"):
         planning.find((SHAPES,), "nope")
 
 

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from latentflow_gateway.fields import FIELD
 
 _MAX_UINT32 = (1 << 32) - 1
+# Characters of a wrong value in a message: it may be a whole image.
+_SHOWN = 40
 _MAX_SEED = (1 << 64) - 1
 Format = Literal["png", "jpeg", "webp"]
 Count = Annotated[int, Field(ge=1, le=_MAX_UINT32)]
@@ -42,6 +44,12 @@ _FIELD_FOR = {
 }
 # In pixels; longer ones cannot be written in these formats.
 _LONGEST_SIDE = {"jpeg": 65_500, "webp": 16_383}
+# Of the fields that are objects, and of a control image.
+_FORMS = {
+    "loras": '{"neon": 0.8}, with the weights by LoRA name',
+    "control_images": '{"edges": {"image": "BASE64"}}, with the control images by ControlNet',
+}
+_CONTROL_IMAGE = '{"image": "BASE64"}, with the PNG or JPEG file as base64 or as a data: URL'
 _SIZE = "size must be WIDTHxHEIGHT in pixels, such as 512x512, or auto"
 
 
@@ -261,4 +269,9 @@ def _message(problem: Any, param: str) -> str:
         return f"{param} must be {accepted}, not {json.dumps(given)}. {_REFUSED.get(param, '')}".strip()
     if kind == "string_pattern_mismatch":
         return f"{_SIZE}, not {json.dumps(given)}."
-    return f"{param}: {problem['msg']}."
+    if kind in ("dict_type", "model_type"):
+        return (
+            f"{param} must be an object such as {_FORMS.get(param, _CONTROL_IMAGE)}, not {json.dumps(given)[:_SHOWN]}."
+        )
+    hint = " Leave it out for a random seed." if param == "seed" else ""
+    return f"{param}: {problem['msg']}.{hint}"
