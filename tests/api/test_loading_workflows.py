@@ -63,6 +63,12 @@ def test_a_file_may_hold_several_workflows() -> None:
         ("width: 64", "width: 0", "spec.defaults.width"),
         ("latencyScale: 2.0", "latencyScale: 2.0, latencySeconds: 3", "exactly one of latencyScale and latencySeconds"),
         ("uri: shapes}}", 'uri: "ftp://x/y"}}', "the scheme 'ftp' is unknown"),
+        (
+            "uri: shapes}}",
+            'uri: "https://huggingface.co/a/b/tree/main"}}',
+            "is the address of a web page; for the repository of a hub, write hf://a/b",
+        ),
+        ("uri: shapes}}", 'uri: "https://huggingface.co/a"}}', "the scheme 'https' is unknown"),
         ("uri: shapes}}", "uri: ../shapes}}", "a relative URI stays under the model root"),
         ("uri: shapes}}", "uri: 'hf://only'}}", "hf://org/repo"),
         ("subfolder: loras", "subfolder: ../loras", "without '..'"),

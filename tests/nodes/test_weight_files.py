@@ -334,7 +334,8 @@ async def test_a_text_encoder_does_not_serve_another_folder_than_its_subfolder(
     ("source", "words"),
     [
         ({"uri": "absent"}, "check the uri, the subfolder and the model root (--model-root)."),
-        ({"uri": "absent/all.safetensors"}, "check the uri and the model root (--model-root)."),
+        ({"uri": "one/two/all.safetensors"}, "check the uri and the model root (--model-root)."),
+        ({"uri": "org/repo"}, "the model root (--model-root); for the repository of a hub, write hf://org/repo."),
         ({"uri": "file:///absent"}, "check the uri and the subfolder."),
         ({"uri": "file:///absent/all.safetensors"}, "check the uri."),
     ],

@@ -122,6 +122,8 @@ class Source(Typed):
             parsed = urlparse(uri)
         except ValueError as error:
             raise ValueError(f"{uri!r} is not a URI: {error}") from None
+        if hub := source_uri.hub_of_page(uri):
+            raise ValueError(f"{uri} is the address of a web page; for the repository of a hub, write {hub}")
         if parsed.scheme not in SCHEMES:
             known = ", ".join(f"{scheme}://" for scheme in SCHEMES if scheme)
             raise ValueError(f"the scheme {parsed.scheme!r} is unknown; use a folder under the model root or {known}")

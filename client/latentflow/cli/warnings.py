@@ -130,10 +130,7 @@ def _meant(uri: str, model_root: Path | None) -> str:
     root = model_root.absolute()
     if uri.startswith(f"{root.name}/") and os.path.exists(root.parent / uri):
         return f"; a uri begins below the model root: write {uri.removeprefix(f'{root.name}/')}"
-    repository = source_uri.bare_repository(uri)
-    if repository and not os.path.exists(root / repository.split("/")[0]):
-        return f"; for the repository of a hub, write hf://{repository}"
-    return ""
+    return source_uri.hub_of_missing(uri, root)
 
 
 def _is_in_a_volume(model: Model, source: Source) -> bool:

@@ -64,6 +64,27 @@ def bare_repository(uri: str) -> str | None:
     return named if _HUB_NAME.fullmatch(organisation) and _HUB_NAME.fullmatch(name) else None
 
 
+def hub_of_missing(uri: str, model_root: Path) -> str:
+    """The `hf:` URI that a missing relative source may mean, as the end of a clause; empty if nothing shows that.
+
+    Args:
+        uri: A relative URI that the model root does not have.
+    """
+    repository = bare_repository(uri)
+    if repository is None or (model_root / repository.split("/")[0]).exists():
+        return ""
+    return f"; for the repository of a hub, write hf://{repository}"
+
+
+def hub_of_page(uri: str) -> str | None:
+    """The `hf:` URI of the repository that the address of a hub's web page names; None for another address."""
+    parsed = urlparse(uri)
+    if parsed.scheme not in ("http", "https") or parsed.netloc.lower() not in _HUBS:
+        return None
+    named = bare_repository("/".join(parsed.path.split("/")[1:3]))
+    return f"hf://{named}" if named else None
+
+
 def is_single_file(uri: str) -> bool:
     """Whether a source names a file that holds all weights of a model."""
     return uri.endswith(SINGLE_FILE)

@@ -80,11 +80,12 @@ def locate(
             "s3://bucket/path.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
+    meant = source_uri.hub_of_missing(uri, model_root) if scheme == "" else ""
     if is_single_file:
         file = root / inside if scheme in ("hf", "s3") else root
         if not file.is_file():
             raise FailedPreconditionError(
-                f"There is no file {file} (source {uri!r}); {_what_to_check(scheme, 'the uri')}.",
+                f"There is no file {file} (source {uri!r}); {_what_to_check(scheme, 'the uri')}{meant}.",
                 reason=Reason.WEIGHTS_UNAVAILABLE,
             )
         return SourceFolder(pipeline=file.parent, single_file=file)
@@ -93,7 +94,7 @@ def locate(
         raise weight_names.refusal_of_file(str(folder))
     if not folder.is_dir():
         raise FailedPreconditionError(
-            f"There is no weights folder {folder} (source {uri!r}); {_what_to_check(scheme, 'the uri', 'the subfolder')}.",
+            f"There is no weights folder {folder} (source {uri!r}); {_what_to_check(scheme, 'the uri', 'the subfolder')}{meant}.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
     if role != "LoRAStore" and subfolder is None and (only := weight_files.only_file(folder)):
