@@ -93,7 +93,8 @@ async def test_values_that_overflow_fail_their_request_alone(shapes: Stack) -> N
     fine, over = Request(steps=8), Request(steps=8, guidance_scale=1e38, loras=[("neon", 0.5)])
     expected, _ = await shapes.generate(fine)
     (latents, _), error = await asyncio.gather(shapes.generate(fine), _overflow(shapes, over))
-    assert torch.equal(latents, expected)
+    # They share passes, in which the last bits may differ.
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
     assert error.reason == Reason.NOT_FINITE
     assert error.code is grpc.StatusCode.FAILED_PRECONDITION
     assert "not finite after 8 steps in float32 with the LoRAs 'neon' with the weight 0.5" in error.message
