@@ -356,7 +356,7 @@ def test_single_files_that_a_server_of_the_role_refuses_are_reported(tmp_path: P
     file = tmp_path / "part.safetensors"
     shutil.copy(SHAPES / f"vae/{NETWORK}", file)
     (found,) = folders.problems(role, file, subfolder=None, variant=None)
-    assert f"{file} is no whole model of Stable Diffusion, and there is no {part}/config.json beside it" in found
+    assert f"{file} is not a file of a whole model, and there is no {part}/config.json beside it" in found
     (tmp_path / part).mkdir()
     (tmp_path / part / "config.json").write_text("{}")
     assert folders.problems(role, file, subfolder=None, variant=None) == []

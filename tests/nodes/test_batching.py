@@ -213,7 +213,7 @@ def test_a_small_image_waits_for_few_passes_of_a_large_one(short: float, times: 
     assert run.seconds - admitted <= 2 * (steps * short + long)
 
 
-@given(st.floats(0.01, 10), st.floats(0.01, 10))
+@given(st.floats(0.1, 10), st.floats(0.1, 10))
 def test_two_groups_share_the_time_whatever_their_passes_take(first: float, second: float) -> None:
     passes = {"a": first, "b": second}
     run = Run(of_groups("a", "b"), limits=both(4), pass_seconds=lambda group, _: passes[str(group)], merge_seconds=0)

@@ -64,7 +64,9 @@ async def test_passes_are_reported_by_rows_and_size(shapes: Stack, layout_image:
     assert {(2, 8, 8), (1, 16, 16)} <= sizes["base"].keys()
     assert {(1, 8, 8), (1, 16, 16)} <= sizes["pixels"].keys()
     assert (2, 8, 8) in sizes["layout"]
-    assert sizes["text"].keys() == {(1, 0, 0), (2, 0, 0)}
+    # Other tests use these servers too.
+    assert {(1, 0, 0), (2, 0, 0)} <= sizes["text"].keys()
+    assert all(one[1:] == (0, 0) for one in sizes["text"])
     assert sizes["styles"] == {}
     assert all(0 < seconds < 60 for of_server in sizes.values() for seconds in of_server.values())
 

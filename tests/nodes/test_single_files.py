@@ -215,7 +215,7 @@ async def test_a_vae_file_alone_needs_its_configuration(tmp_path: Path) -> None:
     vae = AutoencoderKL.from_pretrained(SHAPES / "vae")
     save_file(single_files.vae(vae, vae.state_dict(), prefix=""), file)
     error = await refused(file, "VAE")
-    assert "is no whole model of Stable Diffusion, and there is no vae/config.json beside it" in error.message
+    assert "is not a file of a whole model, and there is no vae/config.json beside it" in error.message
     shutil.copy(SHAPES / "vae/config.json", file.parent)
     shutil.copytree(SHAPES, tmp_path / "m")
     async with started(tmp_path, "m", own={"pixels": {"uri": "one"}}) as stack:

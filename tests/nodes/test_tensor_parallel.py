@@ -150,6 +150,7 @@ async def checkpoints(stack: Stack, opening: stage_pb2.DenoiseOpen) -> tuple[lis
     raise AssertionError("no result")
 
 
+@pytest.mark.exhaustive
 async def test_a_network_of_four_ranks_equals_the_whole_one(
     shapes: Stack, edge_image: Image.Image, layout_image: Image.Image
 ) -> None:

@@ -42,7 +42,7 @@ def check(file: Path, keys: Collection[str], part: str) -> None:
         )
     if config_folder(file, part) is None:
         raise FailedPreconditionError(
-            f"{file} is no whole model of Stable Diffusion, and there is no {part}/config.json beside it. If it holds a "
+            f"{file} is not a file of a whole model, and there is no {part}/config.json beside it. If it holds a "
             f"{part}, copy that file of the base model there; otherwise correct the source.",
             reason=Reason.WEIGHTS_UNAVAILABLE,
         )
