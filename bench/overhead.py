@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from latentflow import AsyncClient, Result
 from latentflow.api import API_VERSION, DiffusionWorkflow, load_workflows
+from latentflow.results import StageTiming
 from latentflow_local.runtime import run
 from latentflow_nodes import families
 from latentflow_nodes.engine import forward_time
@@ -134,6 +136,31 @@ def workflow(model: BenchModel) -> DiffusionWorkflow:
         "spec": spec,
     }
     return DiffusionWorkflow.model_validate(document)
+
+
+def workflow_with(model: BenchModel, *, name: str | None = None, **denoiser: Any) -> DiffusionWorkflow:
+    """As `workflow`, with further fields of the denoiser, and another name if there is one."""
+    document = workflow(model).model_dump(mode="json", by_alias=True, exclude_none=True)
+    base = next(one for one in document["spec"]["models"] if one["role"] == "Denoiser")
+    base |= denoiser
+    if name is not None:
+        document["metadata"]["name"] = name
+    return DiffusionWorkflow.model_validate(document)
+
+
+async def denoising(client: AsyncClient, model: BenchModel, **arguments: Any) -> StageTiming:
+    """Makes an image, and returns how long its denoising took."""
+    result = await client.generate(PROMPT, steps=model.steps, width=model.side, height=model.side, seed=1, **arguments)
+    return next(stage for stage in result.done.stages if stage.stage == "denoise")
+
+
+def print_denoising(kinds: Mapping[str, Sequence[StageTiming]], *, title: str, console: Console) -> None:
+    """Prints where the time of each kind of request was spent."""
+    table = Table("seconds, medians", "denoising", "in forward passes", box=None, title=title)
+    for name, stages in kinds.items():
+        wall, forward = (statistics.median(getattr(stage, key) for stage in stages) for key in ("wall", "forward"))
+        table.add_row(name, f"{wall:.3f}", f"{forward:.3f}")
+    console.print(table)
 
 
 async def measure(model: BenchModel, *, root: Path, rounds: int, threads: int) -> dict[str, Sides]:

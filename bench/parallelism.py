@@ -17,21 +17,18 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import overhead
 import ranges
 import torch
 from latentflow import AsyncClient
-from latentflow.api import DiffusionWorkflow
 from latentflow.results import StageTiming
 from latentflow_local.runtime import run
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import models
-from models import MODELS, BenchModel
+from models import MODELS
 
 MODEL = MODELS["mid"]
 REPLICAS = 2
@@ -61,34 +58,15 @@ class Round:
         return self.alone.forward / self.one_row.forward
 
 
-def workflow(model: BenchModel) -> DiffusionWorkflow:
-    """The workflow of a model whose requests run on two replicas of the denoiser."""
-    document = overhead.workflow(model).model_dump(mode="json", by_alias=True, exclude_none=True)
-    base = next(one for one in document["spec"]["models"] if one["role"] == "Denoiser")
-    base |= {"scaling": {"minReplicas": REPLICAS, "maxReplicas": REPLICAS}, "parallelism": {"latent": REPLICAS}}
-    return DiffusionWorkflow.model_validate(document)
-
-
-class Requests:
+async def requests(client: AsyncClient) -> Round:
     """The requests of a round."""
-
-    def __init__(self, client: AsyncClient, model: BenchModel) -> None:
-        self._client = client
-        self._model = model
-
-    async def round(self) -> Round:
-        peer = await self._denoising(guidance_scale=overhead.GUIDANCE)
-        # One server computes a deterministic request.
-        alone = await self._denoising(guidance_scale=overhead.GUIDANCE, deterministic=True)
-        both = await asyncio.gather(*(self._denoising(guidance_scale=1.0) for _ in range(REPLICAS)))
-        if len({one.replica for one in both}) < REPLICAS:
-            raise RuntimeError("both requests without guidance ran on one replica")
-        return Round(alone=alone, peer=peer, one_row=both[0])
-
-    async def _denoising(self, **arguments: Any) -> StageTiming:
-        side, steps = self._model.side, self._model.steps
-        result = await self._client.generate(overhead.PROMPT, steps=steps, width=side, height=side, seed=1, **arguments)
-        return next(stage for stage in result.done.stages if stage.stage == "denoise")
+    peer = await overhead.denoising(client, MODEL, guidance_scale=overhead.GUIDANCE)
+    # One server computes a deterministic request.
+    alone = await overhead.denoising(client, MODEL, guidance_scale=overhead.GUIDANCE, deterministic=True)
+    both = await asyncio.gather(*(overhead.denoising(client, MODEL, guidance_scale=1.0) for _ in range(REPLICAS)))
+    if len({one.replica for one in both}) < REPLICAS:
+        raise RuntimeError("both requests without guidance ran on one replica")
+    return Round(alone=alone, peer=peer, one_row=both[0])
 
 
 async def bench(*, rounds: int) -> list[Round]:
@@ -97,14 +75,15 @@ async def bench(*, rounds: int) -> list[Round]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         models.write(MODEL, root)
+        scaling = {"minReplicas": REPLICAS, "maxReplicas": REPLICAS}
+        workflow = overhead.workflow_with(MODEL, scaling=scaling, parallelism={"latent": REPLICAS})
         async with run(
-            [workflow(MODEL)], model_root=root, listen="127.0.0.1:0", threads=1, cores=REPLICAS, log_level="ERROR"
+            [workflow], model_root=root, listen="127.0.0.1:0", threads=1, cores=REPLICAS, log_level="ERROR"
         ) as runtime:
             await runtime.supervisor.wait_ready(overhead.READY_SECONDS)
             async with AsyncClient(runtime.target, timeout=overhead.READY_SECONDS) as client:
-                requests = Requests(client, MODEL)
                 for measured in track(range(-WARM_UP_ROUNDS, rounds), "parallelism", console=Console(stderr=True)):
-                    one = await requests.round()
+                    one = await requests(client)
                     if measured >= 0:
                         taken.append(one)
     return taken
@@ -120,18 +99,6 @@ def figures_of(rounds: Sequence[Round]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in figures.items()}
 
 
-def report(rounds: Sequence[Round], *, console: Console) -> None:
-    """Prints where the time was spent."""
-    table = Table(
-        "seconds, medians", "denoising", "in forward passes", box=None, title=f"{MODEL.name}, one thread each"
-    )
-    for name in ("alone", "peer", "one_row"):
-        stages = [getattr(one, name) for one in rounds]
-        wall, forward = (statistics.median(getattr(stage, key) for stage in stages) for key in ("wall", "forward"))
-        table.add_row(name, f"{wall:.3f}", f"{forward:.3f}")
-    console.print(table)
-
-
 def main() -> int:
     """Measures; returns 1 where a figure is outside its range."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,7 +107,8 @@ def main() -> int:
     console = Console(width=110)
     console.print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     taken = asyncio.run(bench(rounds=options.rounds))
-    report(taken, console=console)
+    kinds = {name: [getattr(one, name) for one in taken] for name in ("alone", "peer", "one_row")}
+    overhead.print_denoising(kinds, title=f"{MODEL.name}, one thread each", console=console)
     return ranges.conclude(figures_of(taken), ranges.load("latent"), title="Latent parallelism", console=console)
 
 

@@ -22,17 +22,15 @@ import ranges
 import torch
 from diffusers import UNet2DConditionModel
 from latentflow import AsyncClient
-from latentflow.api import DiffusionWorkflow
 from latentflow.results import StageTiming
 from latentflow_local.runtime import run
 from latentflow_nodes.engine.forward_time import measure
 from latentflow_nodes.families import splits
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import models
-from models import MODELS, BenchModel
+from models import MODELS
 
 MODEL = MODELS["wide"]
 RANKS = 2
@@ -42,15 +40,6 @@ TOKENS = 32
 
 # The denoising of one request on the whole denoiser, and on the divided one.
 Round = tuple[StageTiming, StageTiming]
-
-
-def divided(model: BenchModel) -> DiffusionWorkflow:
-    """The workflow of a model whose denoiser is divided."""
-    document = overhead.workflow(model).model_dump(mode="json", by_alias=True, exclude_none=True)
-    base = next(one for one in document["spec"]["models"] if one["role"] == "Denoiser")
-    base |= {"parallelism": {"tensor": RANKS}}
-    document["metadata"]["name"] += "-divided"
-    return DiffusionWorkflow.model_validate(document)
 
 
 @torch.inference_mode()
@@ -85,30 +74,20 @@ async def bench(*, rounds: int) -> list[Round]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         models.write(MODEL, root)
-        workflows = [overhead.workflow(MODEL), divided(MODEL)]
+        divided = overhead.workflow_with(MODEL, name=f"{MODEL.name}-divided", parallelism={"tensor": RANKS})
+        workflows = [overhead.workflow(MODEL), divided]
         async with run(
             workflows, model_root=root, listen="127.0.0.1:0", threads=1, cores=RANKS, log_level="ERROR"
         ) as runtime:
             await runtime.supervisor.wait_ready(overhead.READY_SECONDS)
             async with AsyncClient(runtime.target, timeout=overhead.READY_SECONDS) as client:
                 for measured in track(range(-WARM_UP_ROUNDS, rounds), "tensor", console=Console(stderr=True)):
-                    whole, parts = [await _denoising(client, workflow.full_name) for workflow in workflows]
+                    whole, parts = [
+                        await overhead.denoising(client, MODEL, workflow=workflow.full_name) for workflow in workflows
+                    ]
                     if measured >= 0:
                         taken.append((whole, parts))
     return taken
-
-
-async def _denoising(client: AsyncClient, workflow: str) -> StageTiming:
-    result = await client.generate(
-        overhead.PROMPT,
-        workflow=workflow,
-        steps=MODEL.steps,
-        width=MODEL.side,
-        height=MODEL.side,
-        seed=1,
-        guidance_scale=overhead.GUIDANCE,
-    )
-    return next(stage for stage in result.done.stages if stage.stage == "denoise")
 
 
 def figures_of(rounds: Sequence[Round], share: float) -> dict[str, float]:
@@ -117,17 +96,6 @@ def figures_of(rounds: Sequence[Round], share: float) -> dict[str, float]:
     speedup = statistics.median(whole.wall / parts.wall for whole, parts in rounds)
     figures = {"tensor_speedup": speedup, "tensor_ideal": ideal, "tensor_of_ideal": speedup / ideal}
     return {name: round(value, 3) for name, value in figures.items()}
-
-
-def report(rounds: Sequence[Round], share: float, *, console: Console) -> None:
-    """Prints where the time was spent."""
-    title = f"{MODEL.name}, one thread each; divided layers take {share:.0%} of a pass"
-    table = Table("seconds, medians", "denoising", "in forward passes", box=None, title=title)
-    for index, name in enumerate(("one process", f"{RANKS} ranks")):
-        stages = [one[index] for one in rounds]
-        wall, forward = (statistics.median(getattr(stage, key) for stage in stages) for key in ("wall", "forward"))
-        table.add_row(name, f"{wall:.3f}", f"{forward:.3f}")
-    console.print(table)
 
 
 def main() -> int:
@@ -139,7 +107,9 @@ def main() -> int:
     console.print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     share = divided_share(models.wide_unet().eval(), side=MODEL.side // 8)
     taken = asyncio.run(bench(rounds=options.rounds))
-    report(taken, share, console=console)
+    kinds = {"one process": [whole for whole, _ in taken], f"{RANKS} ranks": [parts for _, parts in taken]}
+    title = f"{MODEL.name}, one thread each; divided layers take {share:.0%} of a pass"
+    overhead.print_denoising(kinds, title=title, console=console)
     return ranges.conclude(figures_of(taken, share), ranges.load("tensor"), title="Tensor parallelism", console=console)
 
 
